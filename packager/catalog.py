@@ -1,0 +1,114 @@
+"""Where recipes, runtimes and targets lie, and how one is found by name or by path: the only file that knows.
+
+In a checkout the three folders lie beside ``packager/``; in a wheel they lie inside it (setup.cfg maps them). Names come from
+file names, so listing reads folders and imports nothing. A recipe is loaded by its path, never by an import name, so that
+no other package's ``recipes`` can stand in for ours, and a user's own file takes the same road.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.errors import UsageError, closest
+
+if TYPE_CHECKING:
+    from packager.recipe import Recipe
+    from packager.target import Target
+
+
+def _folder(kind: str) -> Path:
+    package = Path(__file__).resolve().parent
+    for place in (package / kind, package.parent / kind):
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(f"neither {package / kind} nor {package.parent / kind} exists: the installation is incomplete")
+
+
+def recipes_folder() -> Path:
+    return _folder("recipes")
+
+
+def runtimes_folder() -> Path:
+    return _folder("runtimes")
+
+
+def targets_folder() -> Path:
+    return _folder("targets")
+
+
+def _names(folder: Path, suffix: str) -> tuple[str, ...]:
+    """File names without suffix, sorted; those with a leading "_" or "." are not for users."""
+    return tuple(sorted(file.stem for file in folder.glob(f"*{suffix}") if not file.name.startswith(("_", "."))))
+
+
+def recipe_names() -> tuple[str, ...]:
+    return _names(recipes_folder(), ".py")
+
+
+def target_names() -> tuple[str, ...]:
+    return _names(targets_folder(), ".toml")
+
+
+def _find(kind: str, wanted: str, names: tuple[str, ...], folder: Path, suffix: str) -> Path:
+    """The file for a name, or a user's own file when ``wanted`` ends in the suffix or has a path separator in it."""
+    if wanted.endswith(suffix) or "/" in wanted or "\\" in wanted:
+        path = Path(wanted).expanduser()
+        if not path.is_file():
+            raise UsageError(f"The {kind} file {wanted} does not exist.", fix=f"Known {kind}s: {', '.join(names)}.")
+        if path.suffix != suffix:
+            raise UsageError(f"The {kind} file {wanted} does not end in {suffix}.", fix=f"A {kind} is a {suffix} file.")
+        return path
+    if wanted not in names:
+        raise UsageError(
+            f'There is no {kind} "{wanted}".{closest(wanted, names)}',
+            fix=f"Known {kind}s: {', '.join(names)}; or the path of your own {suffix} file.",
+        )
+    return folder / f"{wanted}{suffix}"
+
+
+def load_target(name_or_path: str) -> Target:
+    """The target of that name, or the one in a user's TOML file. Raises UsageError."""
+    from packager.target import load_target as read
+
+    return read(_find("target", name_or_path, target_names(), targets_folder(), ".toml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe[Any]:
+    """The recipe of that name, or the one in a user's Python file. Raises UsageError when the file holds no usable recipe."""
+    return _recipe_from(_find("recipe", name_or_path, recipe_names(), recipes_folder(), ".py"))
+
+
+def _recipe_from(path: Path) -> Recipe[Any]:
+    from packager.recipe import Recipe
+
+    file = path.resolve()
+    # One import name for each file, so that the same file is one module and two files of the same name are two.
+    module_name = f"packager_recipe_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        if spec is None or spec.loader is None:
+            raise UsageError(f"The recipe file {path} cannot be loaded as Python.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # dataclasses look their module up while the file still runs
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise UsageError(
+                f"The recipe file {path} failed while it was read.",
+                why=f"{type(error).__name__}: {error}",
+                fix="Import heavy or optional libraries inside build, not at the top of the file.",
+            ) from error
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"The recipe file {path} defines no RECIPE.", fix='It needs a line "RECIPE = Recipe(...)" (packager.recipe).')
+    if recipe.name != path.stem:
+        raise UsageError(
+            f'The recipe in {path} calls itself "{recipe.name}".', fix=f'The file name is the identifier: name="{path.stem}".'
+        )
+    return recipe

@@ -1,0 +1,334 @@
+"""A Target: the facts of one device, read strictly from a TOML file.
+
+The file name is the target's name. Every key is a field of a dataclass below, with its unit in its name and its meaning in
+its metadata, so the reader, the suggestions for misspelt keys and the reference (``target_keys``) come from one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from packager.errors import UsageError, closest
+
+GIB = 1024**3
+GB = 1000**3
+NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+_MISSING = dataclasses.MISSING
+
+
+def _key(doc: str, **kwargs: Any) -> Any:
+    """A dataclass field with the sentence that the reference prints for it."""
+    return field(metadata={"doc": doc}, **kwargs)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What an offline install has to match."""
+
+    system: Literal["linux", "windows", "macos"] = _key("operating system")
+    machine: Literal["x86_64", "aarch64", "arm64"] = _key("processor, as the system itself names it")
+    python: tuple[str, ...] = _key('Python versions the box may run, as "3.12"')
+    wheel_tag: str = _key('newest wheel platform tag it accepts, as "manylinux_2_35_aarch64"; older ones follow from it')
+    glibc: str | None = _key('version of the C library, as "2.35"; Linux only', default=None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Main memory: on a Jetson or a Mac the graphics processor shares it."""
+
+    total_gib: float = _key("installed memory, GiB")
+    reserved_gib: float = _key("what firmware, system and desktop keep of it, GiB")
+    bandwidth_gb_s: float = _key("peak bandwidth, GB/s (10^9 bytes): the ceiling of tokens per second")
+    assumed: bool = _key("the figures are an assumption of this file, not facts of a device", default=False)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The graphics processor."""
+
+    name: str = _key("as its maker names it")
+    architecture: str = _key('NVIDIA\'s compute capability as "sm_87", else the maker\'s name for it')
+    memory: Literal["unified", "discrete"] = _key("whether it shares main memory")
+    memory_gib: float | None = _key("its own memory, GiB; discrete only", default=None)
+    bandwidth_gb_s: float | None = _key("bandwidth of its own memory, GB/s; discrete only", default=None)
+    recipes: tuple[str, ...] = _key("recipes whose bundle runs on it; every other recipe runs on the CPU", default=())
+
+
+@dataclass(frozen=True)
+class Software:
+    """One release of the maker's system image (JetPack) and what comes with it."""
+
+    jetpack: str = _key('release, as "6.2"')
+    linux: str = _key('Jetson Linux (L4T) release, as "36.4.3"')
+    cuda: str = _key("CUDA version")
+    python: str = _key('the system\'s Python, as "3.10"')
+    glibc: str = _key("version of the C library")
+    tensorrt: str | None = _key("TensorRT version; engines need exactly this one", default=None)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """What can be built for it."""
+
+    default: str = _key("recipe used when none is named")
+    supported: tuple[str, ...] = _key("all recipes that work there")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device. ``load_target`` makes it; attributes without ``_gib`` or ``_gb_s`` in their name are bytes and bytes/s."""
+
+    title: str = _key("name for people")
+    platform: Platform = _key("")
+    memory: Memory = _key("")
+    recipes: Recipes = _key("")
+    runtimes: tuple[str, ...] = _key("engines of runtimes/ that work there", default=())
+    notes: tuple[str, ...] = _key("sentences that every plan for this target shows", default=())
+    gpu: Gpu | None = _key("", default=None)
+    software: tuple[Software, ...] = _key("releases of the system image that were looked at, oldest first", default=())
+    options: Mapping[str, Mapping[str, Any]] = _key(
+        "per recipe, options that differ from the recipe's own defaults", default_factory=dict
+    )
+    name: str = field(default="", metadata={"computed": True})
+    digest: str = field(default="", metadata={"computed": True})
+
+    @property
+    def system(self) -> str:
+        return self.platform.system
+
+    @property
+    def machine(self) -> str:
+        return self.platform.machine
+
+    @property
+    def python(self) -> tuple[str, ...]:
+        return self.platform.python
+
+    @property
+    def glibc(self) -> str | None:
+        return self.platform.glibc
+
+    @property
+    def wheel_platforms(self) -> tuple[str, ...]:
+        """Every platform tag of a wheel that installs there, best first (PEP 600, PEP 425)."""
+        return wheel_platforms(self.platform.wheel_tag)
+
+    @property
+    def recipe(self) -> str:
+        return self.recipes.default
+
+    @property
+    def memory_bytes(self) -> int:
+        return round(self.memory.total_gib * GIB)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return round(self.memory.reserved_gib * GIB)
+
+    @property
+    def bandwidth(self) -> float:
+        """Main memory, bytes per second."""
+        return self.memory.bandwidth_gb_s * GB
+
+    def on_gpu(self, recipe: str) -> bool:
+        return self.gpu is not None and recipe in self.gpu.recipes
+
+    def budget(self, recipe: str) -> int:
+        """Bytes that a model of this recipe may fill: in the GPU's own memory or in what the system leaves of main memory."""
+        if self.gpu is not None and self.on_gpu(recipe) and self.gpu.memory_gib is not None:
+            return round(self.gpu.memory_gib * GIB)
+        return max(0, self.memory_bytes - self.reserved_bytes)
+
+    def bandwidth_for(self, recipe: str) -> float:
+        """Bytes per second of the memory that a model of this recipe is read from."""
+        if self.gpu is not None and self.on_gpu(recipe) and self.gpu.bandwidth_gb_s is not None:
+            return self.gpu.bandwidth_gb_s * GB
+        return self.bandwidth
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``: the file's keys, and name, digest and wheel_platforms."""
+        plain = dataclasses.asdict(dataclasses.replace(self, options={}))
+        options = {recipe: dict(values) for recipe, values in self.options.items()}
+        return {**plain, "options": options, "wheel_platforms": list(self.wheel_platforms)}
+
+
+def wheel_platforms(tag: str) -> tuple[str, ...]:
+    """All platform tags that a system accepting ``tag`` accepts, best first. Raises ValueError for an unknown form."""
+    if linux := re.fullmatch(r"manylinux_2_(\d+)_(\w+)", tag):
+        newest, machine = int(linux[1]), linux[2]
+        legacy = {17: ["manylinux2014"]} | ({12: ["manylinux2010"], 5: ["manylinux1"]} if machine == "x86_64" else {})
+        oldest = 5 if machine == "x86_64" else 17
+        return tuple(
+            f"{name}_{machine}"
+            for minor in range(newest, oldest - 1, -1)
+            for name in [f"manylinux_2_{minor}", *legacy.get(minor, [])]
+        )
+    if mac := re.fullmatch(r"macosx_(\d+)_0_(arm64|x86_64)", tag):
+        return tuple(f"macosx_{major}_0_{kind}" for major in range(int(mac[1]), 10, -1) for kind in (mac[2], "universal2"))
+    if tag in ("win_amd64", "win_arm64"):
+        return (tag,)
+    raise ValueError(f'"{tag}" is not manylinux_2_N_MACHINE, macosx_N_0_MACHINE or win_amd64')
+
+
+def load_target(path: Path) -> Target:
+    """The target in a TOML file. Raises UsageError that names file and key for anything that is not as the reference says."""
+    try:
+        raw = path.read_bytes()
+        table = tomllib.loads(raw.decode("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"The target file {path} cannot be read.", why=str(error)) from error
+    if not NAME.fullmatch(path.stem):
+        raise UsageError(
+            f'The target file {path} gives its target the name "{path.stem}".',
+            why="Names are lower-case letters, digits and underscores, because they become part of folder names.",
+            fix="Rename the file.",
+        )
+    values = _table(Target, table, path, "")
+    target = Target(**values, name=path.stem, digest=hashlib.sha256(raw).hexdigest())
+    _check(target, path)
+    return target
+
+
+def target_keys() -> list[tuple[str, str, str]]:
+    """Every key a target file may have: dotted key, type, meaning. ``[]`` marks a list of tables, ``RECIPE`` a free name."""
+    return _keys(Target, "")
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    return {item.name: item for item in dataclasses.fields(cls) if not item.metadata.get("computed")}
+
+
+def _required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is _MISSING and item.default_factory is _MISSING
+
+
+def _plain(kind: Any) -> Any:
+    """``X | None`` as X: TOML has no null, an absent key says it."""
+    if isinstance(kind, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _keys(cls: type, prefix: str) -> list[tuple[str, str, str]]:
+    rows = []
+    hints = typing.get_type_hints(cls)
+    for name, item in _fields(cls).items():
+        kind = _plain(hints[name])
+        inner = typing.get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            rows += _keys(typing.cast(type, kind), f"{prefix}{name}.")
+        elif inner and dataclasses.is_dataclass(inner[0]):
+            rows += _keys(typing.cast(type, inner[0]), f"{prefix}{name}[].")
+        else:
+            key = f"{prefix}{name}.RECIPE.OPTION" if typing.get_origin(kind) is Mapping else f"{prefix}{name}"
+            rows.append((key, _describe(kind) + ("" if _required(item) else ", optional"), item.metadata["doc"]))
+    return rows
+
+
+def _describe(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " | ".join(f'"{choice}"' for choice in args)
+    if origin is tuple:
+        return "list of text"
+    if origin is Mapping:
+        return "as the recipe's option"
+    return {str: "text", float: "number", int: "integer", bool: "true or false"}[kind]
+
+
+def _table(cls: type, table: Any, path: Path, prefix: str) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: {prefix.rstrip('.')} has to be a table.", fix=f"Write [{prefix.rstrip('.')}].")
+    known = _fields(cls)
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in known:
+            raise UsageError(
+                f'{path}: unknown key "{prefix}{key}".{closest(key, list(known))}', fix=f"Known here: {', '.join(known)}."
+            )
+    values = {}
+    for name, item in known.items():
+        if name in table:
+            values[name] = _value(_plain(hints[name]), table[name], path, f"{prefix}{name}")
+        elif _required(item):
+            section = dataclasses.is_dataclass(_plain(hints[name]))
+            what = f"the table [{prefix}{name}]" if section else f'the key "{prefix}{name}"'
+            raise UsageError(f"{path}: {what} is missing.", why=str(item.metadata["doc"]) and f"It is: {item.metadata['doc']}.")
+    return values
+
+
+def _value(kind: Any, value: Any, path: Path, key: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return typing.cast(type, kind)(**_table(typing.cast(type, kind), value, path, f"{key}."))
+    if origin is tuple and dataclasses.is_dataclass(args[0]):
+        if not isinstance(value, list):
+            raise UsageError(f"{path}: {key} has to be a list of tables.", fix=f"Write [[{key}]].")
+        cls = typing.cast(type, args[0])
+        return tuple(cls(**_table(cls, entry, path, f"{key}[{i}].")) for i, entry in enumerate(value))
+    if origin is tuple:
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return tuple(value)
+    elif origin is Mapping:
+        if isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()):
+            return types.MappingProxyType({name: types.MappingProxyType(dict(entry)) for name, entry in value.items()})
+        raise UsageError(f"{path}: [{key}] has to hold one table a recipe.", fix=f"Write [{key}.gguf] above the option.")
+    elif origin is Literal:
+        if value in args:
+            return value
+        near = closest(value, list(args)) if isinstance(value, str) else ""
+        raise UsageError(f'{path}: {key} is "{value}".{near}', fix=f"It can be {', '.join(args)}.")
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6:
+            return float(value)
+    elif type(value) is kind:
+        return value
+    raise UsageError(f"{path}: {key} has to be {_describe(kind)}, and is {value!r}.")
+
+
+def _check(target: Target, path: Path) -> None:
+    """What the types cannot say."""
+    place = target.platform
+    try:
+        wheel_platforms(place.wheel_tag)
+    except ValueError as error:
+        raise UsageError(f"{path}: platform.wheel_tag cannot be used.", why=str(error)) from error
+    if not place.python or not all(re.fullmatch(r"3\.\d+", version) for version in place.python):
+        raise UsageError(f"{path}: platform.python is {list(place.python)}.", fix='Write versions as ["3.10", "3.12"].')
+    if place.system == "linux":
+        expected = place.wheel_tag.split("_")[1:3]
+        if place.glibc is None or place.glibc.split(".") != expected:
+            raise UsageError(
+                f"{path}: platform.glibc is {place.glibc} and platform.wheel_tag is {place.wheel_tag}.",
+                why="A manylinux tag carries the version of the C library, so both must name the same one.",
+                fix=f'Write glibc = "{".".join(expected)}" or correct the tag.',
+            )
+    elif place.glibc is not None:
+        raise UsageError(f"{path}: platform.glibc is given for {place.system}.", why="Only Linux has it.", fix="Remove it.")
+    if target.memory.reserved_gib >= target.memory.total_gib:
+        raise UsageError(f"{path}: memory.reserved_gib leaves nothing of memory.total_gib.")
+    if target.memory.bandwidth_gb_s <= 0:
+        raise UsageError(f"{path}: memory.bandwidth_gb_s has to be above 0.")
+    gpu = target.gpu
+    if gpu is not None and (gpu.memory == "discrete") != (gpu.memory_gib is not None and gpu.bandwidth_gb_s is not None):
+        raise UsageError(
+            f"{path}: gpu.memory is {gpu.memory}.",
+            why="A discrete GPU has gpu.memory_gib and gpu.bandwidth_gb_s of its own, a unified one has neither.",
+        )
+    if target.recipes.default not in target.recipes.supported:
+        raise UsageError(
+            f'{path}: recipes.default is "{target.recipes.default}".', why="It is not in recipes.supported.", fix="Add it there."
+        )
+    for recipe in (*target.options, *(gpu.recipes if gpu else ())):
+        if recipe not in target.recipes.supported:
+            near = closest(recipe, list(target.recipes.supported))
+            raise UsageError(f'{path}: the recipe "{recipe}" is not in recipes.supported.{near}')
