@@ -1,0 +1,275 @@
+"""What a GGUF file will weigh before it is made: llama.cpp's choice of a type for each tensor, and the bytes around them.
+
+Pure arithmetic over names and shapes. The rules were read in ``src/llama-quant.cpp`` of the llama.cpp commit that
+llama-cpp-python 0.3.36 carries, the layout in its ``gguf-py``; tests/real compares them with files that it quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Checkpoint
+
+# Elements and bytes of one block (ggml-common.h).
+BLOCKS: dict[str, tuple[int, int]] = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+}
+
+# What ``quant`` may be, best first, and the type that most tensors get.
+QUANTS: dict[str, str] = {
+    "BF16": "BF16",
+    "F16": "F16",
+    "Q8_0": "Q8_0",
+    "Q6_K": "Q6_K",
+    "Q5_K_M": "Q5_K",
+    "Q4_K_M": "Q4_K",
+    "Q4_0": "Q4_0",
+    "IQ4_XS": "IQ4_XS",
+}
+
+# Below Q6 the rounding is coarse enough for an importance matrix to pay.
+IMATRIX_QUANTS = ("Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS")
+
+# Rows that a 256-block does not divide get the nearest type with blocks of 32.
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+
+_ALIGNMENT = 32
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_TOP = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
+_IN_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor as it will stand in the file; shape as in the checkpoint, so the last axis is the row."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.type, self.shape)
+
+
+@dataclass(frozen=True)
+class GgufSize:
+    """A predicted file. ``bytes`` is the whole file, ``header_bytes`` what lies before the first tensor."""
+
+    tensors: tuple[GgufTensor, ...]
+    header_bytes: int
+    bytes: int
+
+    @property
+    def types(self) -> dict[str, int]:
+        """How many tensors get each type, most frequent first."""
+        return dict(Counter(tensor.type for tensor in self.tensors).most_common())
+
+    @property
+    def read_per_token_bytes(self) -> int:
+        """Weights read to decode one token at batch 1.
+
+        The embedding is a look-up of one row, unless no ``output.weight`` exists: then it is the head too and read in full.
+        """
+        tied = all(tensor.name != "output.weight" for tensor in self.tensors)
+        return sum(t.nbytes for t in self.tensors if tied or t.name != "token_embd.weight")
+
+
+def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of one tensor. Raises ValueError when a block does not divide its rows."""
+    elements, size = BLOCKS[kind]
+    row = shape[-1] if shape else 1
+    if row % elements:
+        raise ValueError(f"rows of {row} cannot be {kind}, whose blocks hold {elements}")
+    return math.prod(shape) // elements * size
+
+
+def gguf_name(name: str) -> str | None:
+    """The name that llama.cpp's converter gives a tensor; unknown ones keep theirs, None for what it leaves out."""
+    if name.endswith((".rotary_emb.inv_freq", ".attention.masked_bias")):
+        return None
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    if (layer := _LAYER.fullmatch(stem)) and layer[2] in _IN_LAYER:
+        return f"blk.{layer[1]}.{_IN_LAYER[layer[2]]}.{kind}"
+    return name
+
+
+def wants_imatrix(quant: str, choice: str = "auto") -> bool:
+    """Whether an importance matrix is used: ``choice`` is "auto" (below Q6), "on" or "off"."""
+    return choice == "on" or (choice == "auto" and quant in IMATRIX_QUANTS)
+
+
+def plan_tensors(
+    shapes: Mapping[str, tuple[int, ...]], quant: str, *, imatrix: bool, layers: int, heads: int, kv_heads: int
+) -> tuple[GgufTensor, ...]:
+    """The tensors of the file in llama.cpp's order, from the checkpoint's names and shapes. Raises KeyError for an unknown quant."""
+    named = sorted(((new, shape) for old, shape in shapes.items() if (new := gguf_name(old))), key=lambda item: _order(item[0]))
+    chooser = _Chooser(quant, imatrix, layers, heads // max(1, kv_heads), [name for name, _ in named])
+    return tuple(GgufTensor(name, shape, chooser.choose(name, shape)) for name, shape in named)
+
+
+def _order(name: str) -> tuple[int, str]:
+    block = re.match(r"blk\.(\d+)\.", name)
+    return (int(block[1]) if block else -1, name)
+
+
+class _Chooser:
+    """llama.cpp's rules. It counts attention and feed-forward tensors as they come, so the order matters."""
+
+    def __init__(self, quant: str, imatrix: bool, layers: int, gqa: int, names: list[str]) -> None:
+        self.quant = quant
+        self.base = QUANTS[quant]
+        self.imatrix = imatrix
+        self.layers = layers
+        self.gqa = gqa
+        self.tied = "output.weight" not in names
+        self.attn_total = sum(".attn_v." in name or ".attn_qkv." in name for name in names)
+        self.attn_seen = 0
+        self.down_seen = 0
+
+    def choose(self, name: str, shape: tuple[int, ...]) -> str:
+        if len(shape) < 2 or name.endswith("_norm.weight"):
+            return "F32"
+        if not name.endswith("weight"):
+            return "F16"
+        kind = self.base
+        if BLOCKS[kind][0] == 1:
+            return kind
+        return self._fitting(self._by_role(name, shape[-1]), shape[-1])
+
+    @staticmethod
+    def _fitting(kind: str, row: int) -> str:
+        if row % BLOCKS[kind][0]:
+            kind = _FALLBACK.get(kind, kind)
+        return kind if row % BLOCKS[kind][0] == 0 else "F16"
+
+    def _by_role(self, name: str, row: int) -> str:
+        kind = self.base
+        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
+            return "Q8_0" if kind == "Q8_0" or row % BLOCKS[kind][0] else "Q6_K"
+        if ".attn_v." in name or ".attn_qkv." in name:
+            index, self.attn_seen = self.attn_seen, self.attn_seen + 1
+            if self.quant == "IQ4_XS" and self.gqa >= 4:
+                kind = "Q5_K"
+            elif self.quant in ("Q4_K_M", "Q5_K_M") and _more_bits(index, self.attn_total):
+                kind = "Q6_K"
+            if self.layers == 80 and kind == "Q4_K":  # llama.cpp takes 80 layers for a 70B, whose attn_v is small
+                kind = "Q5_K"
+        elif ".ffn_down" in name:
+            index, self.down_seen = self.down_seen, self.down_seen + 1
+            early = index < self.layers // 8
+            if self.quant in ("Q4_K_M", "Q5_K_M") and _more_bits(index, self.layers):
+                kind = "Q6_K"
+            elif self.quant == "IQ4_XS" and early and not self.imatrix:
+                kind = "Q5_K"
+            elif self.quant == "Q4_0" and early and self.imatrix:
+                kind = "Q4_1"
+        return kind
+
+
+def _more_bits(index: int, total: int) -> bool:
+    """The first and the last eighth, and every third between."""
+    return index < total // 8 or index >= 7 * total // 8 or (index - total // 8) % 3 == 2
+
+
+def predict(checkpoint: Checkpoint, quant: str, *, imatrix: bool) -> GgufSize:
+    """The file that ``quant`` of this checkpoint will be. Reads config, tensor headers and the tokenizer, no weights."""
+    shape = checkpoint.shape
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    tensors = plan_tensors(
+        shapes, quant, imatrix=imatrix, layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads
+    )
+    rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    if rope.get("rope_type") == "llama3":  # the converter computes it and adds it
+        tensors = (GgufTensor("rope_freqs.weight", (shape.head_dim // 2,), "F32"), *tensors)
+    return file_size(tensors, metadata_bytes(checkpoint.path, shape.vocab))
+
+
+def file_size(tensors: Iterable[GgufTensor], metadata: int) -> GgufSize:
+    """Header, tensor table and tensors, each padded to 32 bytes. ``metadata`` is the bytes of the key-value pairs."""
+    tensors = tuple(tensors)
+    table = sum(8 + len(t.name.encode()) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensors)
+    header = _padded(24 + metadata + table)
+    return GgufSize(tensors, header, header + sum(_padded(t.nbytes) for t in tensors))
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+# A file's pairs other than the tokenizer's: 22 to 30 keys of about 45 bytes (SmolLM2: 988).
+PLAIN_METADATA_BYTES = 1100
+# Bytes a token takes when no tokenizer.json can be read: its text and length, its type, its merge (SmolLM2: 36; Qwen2: 36).
+UNREAD_TOKEN_BYTES = 36
+
+
+def metadata_bytes(folder: Path, vocab: int) -> int:
+    """Bytes of all key-value pairs: the tokenizer's tokens and merges exactly, the few others as a constant."""
+    file = folder / "tokenizer.json"
+    template = folder / "chat_template.jinja"
+    extra = template.stat().st_size if template.is_file() else 0
+    if not file.is_file():
+        return PLAIN_METADATA_BYTES + extra + vocab * UNREAD_TOKEN_BYTES
+    return PLAIN_METADATA_BYTES + extra + _tokenizer_bytes(file, file.stat().st_mtime_ns, vocab)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer_bytes(file: Path, _mtime: int, vocab: int) -> int:
+    try:
+        data = json.loads(file.read_bytes())
+        words = data["model"]["vocab"]
+        words = list(words) if isinstance(words, dict) else [entry[0] for entry in words]
+        tokens = {*words, *(entry["content"] for entry in data.get("added_tokens", ()))}
+        merges = data["model"].get("merges") or ()
+        text = sum(8 + len(token.encode("utf-8", "surrogatepass")) for token in tokens)
+        # Rows of the embedding that no token owns are named [PAD123].
+        text += max(0, vocab - len(tokens)) * (8 + len("[PAD]") + len(str(vocab)))
+        pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+        text += sum(8 + len(pair.encode("utf-8", "surrogatepass")) for pair in pairs)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return vocab * UNREAD_TOKEN_BYTES
+    return text + 4 * max(vocab, len(tokens))
+
+
+def kv_cache_bytes(layers: int, kv_heads: int, head_dim: int, context: int, slots: int, kv_type: str) -> int:
+    """Keys and values of ``slots`` conversations of ``context`` tokens each; llama.cpp rounds the context up to 256."""
+    elements, size = BLOCKS[kv_type.upper()]
+    cells = -(-context // 256) * 256 * slots
+    return 2 * layers * kv_heads * head_dim * cells * size // elements
