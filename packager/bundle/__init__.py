@@ -1,0 +1,1 @@
+"""The folder that is copied to a box: its manifest, wheels, installer, assembly and verification, one file each."""

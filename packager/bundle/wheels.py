@@ -1,0 +1,311 @@
+"""Wheels for a target's platform and every Python it may run, from a universal lock with hashes.
+
+pip itself evaluates environment markers for the host it runs on, even with ``--platform``; so the markers are
+evaluated here, for the target, and pip only fetches: exact versions, hashes required, wheels only, from whatever
+index the user's pip is configured for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from packager.errors import InputError, NetworkError, PackagerError, PlanRefused, ToolError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+    from packager.progress import Progress
+
+Run = Callable[[Sequence[str]], object]
+
+# A marker may name a patch release; a box may have any of them, so both ends of a minor version are asked.
+PATCH_ENDS = ("0", "99")
+GLIBC_LEGACY = {"manylinux2014": 17, "manylinux2010": 12, "manylinux1": 5}
+SYSTEMS = {
+    "linux": {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux"},
+    "windows": {"os_name": "nt", "sys_platform": "win32", "platform_system": "Windows"},
+    "macos": {"os_name": "posix", "sys_platform": "darwin", "platform_system": "Darwin"},
+}
+
+
+class Platform(Protocol):
+    """What is asked of a target (packager.target.Target has it all).
+
+    system: "linux", "windows" or "macos". machine: "x86_64", "aarch64" or "arm64". python: minor versions such as
+    "3.10". wheel_platforms: pip platform tags such as "manylinux_2_28_x86_64". glibc: "2.28", or None.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def system(self) -> str: ...
+    @property
+    def machine(self) -> str: ...
+    @property
+    def python(self) -> tuple[str, ...]: ...
+    @property
+    def wheel_platforms(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Locked:
+    """One entry of the lock: a requirement pinned with ``==`` (its marker included) and its sha256 hashes."""
+
+    requirement: Requirement
+    hashes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.requirement.name
+
+    def line(self, *, marker: bool) -> str:
+        """The requirement as pip reads it, hashes included."""
+        text = f"{self.name}{self.requirement.specifier}"
+        if marker and self.requirement.marker is not None:
+            text += f" ; {self.requirement.marker}"
+        return " \\\n    ".join([text, *(f"--hash=sha256:{digest}" for digest in self.hashes)])
+
+
+@dataclass(frozen=True)
+class WheelSet:
+    """files: the wheels, sorted by name, pip's own among them. requirements: text of the hashed requirements.txt."""
+
+    files: tuple[Path, ...]
+    requirements: str
+
+
+def read_lock(path: Path) -> list[Locked]:
+    """Read a hashed requirements lock. Raises InputError naming the file and line that cannot be used."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    text = re.sub(r"\\\n\s*", " ", path.read_text("utf-8"))
+    entries = []
+    for raw in text.splitlines():
+        line = re.sub(r"(^|\s)#.*$", "", raw).strip()
+        if not line:
+            continue
+        pinned, *hashes = re.split(r"\s+--hash=sha256:", line)
+        try:
+            requirement = Requirement(pinned)
+        except InvalidRequirement as error:
+            raise InputError(f"{path.name}: {pinned!r} is not a requirement.", why=str(error)) from error
+        exact = [part for part in requirement.specifier if part.operator == "=="]
+        if len(exact) != 1 or len(requirement.specifier) != 1 or not hashes or requirement.url:
+            raise InputError(f"{path.name}: {pinned!r} is not pinned with == and a sha256 hash.",
+                             fix="Make the lock again with the script beside it.")
+        entries.append(Locked(requirement, tuple(sorted(hash_.strip() for hash_ in hashes))))
+    return sorted(entries, key=lambda entry: (entry.name.lower(), str(entry.requirement)))
+
+
+def environments(target: Platform, python: str) -> list[dict[str, str]]:
+    """The marker environments (PEP 508) of a target for one minor version of Python."""
+    if target.system not in SYSTEMS:
+        raise InputError(f"Target {target.name} has the unknown system {target.system!r}.",
+                         fix=f"Known: {', '.join(SYSTEMS)}.")
+    machine = "AMD64" if (target.system, target.machine) == ("windows", "x86_64") else target.machine
+    return [
+        {**SYSTEMS[target.system], "platform_machine": machine, "platform_release": "", "platform_version": "",
+         "platform_python_implementation": "CPython", "implementation_name": "cpython", "python_version": python,
+         "python_full_version": f"{python}.{patch}", "implementation_version": f"{python}.{patch}", "extra": ""}
+        for patch in PATCH_ENDS
+    ]
+
+
+def select(lock: Iterable[Locked], target: Platform, python: str) -> list[Locked]:
+    """The entries of the lock that a target needs with one minor version of Python."""
+    wanted = environments(target, python)
+    return [entry for entry in lock
+            if entry.requirement.marker is None or any(entry.requirement.marker.evaluate(env) for env in wanted)]
+
+
+def platform_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """The tags and all older ones that the same box can load, best first.
+
+    pip takes ``--platform`` literally: a box for manylinux_2_28 would be denied a manylinux_2_17 wheel.
+    """
+    found: list[str] = []
+    for tag in tags:
+        if match := re.fullmatch(r"manylinux_2_(\d+)_(\w+)", tag):
+            found += _manylinux(int(match[1]), match[2])
+        elif match := re.fullmatch(r"(manylinux2014|manylinux2010|manylinux1)_(\w+)", tag):
+            found += _manylinux(GLIBC_LEGACY[match[1]], match[2])
+        elif match := re.fullmatch(r"macosx_(\d+)_(\d+)_(\w+)", tag):
+            from packaging.tags import mac_platforms
+
+            found += mac_platforms((int(match[1]), int(match[2])), match[3])
+        else:
+            found.append(tag)
+    return tuple(dict.fromkeys(found))
+
+
+def _manylinux(minor: int, machine: str) -> list[str]:
+    oldest = 5 if machine in ("x86_64", "i686") else 17
+    tags = []
+    for glibc in range(minor, oldest - 1, -1):
+        tags.append(f"manylinux_2_{glibc}_{machine}")
+        tags += [f"{name}_{machine}" for name, same in GLIBC_LEGACY.items() if same == glibc]
+    return [*tags, f"linux_{machine}"]
+
+
+def pip_download(lines: Path, platforms: Sequence[str], python: str, folder: Path) -> list[str]:
+    """The command that fetches wheels for another platform; the index is whatever pip is configured for."""
+    tag = "cp" + python.replace(".", "")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+               "--no-deps", "--only-binary=:all:", "--require-hashes", "--implementation", "cp",
+               "--python-version", python, "--abi", tag, "--abi", "abi3", "--abi", "none"]
+    for platform in platforms:
+        command += ["--platform", platform]
+    return [*command, "--dest", str(folder), "--requirement", str(lines)]
+
+
+def run_pip(command: Sequence[str]) -> None:
+    """Run pip through the owner of subprocess."""
+    from packager.tools import run
+
+    run(command, name="pip download")
+
+
+def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, *, run: Run = run_pip) -> WheelSet:
+    """Fetch the wheels of a lock for every Python of a target; a set already in ``cache`` is not fetched again.
+
+    Raises PlanRefused naming package, platform and Python when there is no wheel, NetworkError when the index did not
+    deliver, and ToolError when pip is missing or the cache was changed.
+    """
+    entries = read_lock(lock)
+    if not target.python or not target.wheel_platforms:
+        raise InputError(f"Target {target.name} names no Python version or no wheel platform.",
+                         fix="Give it at least one of each.")
+    platforms = platform_tags(target.wheel_platforms)
+    wanted = {python: select(entries, target, python) for python in target.python}
+    key = _key(wanted, platforms)
+    home = cache / key
+    if not home.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
+        try:
+            with progress.step(f"wheels for {target.name}", total=len(wanted), unit="Python") as task:
+                for python, needed in wanted.items():
+                    lacking = _lacking(needed, work, python, platforms)
+                    if lacking:
+                        _download(lacking, platforms, python, target, work, run)
+                    task.advance(1)
+            _publish(work, home)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    files = _checked(home, entries, wanted, platforms)
+    used = [entry for entry in entries if any(entry in needed for needed in wanted.values())]
+    header = "# Every package the server needs, with hashes; installed with --require-hashes --no-deps.\n"
+    bundled = {_sha256(file) for file in files}  # the lock also knows source archives and other platforms
+    lines = "".join(replace(entry, hashes=tuple(h for h in entry.hashes if h in bundled)).line(marker=True) + "\n"
+                    for entry in used if entry.name != "pip")
+    return WheelSet(files, header + lines)
+
+
+def _key(wanted: Mapping[str, Sequence[Locked]], platforms: Sequence[str]) -> str:
+    parts = ["3", *platforms]
+    for python, needed in wanted.items():
+        parts += [python, *(entry.line(marker=False) for entry in needed)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _lacking(needed: Iterable[Locked], folder: Path, python: str, platforms: Sequence[str]) -> list[Locked]:
+    """The entries for which no wheel in the folder loads on that Python and platform."""
+    from packaging.tags import compatible_tags, cpython_tags
+    from packaging.utils import canonicalize_name, parse_wheel_filename
+
+    major, minor = (int(part) for part in python.split("."))
+    short = f"cp{major}{minor}"
+    loads = set(cpython_tags((major, minor), [short], platforms))
+    loads |= set(compatible_tags((major, minor), short, platforms))
+    present = set()
+    for wheel in folder.glob("*.whl"):
+        name, version, _, tags = parse_wheel_filename(wheel.name)
+        if tags & loads:
+            present.add((name, str(version)))
+    return [entry for entry in needed
+            if (canonicalize_name(entry.name), next(iter(entry.requirement.specifier)).version) not in present]
+
+
+def _checked(home: Path, entries: Sequence[Locked], wanted: Mapping[str, Sequence[Locked]],
+             platforms: Sequence[str]) -> tuple[Path, ...]:
+    """The wheels of a cached set; a cache is not trusted: every file must have a hash of the lock, none may lack."""
+    known = {digest for entry in entries for digest in entry.hashes}
+    wheels = tuple(sorted(home.glob("*.whl")))
+    changed = [wheel.name for wheel in wheels if _sha256(wheel) not in known]
+    lacking = {entry.name for python, needed in wanted.items() for entry in _lacking(needed, home, python, platforms)}
+    if changed or lacking:
+        raise ToolError(f"The cached wheels are not those of the lock: {', '.join([*changed, *sorted(lacking)])}.",
+                        why="A file in the cache was changed or deleted.",
+                        fix=f"Delete the folder {home} and build again.")
+    return wheels
+
+
+def _download(wanted: Sequence[Locked], platforms: Sequence[str], python: str, target: Platform, work: Path,
+              run: Run) -> None:
+    lines = work / "requirements.txt"
+    lines.write_text("".join(entry.line(marker=False) + "\n" for entry in wanted), "utf-8")
+    try:
+        run(pip_download(lines, platforms, python, work))
+    except PackagerError as error:
+        raise _explain(error, wanted, platforms, python, target, work, run) from error
+
+
+def _explain(error: PackagerError, wanted: Sequence[Locked], platforms: Sequence[str], python: str, target: Platform,
+             work: Path, run: Run) -> PackagerError:
+    """Which packages failed, asked one by one (pip stops at the first), and whether for want of a wheel."""
+    if "No module named pip" in _output(error):
+        return ToolError("pip is missing from the environment that packager runs in.", why=str(error.why),
+                         fix=f"Run `{sys.executable} -m ensurepip`.")
+    missing: list[Locked] = []
+    other: list[Locked] = []
+    for entry in wanted:
+        lines = work / "one.txt"
+        lines.write_text(entry.line(marker=False) + "\n", "utf-8")
+        try:
+            run(pip_download(lines, platforms, python, work))
+        except PackagerError as single:
+            said = _output(single)
+            (missing if "No matching distribution" in said and not _unreachable(said) else other).append(entry)
+    if missing:
+        names = ", ".join(f"{entry.name} {entry.requirement.specifier}".replace("==", "") for entry in missing)
+        return PlanRefused(
+            f"There is no wheel of {names} for {target.wheel_platforms[0]} and Python {python} (target {target.name}).",
+            why="A box cannot compile, so only wheels are bundled.",
+            fix="Take another Python or a newer platform tag in the target, or add the wheel to your own package index.")
+    names = ", ".join(entry.name for entry in other) or "the wheels"
+    return NetworkError(f"The package index did not deliver {names}.", why=error.why,
+                        fix="Check pip's index configuration (`pip config list`) and the connection, then build again.")
+
+
+def _output(error: PackagerError) -> str:
+    return str(getattr(error, "output", "")) or str(error)
+
+
+def _unreachable(said: str) -> bool:
+    signs = ("Temporary failure", "Connection", "Retrying", "Max retries", "timed out", "Name or service")
+    return any(sign in said for sign in signs)
+
+
+def _publish(work: Path, home: Path) -> None:
+    for file in work.iterdir():
+        if file.suffix != ".whl":
+            file.unlink()
+    try:
+        os.rename(work, home)  # noqa: PTH104 - Path.rename hides that this must not replace a full folder
+    except OSError:
+        if not home.is_dir():  # else another build was faster with the same files
+            raise
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
