@@ -1,0 +1,207 @@
+"""Runs the source checkpoint in transformers, one decoder layer in memory at a time: ``reference.py JOB.json``.
+
+JOB.json: {"checkpoint", "sequences": [{"ids", "positions"}, …], "top": k, "calibration": [ids, …], "batch_tokens": int,
+"threads": int, "scores": path or null, "imatrix": path or null}.
+
+Every decoder layer's weights are read from the safetensors files when its forward begins and dropped when it ends
+(float32 arithmetic on the stored weights), so memory follows a layer. All sequences go through together, padded on the
+right: with causal attention no real token sees the padding. The head is applied in slices of the vocabulary.
+
+scores (.npz): ids and logprobs, both (positions, k), natural logarithms, best first. imatrix (.npz): GGUF-independent, by
+module name: mean of the squared inputs per channel over the calibration tokens (llama.cpp's importance matrix).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB_SLICE = 4096
+
+
+class Weights:
+    """Tensors by name out of one or many safetensors files, through their memory maps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            handle = safe_open(file, framework="pt")
+            self.files.update(dict.fromkeys(handle.keys(), handle))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def raw(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.files[name].get_tensor(name)
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor: torch.Tensor = self.files[name].get_slice(name)[start:stop]
+        return tensor.float()
+
+
+class RowEmbedding(nn.Module):
+    """An embedding that reads only the rows it is asked for."""
+
+    def __init__(self, weights: Weights, name: str, scale: float) -> None:
+        super().__init__()
+        self.weights, self.name, self.scale = weights, name, scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        table = torch.cat([self.weights.rows(self.name, int(row), int(row) + 1) for row in unique])
+        return table[inverse] * self.scale
+
+
+def place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+class Streamed:
+    """The decoder of a checkpoint with its layers on the meta device until their turn comes."""
+
+    def __init__(self, folder: Path, on_layer: Any) -> None:
+        self.weights = Weights(folder)
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
+        self.body = model.model.eval()
+        self.head = "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
+        embedding = self.body.embed_tokens
+        scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
+        self.body.embed_tokens = RowEmbedding(self.weights, "model.embed_tokens.weight", scale)
+        for name, _ in list(self.body.named_parameters()):
+            if not name.startswith("layers."):
+                place(self.body, name, self.weights.raw(f"model.{name}").float())
+        for name, module in list(self.body.named_children()):
+            if any(buffer.is_meta for buffer in module.buffers()) and name != "layers":
+                setattr(self.body, name, type(module)(self.config))  # rotary tables: computed, not stored
+        left = [name for name, buffer in self.body.named_buffers() if buffer.is_meta]
+        if left:
+            raise SystemExit(f"the reference cannot stream this architecture: it keeps state in {left[0]}")
+        for index, layer in enumerate(self.body.layers):
+            layer.register_forward_pre_hook(lambda module, _args, i=index: self._load(module, i))
+            layer.register_forward_hook(lambda module, _args, _out, i=index: self._drop(module, i, on_layer))
+            if hasattr(layer, "mlp"):
+                row_by_row(layer.mlp)
+
+    def _load(self, layer: nn.Module, index: int) -> None:
+        for name, _ in list(layer.named_parameters()):
+            place(layer, name, self.weights.raw(f"model.layers.{index}.{name}").float())
+
+    def _drop(self, layer: nn.Module, index: int, on_layer: Any) -> None:
+        for name, parameter in list(layer.named_parameters()):
+            place(layer, name, torch.empty_like(parameter, device="meta"))
+        on_layer(index)
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Last hidden states, (sequences, tokens, hidden)."""
+        result = self.body(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden: torch.Tensor = result.last_hidden_state
+        return hidden
+
+    def top(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best next tokens of hidden states (positions, hidden): ids and log-probabilities, both (positions, k)."""
+        rows = self.weights.files[self.head].get_slice(self.head).get_shape()[0]
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        best_ids = torch.empty((len(hidden), 0), dtype=torch.int64)
+        best = torch.empty((len(hidden), 0))
+        total = torch.full((len(hidden),), -torch.inf)
+        for start in range(0, rows, VOCAB_SLICE):
+            logits = hidden @ self.weights.rows(self.head, start, min(start + VOCAB_SLICE, rows)).T
+            if cap:
+                logits = torch.tanh(logits / cap) * cap
+            total = torch.logaddexp(total, torch.logsumexp(logits, dim=1))
+            values, places = torch.topk(logits, min(k, logits.shape[1]), dim=1)
+            best, order = torch.topk(torch.cat([best, values], dim=1), min(k, best.shape[1] + values.shape[1]), dim=1)
+            best_ids = torch.gather(torch.cat([best_ids, places + start], dim=1), 1, order)
+        return best_ids, best - total[:, None]
+
+
+def row_by_row(mlp: nn.Module) -> None:
+    """Make a token-wise module work on one sequence at a time: its inner width is several times the hidden size."""
+    whole = mlp.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([whole(row) for row in x.split(1)])
+
+    mlp.forward = forward  # type: ignore[method-assign]
+
+
+class InputSquares:
+    """Sums the squared inputs of every linear layer over the tokens that are real."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.keep: torch.Tensor | None = None
+        self.row: dict[str, int] = {}
+        for name, module in body.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _m, args, n=f"model.{name}": self._saw(n, args[0]))
+
+    def _saw(self, name: str, x: torch.Tensor) -> None:
+        if self.keep is None:
+            return
+        row = self.row.get(name, 0)
+        keep = self.keep[row:row + len(x)]  # the MLP comes one sequence at a time
+        self.row[name] = row + len(x)
+        real = x[keep]
+        squares = real.square().sum(dim=0)
+        self.sums[name] = self.sums[name] + squares if name in self.sums else squares
+        self.counts[name] = self.counts.get(name, 0) + len(real)
+
+    def means(self) -> dict[str, Any]:
+        return {name: (self.sums[name] / self.counts[name]).numpy() for name in sorted(self.sums)}
+
+
+def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids in sequences)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in sequences])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in sequences])
+    return ids, mask
+
+
+@torch.inference_mode()
+def main(job: dict[str, Any]) -> None:
+    torch.set_num_threads(job["threads"])
+    total = 0
+    done = 0
+
+    def layer_done(_index: int) -> None:
+        nonlocal done
+        done += 1
+        print(json.dumps({"done": done, "total": total}), flush=True)
+
+    source = Streamed(Path(job["checkpoint"]), layer_done)
+    layers = len(source.body.layers)
+    total = layers * (bool(job["scores"]) + bool(job["imatrix"]))
+    if job["scores"]:
+        ids, mask = pad([sequence["ids"] for sequence in job["sequences"]])
+        hidden = source.hidden(ids, mask)
+        # position p is the distribution of the token after ids[:p]: the hidden state of token p - 1
+        picked = torch.cat([hidden[row, torch.tensor(sequence["positions"]) - 1]
+                            for row, sequence in enumerate(job["sequences"]) if sequence["positions"]])
+        best, logprobs = source.top(picked, job["top"])
+        np.savez(job["scores"], ids=best.numpy().astype(np.int32), logprobs=logprobs.numpy().astype(np.float32))
+    if job["imatrix"]:
+        squares = InputSquares(source.body)
+        ids, mask = pad(job["calibration"])
+        squares.keep = mask.bool()
+        source.hidden(ids, mask)
+        np.savez(job["imatrix"], **squares.means())
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

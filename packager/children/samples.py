@@ -1,0 +1,37 @@
+"""Renders and tokenizes text with the checkpoint's own tokenizer, as training did: ``samples.py JOB.json``.
+
+JOB.json: {"checkpoint", "conversations": [[{"role", "content"}, …], …], "prompts": [same], "texts": [str, …], "output"}.
+Writes {"conversations": [ids, …], "prompts": [{"ids", "text"}, …], "texts": [ids, …]}: conversations whole, prompts with the
+generation prompt, both by transformers' ``apply_chat_template``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+    return [int(token) for token in ids]
+
+
+def main(job: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["checkpoint"], local_files_only=True)
+    found: dict[str, Any] = {"conversations": [], "prompts": [], "texts": []}
+    for messages in job["conversations"]:
+        found["conversations"].append(render(tokenizer, messages, prompt=False))
+    for messages in job["prompts"]:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        found["prompts"].append({"ids": render(tokenizer, messages, prompt=True), "text": text})
+    for text in job["texts"]:
+        found["texts"].append([int(token) for token in tokenizer(text)["input_ids"]])
+    Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,0 +1,39 @@
+"""Runs a script in this process and ends it when the parent dies: ``python shim.py SCRIPT ARGUMENTS``.
+
+A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next run.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import threading
+import time
+
+
+def die_with_parent() -> None:
+    parent = os.getppid()
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before the call above
+            os._exit(1)
+        return
+    if sys.platform != "win32":
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # noqa: PTH100, PTH120 - before pathlib is worth importing
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,114 @@
+"""How near an artifact's next-token distributions are to its source's, whatever the format.
+
+Both sides give, at the same positions of the same token ids, their best k tokens with log-probabilities. KL divergence is
+taken over the source's best k tokens and one bucket for all the rest (Kullback & Leibler 1951; the bucket makes it a lower
+bound of the full divergence). A token the artifact did not return among its own best is given the artifact's leftover
+mass in equal parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from packager.errors import GateFailed
+
+TIE = 0.02  # nats: two best tokens of the source nearer than this are a tie, which float32 itself settles by chance
+
+
+@dataclass(frozen=True)
+class Score:
+    """kl_*: nats. top1: share of positions whose best token is the source's best (or tied with it within TIE).
+
+    k: tokens compared a position, the rest is one bucket. positions: how many.
+    """
+
+    positions: int
+    k: int
+    kl_mean: float
+    kl_p95: float
+    kl_max: float
+    top1: float
+    top1_strict: float
+    perplexity_ratio: float
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The form that stands in the manifest."""
+        return asdict(self)
+
+
+def divergence(source: Mapping[int, float], artifact: Mapping[int, float], vocabulary: int) -> float:
+    """KL(source ‖ artifact) in nats over the source's tokens and one bucket for the rest; inputs are log-probabilities."""
+    known = [artifact[token] for token in source if token in artifact]
+    absent = len(source) - len(known)
+    # what the artifact's own best tokens leave for all others, spread evenly: the fairest guess for an absent token
+    leftover = max(1.0 - math.fsum(math.exp(value) for value in artifact.values()), 1e-12)
+    fill = leftover / max(vocabulary - len(artifact), 1)
+    total, source_mass, artifact_mass = 0.0, 0.0, 0.0
+    for token, logp in source.items():
+        logq = artifact.get(token, math.log(fill))
+        total += math.exp(logp) * (logp - logq)
+        source_mass += math.exp(logp)
+        artifact_mass += math.exp(logq)
+    rest_p, rest_q = max(1.0 - source_mass, 0.0), max(1.0 - artifact_mass, 1e-12)
+    if rest_p > 1e-9 and absent < len(source):
+        total += rest_p * math.log(rest_p / rest_q)
+    return max(total, 0.0)
+
+
+def compare(
+    source: Sequence[Mapping[int, float]],
+    artifact: Sequence[Mapping[int, float]],
+    targets: Sequence[int | None],
+    vocabulary: int,
+) -> Score:
+    """Score an artifact against its source at the same positions.
+
+    source, artifact: one mapping token -> log-probability a position, best first. targets: the token that really follows
+    (None where there is none), for the perplexity ratio over positions where both sides know it.
+    """
+    if not source or len(source) != len(artifact) or len(source) != len(targets):
+        raise ValueError(f"{len(source)} source, {len(artifact)} artifact and {len(targets)} target positions do not match")
+    divergences = sorted(divergence(p, q, vocabulary) for p, q in zip(source, artifact, strict=True))
+    loose = strict = 0
+    excess: list[float] = []
+    for p, q, target in zip(source, artifact, targets, strict=True):
+        best, chosen = max(p, key=lambda token: p[token]), max(q, key=lambda token: q[token])
+        strict += best == chosen
+        loose += best == chosen or p[best] - p.get(chosen, -math.inf) < TIE
+        if target is not None and target in p and target in q:
+            excess.append(p[target] - q[target])
+    count = len(divergences)
+    return Score(
+        positions=count, k=max(len(p) for p in source),
+        kl_mean=round(math.fsum(divergences) / count, 6),
+        kl_p95=round(divergences[min(count - 1, math.ceil(0.95 * count) - 1)], 6),
+        kl_max=round(divergences[-1], 6),
+        top1=round(loose / count, 4), top1_strict=round(strict / count, 4),
+        perplexity_ratio=round(math.exp(math.fsum(excess) / len(excess)) if excess else 1.0, 4),
+    )
+
+
+def require_equal(score: Score, what: str, max_kl: float = 0.001, min_top1: float = 0.995) -> None:
+    """Raise GateFailed when an unquantized form is not its source: a conversion fault, not a loss of precision."""
+    failed = []
+    if score.kl_mean > max_kl:
+        failed.append(f"mean KL divergence is {score.kl_mean:.4g}, at most {max_kl} is allowed")
+    if score.top1 < min_top1:
+        failed.append(f"top-1 agreement is {score.top1:.2%}, at least {min_top1:.1%} is needed")
+    if failed:
+        raise GateFailed(
+            f"{what} does not compute what the checkpoint computes: {'; '.join(failed)}.",
+            why="The conversion changed the model (rope, norms, a tokenizer or a missing tensor), before any quantization.",
+            fix="Do not ship it. Report the architecture and config.json; --no-verify builds without this check.")
+
+
+def positions_of(scored: Mapping[str, Any]) -> list[dict[int, float]]:
+    """The distributions in a ``score`` output of the runtime, one mapping a position, in order."""
+    return [
+        dict(zip(ids, logprobs, strict=True))
+        for sequence in scored["sequences"]
+        for ids, logprobs in zip(sequence["ids"], sequence["logprobs"], strict=True)
+    ]

@@ -1,0 +1,213 @@
+"""Sole owner of llama.cpp: its converter and gguf-py (from one hash-pinned sdist) and its quantizer.
+
+The sdist of llama-cpp-python carries the converter of the very commit its quantizer is built from. The converter and the
+numpy quantizers run from there without anything being compiled; the extra ``llamacpp`` adds the compiled quantizer for the
+K- and IQ-types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from packager.errors import InputError, NetworkError, PackagerError, ToolError
+from packager.progress import Progress
+from packager.store import Cost, cache_root, machine_errors
+from packager.tools import CHILDREN, ChildFailed, Ran, has_module, last_words, run, run_python, version_of
+
+VERSION = "0.3.36"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+CONVERTER = f"llama.cpp of llama-cpp-python {VERSION} (sdist sha256 {SDIST_SHA256[:16]})"
+WANTED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+
+# llama_ftype numbers (include/llama.h), also written as general.file_type
+FILE_TYPES: Mapping[str, int] = {
+    "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_K_M": 17, "Q4_K_M": 15, "Q6_K": 18, "IQ4_XS": 30, "BF16": 32,
+}
+NUMPY_TYPES = frozenset({"F16", "BF16", "Q8_0", "Q4_0"})  # proven byte-identical to llama.cpp's in tests/real
+
+
+def compiled() -> bool:
+    """Whether llama.cpp's compiled quantizer (the extra ``llamacpp``) is installed in the pinned version."""
+    return has_module("llama_cpp") and version_of("llama-cpp-python") == VERSION
+
+
+def sources(progress: Progress) -> Path:
+    """The folder of the pinned llama.cpp sources (converter and gguf-py), fetched once into the cache.
+
+    Raises NetworkError when the sdist cannot be had, ToolError when it is not what was pinned.
+    """
+    final = cache_root() / "tools" / f"llama.cpp-{VERSION}-{SDIST_SHA256[:12]}"
+    if final.is_dir():
+        return final
+    with machine_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        try:
+            with progress.step("fetching the llama.cpp converter (76 MB, once)"):
+                _unpack(_download(work), work / "tree")
+            try:
+                (work / "tree").rename(final)
+            except OSError:
+                if not final.is_dir():  # another build may have published it meanwhile
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def _download(work: Path) -> Path:
+    pin = work / "pin.txt"
+    pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python",
+               "--require-hashes", "-d", work, "-r", pin]
+    try:
+        run(command, name="pip download")
+    except ChildFailed as error:
+        if "do not match the hashes" in error.output.lower():
+            raise ToolError("the llama-cpp-python sdist of the package index is not the pinned one.",
+                            why=last_words(error.output), fix="Do not use this index; ask who runs it.") from error
+        raise NetworkError(
+            "the llama.cpp converter could not be fetched from the package index.", why=last_words(error.output),
+            fix=f"Put llama_cpp_python-{VERSION}.tar.gz into a folder and set PIP_FIND_LINKS to it, or connect once: "
+                "it is kept in the cache.") from error
+    found = sorted(work.glob("llama_cpp_python-*.tar.gz"))
+    if not found:
+        raise ToolError("pip downloaded no llama-cpp-python sdist.")
+    return found[0]
+
+
+def _unpack(archive: Path, tree: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = PurePosixPath(member.name).parts[3:]  # llama_cpp_python-X/vendor/llama.cpp/…
+            inner = "/".join(parts)
+            if member.isfile() and any(inner == want or (want.endswith("/") and inner.startswith(want)) for want in WANTED):
+                member.name = inner
+                tar.extract(member, tree, filter="data")
+
+
+class Steps:
+    """Feeds a progress bar from a child's ``{"done": n, "total": m}`` lines; other lines are left alone."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self.progress, self.name = progress, name
+        self.seen = 0.0
+
+    def follow(self, script: Path, job: Mapping[str, Any], cost: Cost, *, work: Path, total: float | None = None,
+               path: tuple[Path, ...] = (), unit: str = "") -> Ran:
+        """Run a child script on a JSON job written next to its output; its peak memory goes into ``cost``."""
+        handle, name = tempfile.mkstemp(suffix=".json", dir=work)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(dict(job), file)
+        try:
+            with self.progress.step(self.name, total, unit) as task:
+                def on_line(line: str) -> None:
+                    if line.startswith('{"done"'):
+                        done = float(json.loads(line)["done"])
+                        task.advance(done - self.seen)
+                        self.seen = done
+
+                ran = run_python(script, [name], name=self.name, path=path, on_line=on_line)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        cost.saw(ran.peak_rss_bytes)
+        return ran
+
+
+def convert(checkpoint: Path, name: str, kind: str, output: Path, progress: Progress, cost: Cost) -> None:
+    """Write the checkpoint as one unquantized GGUF of type ``kind`` ("F16" or "BF16", "F32").
+
+    Raises InputError when llama.cpp has no converter for the architecture or its tokenizer, ToolError when it fails.
+    """
+    tree = sources(progress)
+    arguments: list[str | Path] = [checkpoint, "--outfile", output, "--outtype", kind.lower(), "--model-name", name]
+    total = float(sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")))
+    try:
+        with progress.step(f"converting to GGUF {kind}", total, "B") as task:
+            seen = 0.0
+
+            def on_line(line: str) -> None:
+                nonlocal seen
+                if line.startswith("Writing:") and "%|" in line:  # tqdm's bar
+                    done = float(line.split("%|")[0].rsplit(":", 1)[1]) / 100 * total
+                    task.advance(done - seen)
+                    seen = done
+
+            ran = run_python(tree / "convert_hf_to_gguf.py", arguments, name="the llama.cpp converter", on_line=on_line)
+    except ChildFailed as error:
+        raise _conversion_error(error) from error
+    cost.saw(ran.peak_rss_bytes)
+
+
+def _conversion_error(error: ChildFailed) -> PackagerError:
+    text = error.output
+    if "is not supported" in text or "not supported" in last_words(text):
+        return InputError("llama.cpp's converter does not know this architecture.", why=last_words(text),
+                          fix="Choose another recipe; `packager recipes` lists them.")
+    if "pre-tokenizer was not recognized" in text:
+        return InputError(
+            "llama.cpp does not know this checkpoint's pre-tokenizer.",
+            why="The tokenizer.json differs from that of every model family llama.cpp supports, so its tokens would come out wrong.",
+            fix="Use the base model's own tokenizer files if the fine-tune did not change them.")
+    return error
+
+
+def quantize(
+    source: Path, kind: str, output: Path, progress: Progress, cost: Cost, *, imatrix: Path | None = None, use_compiled: bool,
+) -> str:
+    """Write ``source`` (an unquantized GGUF) as type ``kind``; returns the name of the quantizer that did it.
+
+    Raises ToolError when the quantizer fails or the type needs the compiled one.
+    """
+    threads = os.cpu_count() or 1
+    job: dict[str, Any] = {"source": str(source), "output": str(output), "file_type": FILE_TYPES[kind], "threads": threads}
+    if use_compiled:
+        job["imatrix"] = str(imatrix) if imatrix else None
+        Steps(progress, f"quantizing to {kind}").follow(CHILDREN / "quantize_llama.py", job, cost, work=output.parent)
+        return f"llama.cpp ({CONVERTER})"
+    if kind not in NUMPY_TYPES:
+        raise ToolError(f"{kind} needs llama.cpp's compiled quantizer.",
+                        fix='Install the extra: pip install "packager[llamacpp]", or choose quant=Q8_0.')
+    tree = sources(progress)
+    # llama.cpp makes the head of a Q4_0 file Q6_K, which gguf-py cannot write: Q8_0 is the nearest it can, and better
+    job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind}
+    total = 4.0 * source.stat().st_size / 2
+    Steps(progress, f"quantizing to {kind}").follow(
+        CHILDREN / "quantize_numpy.py", job, cost, work=output.parent, total=total, path=(tree / "gguf-py",), unit="B")
+    return f"gguf-py ({CONVERTER})"
+
+
+def tensor_types(path: Path) -> dict[str, int]:
+    """How many tensors of each GGML type a GGUF file really has, read from its header."""
+    import gguf
+
+    counts: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(str(path)).tensors:
+        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def metadata(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Metadata values of a GGUF file by key; a key that is not there is left out."""
+    import gguf
+
+    fields = gguf.GGUFReader(str(path)).fields
+    return {key: fields[key].contents() for key in keys if key in fields}
+
+
+def imatrix_names(modules: list[str], architecture: str, layers: int) -> dict[str, str]:
+    """GGUF tensor name for each Hugging Face module name, by gguf-py's own table; unknown modules are left out."""
+    import gguf
+
+    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    table = gguf.get_tensor_name_map(arch, layers)
+    names = {module: table.get_name(module) for module in modules}
+    return {module: f"{name}.weight" for module, name in names.items() if name}

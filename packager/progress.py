@@ -1,0 +1,50 @@
+"""The seam between work and terminal: work reports through a Progress, only console.py draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One running step. ``advance`` takes the amount done since the last call, in the step's unit."""
+
+    def advance(self, amount: float) -> None: ...
+
+
+class Progress(Protocol):
+    """What long work reports to.
+
+    step: a context manager around one named step; total is in ``unit`` ("B" for bytes) or None when unknown.
+    note: one line the user should see even when the step is long over.
+    """
+
+    def step(self, name: str, total: float | None = None, unit: str = "") -> "StepContext": ...
+
+    def note(self, text: str) -> None: ...
+
+
+class StepContext(Protocol):
+    def __enter__(self) -> Task: ...
+
+    def __exit__(self, *exc: object) -> bool | None: ...
+
+
+class _SilentTask:
+    def advance(self, amount: float) -> None:
+        return None
+
+
+class Silent:
+    """A Progress that shows nothing: for tests and library use."""
+
+    @contextmanager
+    def _step(self) -> Iterator[Task]:
+        yield _SilentTask()
+
+    def step(self, name: str, total: float | None = None, unit: str = "") -> StepContext:
+        return self._step()
+
+    def note(self, text: str) -> None:
+        return None

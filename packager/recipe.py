@@ -1,0 +1,102 @@
+"""What a recipe author imports: Recipe, Job, Estimate, Artifact, Need.
+
+A recipe is one module in recipes/ (the file name is its identifier) with a module-level ``RECIPE = Recipe(...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from packager.calibration import Calibration
+    from packager.checkpoint import Checkpoint
+    from packager.progress import Progress
+    from packager.store import Store
+    from packager.target import Target
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Need:
+    """A module or program a recipe cannot work without, and what brings it.
+
+    when: the option values it is needed for, in words ("" means always).
+    """
+
+    module: str
+    brings: str
+    when: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build will cost and yield; all sizes in bytes.
+
+    artifact_bytes: the model file. build_ram_bytes: peak resident memory of the build. build_disk_bytes: store and
+    output together. load_bytes: weights resident on the box. kv_bytes: KV cache at ``context`` tokens for all
+    ``slots`` together. read_per_token_bytes: weights read to decode one token at batch 1 (the roofline's divisor).
+    seconds: a rough build time on two cores.
+    """
+
+    artifact_bytes: int
+    build_ram_bytes: int
+    build_disk_bytes: int
+    load_bytes: int
+    kv_bytes: int
+    overhead_bytes: int
+    read_per_token_bytes: int
+    context: int
+    slots: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a build may use. ``checkpoint`` is already merged and all safetensors."""
+
+    checkpoint: Checkpoint
+    target: Target
+    store: Store
+    progress: Progress
+    calibration: Calibration | None = None
+    seed: int = 0
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a recipe built: files (bundle-relative name under model/ -> path in the store) and what is known of them.
+
+    run: how the box runs it (manifest's ``run`` object). report: measured facts (tensor types, fidelity).
+    provenance: versions, digests, options. extra: further files at the bundle's top level (an Ollama store).
+    """
+
+    format: str
+    files: Mapping[str, Path]
+    run: Mapping[str, Any]
+    report: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    extra: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[Options]):
+    """One way to turn a checkpoint into an artifact.
+
+    options: the recipe's own frozen dataclass; ``--set key=value`` and the target's ``[options]`` fill it.
+    why_not: None, or one sentence why this checkpoint cannot be built for this target and what would work.
+    """
+
+    name: str
+    summary: str
+    format: str
+    options: type[Options]
+    needs: tuple[Need, ...]
+    why_not: Callable[[Checkpoint, Target, Options], str | None]
+    estimate: Callable[[Checkpoint, Target, Options], Estimate]
+    build: Callable[[Job, Options], Artifact]

@@ -1,0 +1,220 @@
+"""The store: every step of a build is a folder named by the digest of its inputs.
+
+A step that is there is whole: it is made in a ``.partial`` sibling under a lock, flushed to disk and renamed. A killed
+build therefore leaves finished steps (reused by the next run) and at most one partial folder per step, which the next
+run of the same step either goes on with (``resumable``) or clears.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packager.errors import MachineError
+from packager.progress import Progress
+
+RECORD = "step.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: its folder and what making it cost (0 for both when it was found in the store)."""
+
+    name: str
+    key: str
+    path: Path
+    seconds: float
+    peak_rss_bytes: int
+    reused: bool
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file that the step wrote."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+@dataclass
+class Cost:
+    """What a running step reports about its children: the highest resident memory, in bytes."""
+
+    peak_rss_bytes: int = 0
+
+    def saw(self, peak_rss_bytes: int) -> None:
+        """Take the peak of one child into account."""
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes)
+
+
+def default_root() -> Path:
+    """``PACKAGER_STORE``, else ``packager/store`` under the user's cache folder."""
+    if chosen := os.environ.get("PACKAGER_STORE"):
+        return Path(chosen).expanduser()
+    return cache_root() / "store"
+
+
+def cache_root() -> Path:
+    """The folder for what can be fetched or built again: ``$XDG_CACHE_HOME/packager`` or ``~/.cache/packager``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "packager"
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 (hex) of a value's canonical JSON form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """Content-addressed steps under one folder; safe for several builds at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def step(
+        self,
+        name: str,
+        inputs: Mapping[str, object],
+        make: Callable[[Path, Cost], None],
+        *,
+        progress: Progress,
+        resumable: bool = False,
+    ) -> Step:
+        """The folder of step ``name`` for these inputs, made by ``make(folder, cost)`` when it is not there yet.
+
+        inputs must be JSON-serialisable and name everything the result depends on. Raises MachineError when the disk
+        is full or the store cannot be written; whatever ``make`` raises passes through, and the step stays unmade.
+        """
+        key = digest_of({"step": name, "inputs": dict(inputs)})[:40]
+        final = self.root / name / key
+        with machine_errors(self.root):
+            if found := self._found(name, key, final):
+                return found
+            with self._lock(name, key, progress):
+                if found := self._found(name, key, final):
+                    return found
+                partial = final.with_name(f".{key}.partial")
+                if partial.exists() and not resumable:
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True, exist_ok=True)
+                cost = Cost()
+                start = time.monotonic()
+                try:
+                    make(partial, cost)
+                except BaseException:
+                    if not resumable:
+                        shutil.rmtree(partial, ignore_errors=True)
+                    raise
+                seconds = time.monotonic() - start
+                files = {
+                    str(path.relative_to(partial)): path.stat().st_size
+                    for path in sorted(partial.rglob("*"))
+                    if path.is_file()
+                }
+                record = {"step": name, "inputs": dict(inputs), "files": files, "seconds": round(seconds, 3),
+                          "peak_rss_bytes": cost.peak_rss_bytes}
+                (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+                flush_tree(partial)
+                partial.rename(final)
+                flush_folder(final.parent)
+        return Step(name, key, final, seconds, cost.peak_rss_bytes, reused=False)
+
+    def _found(self, name: str, key: str, final: Path) -> Step | None:
+        if not final.is_dir():
+            return None
+        record = json.loads((final / RECORD).read_text(encoding="utf-8"))
+        for file, size in record["files"].items():
+            path = final / file
+            if not path.is_file() or path.stat().st_size != size:
+                raise MachineError(
+                    f"the store's copy of step {name} is damaged: {path} is missing or has another size.",
+                    why="Something outside the packager changed the store.",
+                    fix=f"Remove the folder {final} and run the same command again.",
+                )
+        return Step(name, key, final, 0.0, int(record["peak_rss_bytes"]), reused=True)
+
+    @contextmanager
+    def _lock(self, name: str, key: str, progress: Progress) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}-{key}.lock")
+        try:
+            lock.acquire(timeout=0.05)
+        except Timeout:
+            progress.note(f"waiting: another build is making the step {name}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+@contextmanager
+def machine_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or a denied permission into a MachineError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or where
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                f"the disk is full: {place} could not be written.",
+                why=f"{shutil.disk_usage(_existing(where)).free / 1e9:.1f} GB are free at {where}.",
+                fix="Free some space, or point PACKAGER_STORE and -o at another disk; finished steps are kept.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise MachineError(
+                f"{place} could not be written: {error.strerror}.",
+                fix="Choose a folder you may write to with -o or PACKAGER_STORE.",
+            ) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def flush_tree(folder: Path) -> None:
+    """fsync every file and folder under ``folder``, so that a rename publishes what is really on the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        flush_folder(path)
+
+
+def flush_folder(folder: Path) -> None:
+    """fsync a folder's entries; does nothing on Windows, which has no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with machine_errors(path.parent):
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_folder(path.parent)

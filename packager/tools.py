@@ -1,0 +1,161 @@
+"""Sole owner of subprocess: run outside programs, watch their progress, measure their memory, report how they failed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packager.errors import ToolError
+
+CHILDREN = Path(__file__).parent / "children"
+TAIL_LINES = 40
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished child. output: the last lines of stdout and stderr together. peak_rss_bytes: its highest resident memory."""
+
+    output: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+class ChildFailed(ToolError):
+    """A child exited with an error; ``output`` has its last lines, ``code`` its exit status (negative: a signal)."""
+
+    def __init__(self, name: str, code: int, output: str) -> None:
+        reason = f"was ended by signal {-code} ({_signal_name(-code)})" if code < 0 else f"exited with status {code}"
+        hint = "The machine ran out of memory." if code == -9 else ""
+        super().__init__(f"{name} {reason}.", why=hint or last_words(output), fix="The full output is in --log-file, if given.")
+        self.code = code
+        self.output = output
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def last_words(output: str) -> str:
+    """The last line of a tool's output that says something, for an error message."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1][:400] if lines else "It printed nothing."
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    name: str,
+    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Ran:
+    """Run a program to its end; ``on_line`` sees every line (split at \\n and \\r) of stdout and stderr as it comes.
+
+    Raises ChildFailed when it exits with an error and ToolError when it cannot be started. On an interrupt the child
+    is ended before the interrupt goes on.
+    """
+    start = time.monotonic()
+    merged = {**os.environ, **(env or {})}
+    try:
+        child = subprocess.Popen(  # noqa: S603 - argv is a list, no shell
+            [str(part) for part in argv],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=merged, bufsize=0,
+        )
+    except OSError as error:
+        raise ToolError(f"{name} could not be started: {error}.") from error
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    reader = threading.Thread(target=_read, args=(child, tail, on_line), daemon=True)
+    reader.start()
+    try:
+        code, peak = _wait(child)
+    except BaseException:
+        end(child)
+        raise
+    reader.join(timeout=10)
+    output = "\n".join(tail)
+    if code != 0:
+        raise ChildFailed(name, code, output)
+    return Ran(output, time.monotonic() - start, peak)
+
+
+def _read(child: subprocess.Popen[bytes], tail: deque[str], on_line: Callable[[str], None] | None) -> None:
+    assert child.stdout is not None
+    pending = b""
+    while chunk := child.stdout.read(65536):
+        *lines, pending = re.split(rb"[\r\n]", pending + chunk)
+        for raw in lines:
+            if line := raw.decode("utf-8", "replace"):
+                tail.append(line)
+                if on_line:
+                    on_line(line)
+    if pending:
+        tail.append(pending.decode("utf-8", "replace"))
+
+
+def _wait(child: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """The exit status and the peak resident memory in bytes (0 where the system does not tell)."""
+    if not hasattr(os, "wait4"):
+        return child.wait(), 0
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait for a child that is already reaped
+    unit = 1 if sys.platform == "darwin" else 1024
+    return child.returncode, usage.ru_maxrss * unit
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Terminate a child, then kill it if it has not ended after three seconds."""
+    if child.poll() is not None:
+        return
+    child.terminate()
+    try:
+        child.wait(timeout=3)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def run_python(
+    script: Path,
+    arguments: Sequence[str | Path] = (),
+    *,
+    name: str,
+    path: Sequence[Path] = (),
+    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Ran:
+    """Run a Python script in a child of this interpreter that ends when we do (children/shim.py), offline, UTF-8.
+
+    path: folders put first on its module search path.
+    """
+    extra = {"PYTHONPATH": os.pathsep.join(str(folder) for folder in path), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1",
+             "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+             "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", **(env or {})}
+    return run([sys.executable, CHILDREN / "shim.py", script, *arguments], name=name, env=extra, on_line=on_line)
+
+
+def has_module(module: str) -> bool:
+    """Whether a top-level module could be imported, without importing it."""
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def version_of(distribution: str) -> str:
+    """The installed version of a distribution, or "" when it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
