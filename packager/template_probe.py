@@ -1,0 +1,58 @@
+"""What a chat template does at the edges of a conversation, found by rendering one in jinja's sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ANSWER = "THE-ANSWER-OF-THE-PROBE"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found.
+
+    turn_end: the token that follows an assistant's answer, None when there is none. writes_bos: the text starts with the
+    BOS token. error: why the template could not be rendered, "" when it could.
+    """
+
+    turn_end: str | None = None
+    writes_bos: bool = False
+    error: str = ""
+
+
+def probe(template: str, special_tokens: Mapping[str, str | None], tokens: Iterable[str]) -> Probe:
+    """Render one question and one answer and look at what surrounds them.
+
+    special_tokens: the variables bos_token, eos_token… of the template. tokens: all added tokens of the tokenizer.
+    The environment is the one transformers renders with (trimmed blocks, loop controls, tojson, raise_exception,
+    strftime_now); nothing the template says can reach files or Python objects.
+    """
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+        import json
+
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda _format: "01 January 2026"  # any fixed day: only the edges matter
+    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
+    variables = {name: value or "" for name, value in special_tokens.items()}
+    try:
+        text = environment.from_string(template).render(messages=messages, add_generation_prompt=False, **variables)
+    except Exception as error:  # a template is a program: it may fail in any way, and all of them are its own fault
+        return Probe(error=f"{type(error).__name__}: {error}")
+    bos = special_tokens.get("bos_token")
+    _, answered, tail = text.rpartition(_ANSWER)
+    found = sorted((tail.index(token), -len(token), token) for token in tokens if token and token in tail)
+    turn_end = found[0][2] if answered and found else None
+    return Probe(turn_end=turn_end, writes_bos=bool(bos) and text.startswith(str(bos)))
