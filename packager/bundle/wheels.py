@@ -29,7 +29,6 @@ Run = Callable[[Sequence[str]], object]
 
 # A marker may name a patch release; a box may have any of them, so both ends of a minor version are asked.
 PATCH_ENDS = ("0", "99")
-GLIBC_LEGACY = {"manylinux2014": 17, "manylinux2010": 12, "manylinux1": 5}
 SYSTEMS = {
     "linux": {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux"},
     "windows": {"os_name": "nt", "sys_platform": "win32", "platform_system": "Windows"},
@@ -41,7 +40,7 @@ class Platform(Protocol):
     """What is asked of a target (packager.target.Target has it all).
 
     system: "linux", "windows" or "macos". machine: "x86_64", "aarch64" or "arm64". python: minor versions such as
-    "3.10". wheel_platforms: pip platform tags such as "manylinux_2_28_x86_64". glibc: "2.28", or None.
+    "3.10". wheel_platforms: every platform tag that loads there, best first (pip takes ``--platform`` literally).
     """
 
     @property
@@ -127,35 +126,6 @@ def select(lock: Iterable[Locked], target: Platform, python: str) -> list[Locked
             if entry.requirement.marker is None or any(entry.requirement.marker.evaluate(env) for env in wanted)]
 
 
-def platform_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """The tags and all older ones that the same box can load, best first.
-
-    pip takes ``--platform`` literally: a box for manylinux_2_28 would be denied a manylinux_2_17 wheel.
-    """
-    found: list[str] = []
-    for tag in tags:
-        if match := re.fullmatch(r"manylinux_2_(\d+)_(\w+)", tag):
-            found += _manylinux(int(match[1]), match[2])
-        elif match := re.fullmatch(r"(manylinux2014|manylinux2010|manylinux1)_(\w+)", tag):
-            found += _manylinux(GLIBC_LEGACY[match[1]], match[2])
-        elif match := re.fullmatch(r"macosx_(\d+)_(\d+)_(\w+)", tag):
-            from packaging.tags import mac_platforms
-
-            found += mac_platforms((int(match[1]), int(match[2])), match[3])
-        else:
-            found.append(tag)
-    return tuple(dict.fromkeys(found))
-
-
-def _manylinux(minor: int, machine: str) -> list[str]:
-    oldest = 5 if machine in ("x86_64", "i686") else 17
-    tags = []
-    for glibc in range(minor, oldest - 1, -1):
-        tags.append(f"manylinux_2_{glibc}_{machine}")
-        tags += [f"{name}_{machine}" for name, same in GLIBC_LEGACY.items() if same == glibc]
-    return [*tags, f"linux_{machine}"]
-
-
 def pip_download(lines: Path, platforms: Sequence[str], python: str, folder: Path) -> list[str]:
     """The command that fetches wheels for another platform; the index is whatever pip is configured for."""
     tag = "cp" + python.replace(".", "")
@@ -184,7 +154,7 @@ def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, 
     if not target.python or not target.wheel_platforms:
         raise InputError(f"Target {target.name} names no Python version or no wheel platform.",
                          fix="Give it at least one of each.")
-    platforms = platform_tags(target.wheel_platforms)
+    platforms = target.wheel_platforms
     wanted = {python: select(entries, target, python) for python in target.python}
     key = _key(wanted, platforms)
     home = cache / key

@@ -1,0 +1,62 @@
+"""The files that speak to the box and its person: install.sh, README.md and the systemd units, from templates/.
+
+Templates are plain files with ``@KEY@`` marks. What is put in is checked first: a shell script is no place for text
+that somebody else chose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.resources import files as package_files
+from typing import Any
+
+from packager.bundle.manifest import Needs
+from packager.errors import PackagerError
+
+SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SYSTEMS = {"linux": "Linux", "windows": "Windows", "macos": "macOS"}
+INSTALL = {
+    "linux": "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
+    "macos": "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
+    "windows": "    install.cmd                      & rem or: install.cmd --prefix C:\\@BUNDLE@\n\n"
+               "Below, read `PREFIX\\bin\\serve.cmd` for `PREFIX/bin/serve`, and so on.",
+}
+
+
+def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
+    """File name -> text of everything a box gets from templates. Raises PackagerError for a name that is not plain."""
+    values = {
+        "BUNDLE": bundle, "MODEL": model, "TARGET": target, "MACHINE": needs.machine,
+        "PYTHON_MIN": needs.python_min, "PYTHON_MAX": needs.python_max,
+    }
+    for key, value in values.items():
+        if not SAFE.fullmatch(value):
+            raise PackagerError(f"{value!r} cannot stand in an installer ({key.lower()}).",
+                                why="Only letters, digits, dot, dash and underscore may.", fix="Choose a plain name.")
+    values |= {
+        "SYSTEM": SYSTEMS[needs.system],
+        "GLIBC": f"glibc {needs.glibc_min} or newer" if needs.glibc_min else "any",
+        "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
+        "CONTEXT": str(run["context"]), "SLOTS": str(run["slots"]),
+        "PRIVATE_DEVICES": "no" if run.get("gpu_layers") else "yes",  # a GPU is a device node
+        "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
+    }
+    names = ["README.md", "install.cmd"] if needs.system == "windows" else ["README.md", "install.sh"]
+    if needs.system == "linux":
+        names += ["packager.service", "packager-user.service"]
+    return {name: _fill(name, values) for name in names}
+
+
+def _fill(name: str, values: Mapping[str, str]) -> str:
+    text = package_files("packager.bundle").joinpath("templates", name).read_text("utf-8")
+
+    def value(mark: re.Match[str]) -> str:
+        # @PREFIX@ is known only on the box.
+        return mark[0] if mark[1] == "PREFIX" else values[mark[1]]
+
+    return re.sub(r"@([A-Z_]+)@", value, text)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,385 @@
+"""Install a bundle on this box: preflight, then everything in a temporary sibling of the prefix, then one rename.
+
+Called by install.sh, which has chosen a Python. Standard library only, no network: the wheels lie in the bundle and
+pip itself is one of them (a Debian python3 has no ensurepip). Nothing is written before the preflight has passed; what
+a killed install leaves is a hidden temporary sibling, which the next run removes. Exit codes: 0 installed, 4 the box or
+place does not fit, 5 the bundle is damaged, 9 the machine failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from runtimes import check
+
+VERBS = ("check", "serve", "bench")
+BIN = "Scripts" if os.name == "nt" else "bin"
+EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+AT_FDCWD = -100
+FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
+
+# $0 may be a link; the folder is resolved at every call, so an install can be moved.
+WRAPPER = """#!/bin/sh
+set -eu
+self=$0
+while [ -h "$self" ]; do
+    link=$(readlink "$self")
+    case $link in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
+done
+home=$(CDPATH='' cd -- "$(dirname -- "$self")/.." && pwd -P)
+unset PYTHONHOME PYTHONSTARTUP
+PYTHONPATH=$home/runtime PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1
+export PYTHONPATH PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE PYTHONUTF8
+exec "$home/venv/bin/python" -m runtimes @VERB@ --bundle "$home" "$@"
+"""
+WRAPPER_CMD = """@echo off\r
+setlocal\r
+set "PYTHONPATH=%~dp0..\\runtime"\r
+set PYTHONNOUSERSITE=1\r
+set PYTHONDONTWRITEBYTECODE=1\r
+set PYTHONUTF8=1\r
+"%~dp0..\\venv\\Scripts\\python.exe" -m runtimes @VERB@ --bundle "%~dp0.." %*\r
+"""
+
+
+class Refused(Exception):
+    """An install that cannot go on: one sentence, and the exit code."""
+
+    def __init__(self, sentence: str, code: int = check.REFUSED) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+def say(text: str) -> None:
+    """One line of progress on standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable) -> bool:
+    """Install; False when the same bundle was already there, whole. Raises Refused, before or after cleaning up."""
+    bundle = bundle.resolve()
+    prefix = Path(os.path.realpath(prefix.expanduser()))
+    try:
+        manifest = check.read_manifest(bundle)
+    except ValueError as error:
+        raise Refused(str(error), check.DAMAGED) from error
+    findings = check.compare(manifest["needs"], check.read_facts(prefix), installing=True)
+    ours = look_at_place(bundle, prefix)
+    say(f"checking this box and the files of {manifest['bundle']} …")
+    files = check.check_files(bundle)
+    digest = check.file_sha256(bundle / check.MANIFEST)
+    if ours and is_whole(prefix, digest):  # before the disk is judged: nothing will be written
+        findings = [item for item in findings if item.name != "disk"]
+    code = check.exit_code(findings, files)
+    if code != check.FITS:
+        raise Refused(check.refusal(findings, files), code)
+    if ours and is_whole(prefix, digest):
+        return False
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        sweep(prefix)
+        build_and_publish(bundle, prefix, manifest, digest, interpreter)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise Refused(f"The install failed: {error.strerror or error}{place}; nothing was changed at {prefix}, "
+                      "repair the cause and run it again.", check.MACHINE) from error
+    return True
+
+
+def look_at_place(bundle: Path, prefix: Path) -> bool:
+    """Whether an install of ours is at the prefix; Refused when something else is, or the place cannot be written."""
+    if prefix == bundle or prefix in bundle.parents or bundle in prefix.parents:
+        raise Refused(f"Refused: the prefix {prefix} must lie apart from the bundle {bundle}; "
+                      "choose another place with --prefix.")
+    parent = prefix.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise Refused(f"Refused: expected a folder that {user()} may write, found {parent} which is not; "
+                      "choose another place with --prefix, or run it as its owner.", check.MACHINE)
+    if not prefix.exists():
+        return False
+    if prefix.is_dir() and os.path.ismount(prefix):
+        raise Refused(f"Refused: {prefix} is a mount point and cannot be replaced in one step; "
+                      f"choose a folder below it, for example --prefix {prefix / 'packager'}.")
+    if prefix.is_dir() and (prefix / check.MARKER).is_file():
+        return True
+    if not prefix.is_dir() or any(prefix.iterdir()):
+        raise Refused(f"Refused: expected an empty or new folder or an earlier install, found other files at {prefix}; "
+                      "choose another place with --prefix, or move them away.")
+    return False
+
+
+def user() -> str:
+    """Who runs this, for a message."""
+    return os.environ.get("USER") or os.environ.get("USERNAME") or "this user"
+
+
+def is_whole(prefix: Path, manifest_sha256: str) -> bool:
+    """Whether the install at the prefix is of this very manifest, by this Python, undamaged and able to start."""
+    try:
+        marker = json.loads((prefix / check.MARKER).read_text("utf-8"))
+        same = marker["manifest_sha256"] == manifest_sha256 and marker["python"] == sys.version.split()[0]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if not same or any(item.ok is False for item in check.check_files(prefix)):
+        return False
+    if not all((prefix / "bin" / verb).is_file() for verb in VERBS):
+        return False
+    return starts(prefix)
+
+
+def starts(home: Path) -> bool:
+    """Whether everything that was installed can be imported (an illegal instruction ends only the child)."""
+    code = ("import importlib, importlib.metadata as m, sys\n"
+            "names = [f.parts[0] for d in m.distributions() for f in (d.files or ()) "
+            "if len(f.parts) == 2 and f.parts[1] == '__init__.py']\n"
+            "[importlib.import_module(n) for n in sorted(set(names)) if not n.startswith('_')]\n")
+    return subprocess.run(  # noqa: S603 - our own venv's Python
+        [home / "venv" / BIN / "python", "-I", "-B", "-c", code], check=False, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def siblings(prefix: Path) -> tuple[str, Path]:
+    """Prefix of the temporary siblings' names, and the name an old install has while two renames replace it."""
+    return f".{prefix.name}.installing-", prefix.parent / f".{prefix.name}.previous"
+
+
+def sweep(prefix: Path) -> None:
+    """Remove what killed installs left; an old install that a kill left without its name gets it back."""
+    start, previous = siblings(prefix)
+    if previous.exists() and not prefix.exists():
+        previous.rename(prefix)
+    for left in [previous, *prefix.parent.glob(f"{start}*")]:
+        if left.is_dir() and (held := hold(left)) is not None:
+            say(f"removing what an earlier install left: {left}")
+            remove(left)
+            os.close(held)
+
+
+def hold(folder: Path) -> int | None:
+    """Lock a folder for as long as this process lives; None when another process holds it."""
+    if os.name == "nt":
+        return os.open(os.devnull, os.O_RDONLY)
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def remove(folder: Path) -> None:
+    """Delete a tree; what cannot be deleted is named, because it takes disk."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        say(f"could not remove {folder}; delete it by hand")
+
+
+def build_and_publish(bundle: Path, prefix: Path, manifest: dict[str, Any], digest: str, interpreter: str) -> None:
+    """Make the whole install beside the prefix, then give it the prefix's name."""
+    work = Path(tempfile.mkdtemp(prefix=siblings(prefix)[0], dir=prefix.parent))
+    held = hold(work)
+    try:
+        work.chmod(0o755)
+        say("copying the model and the server …")
+        copy_files(bundle, work)
+        say("installing the Python packages from wheels/ …")
+        make_venv(bundle, work, interpreter)
+        write_wrappers(work)
+        write_units(bundle, work, prefix)
+        if not starts(work):
+            raise Refused("The installed packages do not start on this processor and Python, found by importing them; "
+                          f"nothing was changed at {prefix}, use a bundle for another target or another --python.")
+        marker = {"schema_version": 1, "bundle": manifest["bundle"], "manifest_sha256": digest,
+                  "python": sys.version.split()[0]}
+        (work / check.MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+        settle(work)
+        publish(work, prefix)
+    finally:
+        if work.exists():  # the old install after an exchange, or an install that failed
+            remove(work)
+        if held is not None:
+            os.close(held)
+
+
+def copy_files(bundle: Path, work: Path) -> None:
+    """Copy what the box runs; every file is hashed again as it is read, because a stick can fail between two reads."""
+    for path, expected in check.sums(bundle):
+        if not check.is_installed(path):
+            continue
+        goal = work / path
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        if not clone(bundle / path, goal) and copy(bundle / path, goal) != expected:
+            raise Refused(f"{path} changed while it was copied, found by its sha256; copy the bundle again.",
+                          check.DAMAGED)
+        goal.chmod(0o755 if path.endswith(".sh") else 0o644)
+    (work / check.SUMS).write_bytes((bundle / check.SUMS).read_bytes())
+    compileall.compile_dir(work / "runtime", quiet=2, stripdir=str(work), prependdir=None)
+
+
+def clone(source: Path, goal: Path) -> bool:
+    """Share the file's blocks where the filesystem can (Btrfs, XFS): as safe as a copy, and no second copy on disk.
+    Never a hard link: a later change of the bundle would change the install."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with source.open("rb") as reader, goal.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def copy(source: Path, goal: Path) -> str:
+    """Copy a file to disk and return the sha256 of what was read."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, goal.open("wb") as writer:
+        while block := reader.read(check.CHUNK):
+            digest.update(block)
+            writer.write(block)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return digest.hexdigest()
+
+
+def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
+    """A virtual environment of the bundled wheels, by the bundled pip, with every hash checked and no index asked."""
+    wheels = bundle / "wheels"
+    pip = sorted(wheels.glob("pip-*.whl"))
+    if not pip:
+        raise Refused("The bundle has no wheel of pip in wheels/; copy the bundle again.", check.DAMAGED)
+    scratch = work / ".tmp"
+    scratch.mkdir()
+    # The box's own pip settings (an index, a constraint, a proxy) must not reach in; TMPDIR: /tmp may be small.
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON", "VIRTUAL_ENV"))}
+    clean |= {"PIP_CONFIG_FILE": os.devnull, "TMPDIR": str(scratch), "TEMP": str(scratch)}
+    step([interpreter, "-I", "-m", "venv", "--without-pip", str(work / "venv")], clean, "making a virtual environment")
+    python = work / "venv" / BIN / "python"
+    step([str(python), "-I", str(pip[-1] / "pip"), "--isolated", "install", "--quiet", "--no-index", "--no-deps",
+          "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-warn-script-location",
+          "--root-user-action=ignore", "--find-links", str(wheels), "--requirement", str(wheels / "requirements.txt")],
+         clean, "installing the packages")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for script in (work / "venv" / BIN).iterdir():  # they hold this temporary path; bin/ is what is used
+        if not script.name.lower().startswith("python"):
+            script.unlink()
+
+
+def step(command: list[str], env: dict[str, str], what: str) -> None:
+    """Run one child; its last words become the refusal when it fails."""
+    done = subprocess.run(command, env=env, check=False, stdin=subprocess.DEVNULL,  # noqa: S603
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
+        cause = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no message")
+        raise Refused(f"{what} failed with status {done.returncode} ({cause[:300]}); nothing was changed at the prefix, "
+                      "repair the cause and run it again.", check.MACHINE)
+
+
+def write_wrappers(work: Path) -> None:
+    """bin/check, bin/serve and bin/bench."""
+    folder = work / "bin"
+    folder.mkdir()
+    for verb in VERBS:
+        (folder / verb).write_text(WRAPPER.replace("@VERB@", verb), "utf-8")
+        (folder / verb).chmod(0o755)
+        if os.name == "nt":
+            (folder / f"{verb}.cmd").write_bytes(WRAPPER_CMD.replace("@VERB@", verb).encode())
+
+
+def write_units(bundle: Path, work: Path, prefix: Path) -> None:
+    """The systemd units with the prefix put in, quoted as systemd reads it (systemd.syntax(7), "%" as "%%")."""
+    quoted = str(prefix).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    for unit in sorted(bundle.glob("*.service")):
+        (work / unit.name).write_text(unit.read_text("utf-8").replace("@PREFIX@", quoted), "utf-8")
+
+
+def settle(work: Path) -> None:
+    """Everything on disk before the name changes; one sync instead of an fsync for each of some thousand files."""
+    if hasattr(os, "sync"):
+        os.sync()
+    fsync_folder(work)
+
+
+def fsync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(work: Path, prefix: Path) -> None:
+    """Give the new install its name; an old one takes the temporary name in the same instant and is deleted after."""
+    if not prefix.exists():
+        work.rename(prefix)
+    elif not any(prefix.iterdir()):
+        prefix.rmdir()
+        work.rename(prefix)
+    elif not exchange(work, prefix):  # no renameat2 here: two renames; sweep() heals a kill between them
+        previous = siblings(prefix)[1]
+        prefix.rename(previous)
+        try:
+            work.rename(prefix)
+        except OSError:
+            previous.rename(prefix)
+            raise
+        remove(previous)
+    fsync_folder(prefix.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where system or filesystem cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Install a bundle; the exit code."""
+    options = argparse.ArgumentParser(prog="install.sh", description="Install this bundle; no network is needed.")
+    options.add_argument("--bundle", type=Path, required=True, help=argparse.SUPPRESS)
+    options.add_argument("--prefix", type=Path, required=True, help="the folder to install to")
+    given = options.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that the temporary sibling is removed
+    try:
+        fresh = install(given.bundle, given.prefix)
+    except Refused as error:
+        say(str(error))
+        return error.code
+    except KeyboardInterrupt:
+        say("interrupted; nothing was changed")
+        return 130
+    prefix = Path(os.path.realpath(given.prefix.expanduser()))
+    say(f"installed at {prefix}" if fresh else f"already installed at {prefix}: nothing to do")
+    sys.stdout.write("".join(f"{prefix / 'bin' / verb}\n" for verb in VERBS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
