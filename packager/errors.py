@@ -32,6 +32,7 @@ class PackagerError(Exception):
 
     exit_code: ClassVar[int] = 1
     kind: ClassVar[str] = "error"
+    shown = False  # set when the document that explains it is printed already
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
         super().__init__(what)

@@ -7,7 +7,6 @@ K- and IQ-types.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 from packager.errors import InputError, NetworkError, PackagerError, ToolError
 from packager.progress import Progress
 from packager.store import Cost, cache_root, machine_errors
-from packager.tools import CHILDREN, ChildFailed, Ran, has_module, last_words, run, run_python, version_of
+from packager.tools import CHILDREN, ChildFailed, follow, has_module, last_words, run, run_python, version_of
 
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -94,34 +93,6 @@ def _unpack(archive: Path, tree: Path) -> None:
                 tar.extract(member, tree, filter="data")
 
 
-class Steps:
-    """Feeds a progress bar from a child's ``{"done": n, "total": m}`` lines; other lines are left alone."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self.progress, self.name = progress, name
-        self.seen = 0.0
-
-    def follow(self, script: Path, job: Mapping[str, Any], cost: Cost, *, work: Path, total: float | None = None,
-               path: tuple[Path, ...] = (), unit: str = "") -> Ran:
-        """Run a child script on a JSON job written next to its output; its peak memory goes into ``cost``."""
-        handle, name = tempfile.mkstemp(suffix=".json", dir=work)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(dict(job), file)
-        try:
-            with self.progress.step(self.name, total, unit) as task:
-                def on_line(line: str) -> None:
-                    if line.startswith('{"done"'):
-                        done = float(json.loads(line)["done"])
-                        task.advance(done - self.seen)
-                        self.seen = done
-
-                ran = run_python(script, [name], name=self.name, path=path, on_line=on_line)
-        finally:
-            Path(name).unlink(missing_ok=True)
-        cost.saw(ran.peak_rss_bytes)
-        return ran
-
-
 def convert(checkpoint: Path, name: str, kind: str, output: Path, progress: Progress, cost: Cost) -> None:
     """Write the checkpoint as one unquantized GGUF of type ``kind`` ("F16" or "BF16", "F32").
 
@@ -171,7 +142,7 @@ def quantize(
     job: dict[str, Any] = {"source": str(source), "output": str(output), "file_type": FILE_TYPES[kind], "threads": threads}
     if use_compiled:
         job["imatrix"] = str(imatrix) if imatrix else None
-        Steps(progress, f"quantizing to {kind}").follow(CHILDREN / "quantize_llama.py", job, cost, work=output.parent)
+        follow(CHILDREN / "quantize_llama.py", job, f"quantizing to {kind}", progress, cost, work=output.parent)
         return f"llama.cpp ({CONVERTER})"
     if kind not in NUMPY_TYPES:
         raise ToolError(f"{kind} needs llama.cpp's compiled quantizer.",
@@ -180,8 +151,8 @@ def quantize(
     # llama.cpp makes the head of a Q4_0 file Q6_K, which gguf-py cannot write: Q8_0 is the nearest it can, and better
     job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind}
     total = 4.0 * source.stat().st_size / 2
-    Steps(progress, f"quantizing to {kind}").follow(
-        CHILDREN / "quantize_numpy.py", job, cost, work=output.parent, total=total, path=(tree / "gguf-py",), unit="B")
+    follow(CHILDREN / "quantize_numpy.py", job, f"quantizing to {kind}", progress, cost, work=output.parent, total=total,
+           path=(tree / "gguf-py",), unit="B")
     return f"gguf-py ({CONVERTER})"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,11 @@ class Probe:
     error: str = ""
 
 
-def probe(template: str, special_tokens: Mapping[str, str | None], tokens: Iterable[str]) -> Probe:
-    """Render one question and one answer and look at what surrounds them.
+def renderer(template: str, special_tokens: Mapping[str, str | None]) -> Callable[[list[dict[str, str]], bool], str]:
+    """``render(messages, add_generation_prompt)`` for a chat template, in the environment that transformers renders with.
 
-    special_tokens: the variables bos_token, eos_token… of the template. tokens: all added tokens of the tokenizer.
-    The environment is the one transformers renders with (trimmed blocks, loop controls, tojson, raise_exception,
-    strftime_now); nothing the template says can reach files or Python objects.
+    Trimmed blocks, loop controls, tojson, raise_exception, strftime_now; nothing the template says can reach files or
+    Python objects. special_tokens: the variables bos_token, eos_token… Whatever the template raises passes through.
     """
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
@@ -45,10 +44,23 @@ def probe(template: str, special_tokens: Mapping[str, str | None], tokens: Itera
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda _format: "01 January 2026"  # any fixed day: only the edges matter
-    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
     variables = {name: value or "" for name, value in special_tokens.items()}
+    compiled = environment.from_string(template)
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    return render
+
+
+def probe(template: str, special_tokens: Mapping[str, str | None], tokens: Iterable[str]) -> Probe:
+    """Render one question and one answer and look at what surrounds them.
+
+    special_tokens: the variables bos_token, eos_token… of the template. tokens: all added tokens of the tokenizer.
+    """
+    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = environment.from_string(template).render(messages=messages, add_generation_prompt=False, **variables)
+        text = renderer(template, special_tokens)(messages, False)
     except Exception as error:  # a template is a program: it may fail in any way, and all of them are its own fault
         return Probe(error=f"{type(error).__name__}: {error}")
     bos = special_tokens.get("bos_token")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.errors import ToolError
+from packager.progress import Progress
+from packager.store import Cost
 
 CHILDREN = Path(__file__).parent / "children"
 TAIL_LINES = 40
@@ -126,7 +130,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def run_python(
-    script: Path,
+    script: Path | str,
     arguments: Sequence[str | Path] = (),
     *,
     name: str,
@@ -134,14 +138,54 @@ def run_python(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Ran:
-    """Run a Python script in a child of this interpreter that ends when we do (children/shim.py), offline, UTF-8.
+    """Run a Python script (a Path) or module (a str) in a child that ends when we do (children/shim.py), offline, UTF-8.
 
     path: folders put first on its module search path.
     """
     extra = {"PYTHONPATH": os.pathsep.join(str(folder) for folder in path), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1",
              "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
              "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", **(env or {})}
-    return run([sys.executable, CHILDREN / "shim.py", script, *arguments], name=name, env=extra, on_line=on_line)
+    what = ["-m", script] if isinstance(script, str) else [script]
+    return run([sys.executable, CHILDREN / "shim.py", *what, *arguments], name=name, env=extra, on_line=on_line)
+
+
+def follow(
+    script: Path | str,
+    job: Mapping[str, object],
+    name: str,
+    progress: Progress,
+    cost: Cost,
+    *,
+    work: Path,
+    total: float | None = None,
+    unit: str = "",
+    path: Sequence[Path] = (),
+    arguments: Sequence[str | Path] = ("{job}",),
+) -> Ran:
+    """Run a child on a JSON job file in ``work`` ("{job}" in arguments), showing its ``{"done": n, "total": m}`` lines.
+
+    Its peak memory goes into ``cost``. Raises ChildFailed.
+    """
+    handle, job_file = tempfile.mkstemp(prefix=".job-", suffix=".json", dir=work)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(dict(job), file)
+    seen = 0.0
+    try:
+        with progress.step(name, total, unit) as task:
+            def on_line(line: str) -> None:
+                nonlocal seen
+                if line.startswith('{"done"'):
+                    report = json.loads(line)
+                    share = float(report["done"]) / max(float(report["total"]), 1.0) if total is not None else 0.0
+                    task.advance(share * (total or 0.0) - seen)
+                    seen = share * (total or 0.0)
+
+            filled = [job_file if part == "{job}" else part for part in arguments]
+            ran = run_python(script, filled, name=name, path=path, on_line=on_line)
+    finally:
+        Path(job_file).unlink(missing_ok=True)
+    cost.saw(ran.peak_rss_bytes)
+    return ran
 
 
 def has_module(module: str) -> bool:

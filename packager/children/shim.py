@@ -1,4 +1,4 @@
-"""Runs a script in this process and ends it when the parent dies: ``python shim.py SCRIPT ARGUMENTS``.
+"""Runs a script or module here and ends it when the parent dies: ``shim.py SCRIPT ARGUMENTS``, ``shim.py -m MODULE ARGUMENTS``.
 
 A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next run.
 """
@@ -35,5 +35,10 @@ def _watch(parent: int) -> None:
 if __name__ == "__main__":
     die_with_parent()
     del sys.argv[0]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # noqa: PTH100, PTH120 - before pathlib is worth importing
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        sys.path[0:1] = []
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # noqa: PTH100, PTH120 - pathlib is not worth its import here
+        runpy.run_path(sys.argv[0], run_name="__main__")

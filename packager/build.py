@@ -1,0 +1,194 @@
+"""One build from a checkpoint to a published bundle: open, check, merge, plan, run the recipe, assemble."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager import __version__
+from packager.errors import PlanRefused
+from packager.progress import Progress
+from packager.recipe import Artifact, Job, Recipe
+from packager.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
+
+if TYPE_CHECKING:
+    from packager.bundle.manifest import Needs
+    from packager.checkpoint import Checkpoint
+    from packager.plan import Plan
+    from packager.target import Target
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs."""
+
+    checkpoint: str
+    target: str
+    recipe: str | None = None
+    adapter: Path | None = None
+    revision: str | None = None
+    name: str | None = None
+    sets: Sequence[str] = ()
+    calibration: Path | None = None
+    seed: int = 0
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Built:
+    """A published bundle. record: what the build cost, also written beside it as ``<bundle>.build.json``."""
+
+    path: Path
+    plan: Plan
+    artifact: Artifact
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint ready to be built, after its adapter (if any) was merged; and the steps that took."""
+
+    checkpoint: Checkpoint
+    steps: tuple[Step, ...]
+
+
+def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
+    """Open the checkpoint, refuse damaged weights, merge the adapter. Raises InputError or NetworkError."""
+    from packager.adapter import check_fit, merge, open_adapter
+    from packager.checkpoint import check_weights, open_checkpoint
+
+    base = open_checkpoint(request.checkpoint, revision=request.revision, progress=progress, cache=cache_root(),
+                           name=None if request.adapter else request.name)
+    adapter = open_adapter(request.adapter) if request.adapter else None
+    if adapter:
+        check_fit(adapter, base)
+
+    def check(folder: Path, cost: Cost) -> None:
+        check_weights(base, progress)
+
+    steps = [store.step("checked-weights", {"checkpoint": base.digest}, check, progress=progress)]
+    if adapter is None or request.adapter is None:
+        return Opened(base, tuple(steps))
+
+    def make(folder: Path, cost: Cost) -> None:
+        merge(base, adapter, folder / "model", progress)
+
+    merged = store.step("merge", {"checkpoint": base.digest, "adapter": adapter.digest, "version": 1}, make, progress=progress)
+    steps.append(merged)
+    found = open_checkpoint(str(merged.path / "model"), progress=progress, cache=cache_root(), name=merged_name(request, base))
+    return Opened(found, tuple(steps))
+
+
+def merged_name(request: Request, base: Checkpoint) -> str:
+    """The model's name after its adapter: ``--name``, else base and adapter folder together."""
+    if request.name or request.adapter is None:
+        return request.name or base.name
+    from packager.checkpoint import slug
+
+    return slug(f"{base.name}-{request.adapter.resolve().name}")
+
+
+def open_planned(request: Request, progress: Progress) -> Checkpoint:
+    """The checkpoint as it will be after merging, read from headers only: nothing is merged or written."""
+    from packager.adapter import check_fit, open_adapter
+    from packager.checkpoint import open_checkpoint
+
+    base = open_checkpoint(request.checkpoint, revision=request.revision, progress=progress, cache=cache_root())
+    if request.adapter:
+        check_fit(open_adapter(request.adapter), base)
+    return replace(base, name=merged_name(request, base))
+
+
+def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
+    """Target, recipe and options of a request. Raises UsageError for unknown names and keys."""
+    from packager.catalog import load_recipe, load_target
+    from packager.plan import parse_options
+
+    target = load_target(request.target)
+    recipe = load_recipe(request.recipe or target.recipe)
+    return target, recipe, parse_options(recipe, target, request.sets)
+
+
+def build(request: Request, out: Path, progress: Progress, store: Store) -> Built:
+    """Build the bundle ``out/<model>-<target>-<recipe>`` and return it; an equal one that is there already is kept.
+
+    Raises PlanRefused before any work when the plan refuses, GateFailed when the artifact is not its source.
+    """
+    from packager import calibration
+    from packager.plan import make_plan
+
+    start = time.monotonic()
+    target, recipe, options = choose(request)
+    samples = calibration.load(request.calibration) if request.calibration else None
+    opened = open_merged(request, store, progress)
+    plan = make_plan(opened.checkpoint, target, recipe, options)
+    if plan.refusals:
+        raise PlanRefused(
+            f"{opened.checkpoint.name} cannot be built with {recipe.name} for {target.name}: {plan.refusals[0]}",
+            why=" ".join(plan.refusals[1:]), fix="`packager plan` shows the figures; nothing was built.")
+    for note in plan.notes:
+        progress.note(note)
+    job = Job(checkpoint=opened.checkpoint, target=target, store=store, progress=progress, calibration=samples,
+              seed=request.seed, verify=request.verify)
+    artifact = recipe.build(job, options)
+    bundle = _assemble(job, plan, artifact, recipe, out)
+    costs = [{"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
+             for s in opened.steps] + [dict(cost) for cost in artifact.costs]
+    record = {
+        "bundle": str(bundle), "checkpoint_path": str(opened.checkpoint.path.resolve()), "seconds": round(time.monotonic() - start, 2),
+        "peak_rss_bytes": max([_own_peak(), *(int(str(cost["peak_rss_bytes"])) for cost in costs)]), "steps": costs,
+    }
+    with machine_errors(out):
+        write_atomically(out / f"{bundle.name}.build.json", json.dumps(record, indent=1) + "\n")
+    return Built(bundle, plan, artifact, record)
+
+
+def _assemble(job: Job, plan: Plan, artifact: Artifact, recipe: Recipe[Any], out: Path) -> Path:
+    from packager.bundle.assemble import Contents, assemble
+    from packager.bundle.wheels import fetch_wheels
+    from packager.catalog import runtimes_folder
+    from packager.digests import file_digest
+
+    target, checkpoint = job.target, job.checkpoint
+    wheels = fetch_wheels(_lock(str(artifact.run["engine"])), target, cache_root() / "box-wheels", job.progress)
+    origin = {"kind": checkpoint.origin.kind, "id": checkpoint.origin.id, "revision": checkpoint.origin.revision}
+    contents = Contents(
+        name=checkpoint.name, target={"name": target.name, "digest": target.digest},
+        recipe={"name": recipe.name, "options": artifact.provenance["options"]},
+        needs=_needs(target, plan, artifact, wheels.files), run=artifact.run, files=artifact.files, extra=artifact.extra,
+        runtimes=runtimes_folder(), wheels=wheels, report=artifact.report,
+        provenance={**artifact.provenance, "origin": origin, "packager": __version__},
+    )
+    return assemble(contents, out, job.progress, digest=lambda path: file_digest(path, cache_root())).path
+
+
+def _lock(engine: str) -> Path:
+    """The box's lock for an engine: in the checkout, or inside the wheel."""
+    here = Path(__file__).parent
+    places = [here.parent / "locks" / f"box-{engine}.lock", here / "locks" / f"box-{engine}.lock"]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _needs(target: Target, plan: Plan, artifact: Artifact, wheels: Sequence[Path]) -> Needs:
+    """What the box must have. Disk: model, and the wheels unpacked (about four times their size) beside their copy."""
+    from packager.bundle.manifest import Needs
+
+    model = sum(path.stat().st_size for path in artifact.files.values())
+    return Needs(
+        system=target.system, machine=target.machine, python_min=target.python[0], python_max=target.python[-1],
+        glibc_min=target.glibc, ram_bytes=plan.box_bytes, disk_bytes=model + 4 * sum(path.stat().st_size for path in wheels),
+    )
+
+
+def _own_peak() -> int:
+    """This process's highest resident memory in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,154 @@
+"""The only file that writes to the terminal: progress on stderr, results on stdout, errors in three lines.
+
+Colours and moving bars appear on a terminal only; piped output gets one plain line a step. With ``--json`` stdout holds one
+JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from packager.errors import PackagerError
+    from packager.progress import StepContext, Task
+
+HEARTBEAT = 15.0  # seconds between lines of a long step when nobody watches a bar
+
+
+class Console:
+    """Output for one command. json_mode: results as one JSON document. quiet: no progress."""
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
+        self.json_mode, self.quiet = json_mode, quiet
+
+    # -- results -----------------------------------------------------------------------------------------------------
+    def result(self, document: Mapping[str, Any], render: Any = None) -> None:
+        """Show a command's result: the document as JSON, or what ``render`` (a callable) shows to people."""
+        if self.json_mode:
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+        elif render is not None:
+            render()
+
+    def line(self, text: str = "") -> None:
+        """One line of a result on stdout."""
+        sys.stdout.write(text + "\n")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Sequence[int] = ()) -> None:
+        """A table on stdout; ``right`` names columns (by index) that are aligned right."""
+        from rich.console import Console as Rich
+        from rich.table import Table
+
+        rows = [[str(cell) for cell in row] for row in rows]
+        table = Table(title=title or None, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), show_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index in right else "left", header_style="bold", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        width = None if sys.stdout.isatty() else 200
+        Rich(file=sys.stdout, highlight=False, markup=False, width=width).print(table)
+
+    def facts(self, pairs: Iterable[tuple[str, str]], title: str = "") -> None:
+        """Two columns: what, and its value."""
+        pairs = [(name, value) for name, value in pairs if value]
+        if title:
+            self.line(title)
+        width = max((len(name) for name, _ in pairs), default=0)
+        for name, value in pairs:
+            first, *more = value.splitlines() or [""]
+            self.line(f"  {name:<{width}}  {first}")
+            for line in more:
+                self.line(f"  {'':<{width}}  {line}")
+
+    # -- failures ----------------------------------------------------------------------------------------------------
+    def error(self, error: PackagerError) -> None:
+        """What was wrong, why, and what to do next, on stderr; with --json the same as a document on stdout."""
+        if self.json_mode:
+            sys.stdout.write(json.dumps({"error": error.as_dict()}, indent=2, ensure_ascii=False) + "\n")
+        strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours() else ("", "")
+        sys.stderr.write(f"{strong}error:{plain} {error.what}\n")
+        for label, text in (("why", error.why), ("do", error.fix)):
+            if text:
+                sys.stderr.write(f"  {label + ':':<5}{text}\n")
+        sys.stderr.flush()
+
+    # -- progress ----------------------------------------------------------------------------------------------------
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            sys.stderr.write(f"  {text}\n")
+            sys.stderr.flush()
+
+    def step(self, name: str, total: float | None = None, unit: str = "") -> StepContext:
+        if self.quiet:
+            from packager.progress import Silent
+
+            return Silent().step(name, total, unit)
+        return self._bar(name, total, unit) if sys.stderr.isatty() else self._lines(name, total, unit)
+
+    @contextmanager
+    def _bar(self, name: str, total: float | None, unit: str) -> Iterator[Task]:
+        from rich.console import Console as Rich
+        from rich.progress import (
+            BarColumn, DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns: list[ProgressColumn] = [SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn()]
+        if total is not None:
+            amount: ProgressColumn = DownloadColumn() if unit == "B" else MofNCompleteColumn()
+            columns[2:] = [BarColumn(bar_width=24), amount, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        with Progress(*columns, console=Rich(file=sys.stderr)) as bars:
+            handle = bars.add_task(name, total=total)
+            yield _Advance(lambda amount: bars.update(handle, advance=amount))
+            bars.update(handle, total=total or 1, completed=total or 1)
+
+    @contextmanager
+    def _lines(self, name: str, total: float | None, unit: str) -> Iterator[Task]:
+        start = time.monotonic()
+        done = 0.0
+        over = threading.Event()
+
+        def advance(amount: float) -> None:
+            nonlocal done
+            done += amount
+
+        def heartbeat() -> None:
+            while not over.wait(HEARTBEAT):
+                passed = time.monotonic() - start
+                share = f" {done / total:.0%}, about {passed * (total - done) / done:.0f} s left" if total and done else ""
+                sys.stderr.write(f"  … {name}: {passed:.0f} s{share}\n")
+                sys.stderr.flush()
+
+        thread = threading.Thread(target=heartbeat, daemon=True)
+        thread.start()
+        try:
+            yield _Advance(advance)
+        finally:
+            over.set()
+        sys.stderr.write(f"  ✓ {name} ({time.monotonic() - start:.1f} s)\n")
+        sys.stderr.flush()
+
+
+class _Advance:
+    def __init__(self, advance: Any) -> None:
+        self.advance = advance
+
+
+def _colours() -> bool:
+    import os
+
+    return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def size(amount: float) -> str:
+    """Bytes for people, decimal units: 144.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(amount) < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    raise AssertionError("unreachable")

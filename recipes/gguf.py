@@ -1,0 +1,295 @@
+"""GGUF for llama.cpp and Ollama: converted, checked against its source, quantized, and scored through the runtime that ships."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packager.errors import GateFailed
+from packager.gguf_sizes import estimate_gguf, wants_imatrix
+from packager.llamacpp import NUMPY_TYPES, compiled
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+from packager.store import RECORD
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Checkpoint
+    from packager.reference import Samples
+    from packager.store import Cost, Step
+    from packager.target import Target
+
+SCORE_CACHE = 1 << 30  # bytes resident while a file is scored: the map of a larger one is dropped and read again
+
+
+@dataclass(frozen=True)
+class Options:
+    quant: Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"] = field(
+        default="Q8_0", metadata={"doc": "llama.cpp's quantization type"})
+    context: int = field(default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)"})
+    slots: int = field(default=4, metadata={"doc": "conversations answered at the same time"})
+    kv_type: Literal["f16", "q8_0"] = field(default="f16", metadata={"doc": "type of the key/value cache"})
+    imatrix: Literal["auto", "on", "off"] = field(
+        default="auto", metadata={"doc": "importance matrix from the calibration data; auto: for types below Q6"})
+
+
+def base_type(checkpoint: Checkpoint) -> str:
+    """The unquantized type that holds the checkpoint's own numbers."""
+    return {"BF16": "BF16", "F16": "F16"}.get(checkpoint.dtype, "F32")
+
+
+def with_imatrix(options: Options) -> bool:
+    """Whether this build gathers an importance matrix; only the compiled quantizer can use one."""
+    return compiled() and wants_imatrix(options.quant, options.imatrix)
+
+
+def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+    from packager.architectures import FAMILIES
+
+    family = FAMILIES.get(checkpoint.architecture)
+    if family is None or not family.gguf:
+        return (f"the gguf recipe serves decoder language models, and {checkpoint.architecture} is none that the pinned llama.cpp "
+                "converts; use the recipe for its kind.")
+    if options.quant not in NUMPY_TYPES and not compiled():
+        return (f"{options.quant} needs llama.cpp's compiled quantizer, which is not installed; "
+                'install the extra with pip install "packager[llamacpp]", or set quant=Q8_0, which needs no compiler.')
+    if options.imatrix == "on" and not compiled():
+        return 'an importance matrix needs the compiled quantizer; install the extra "packager[llamacpp]" or set imatrix=auto.'
+    if options.context > checkpoint.shape.context:
+        return (f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model was made for; "
+                f"set context={checkpoint.shape.context} or less.")
+    return None
+
+
+def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
+    return estimate_gguf(checkpoint, target, quant=options.quant, context=options.context, slots=options.slots,
+                         kv_type=options.kv_type, imatrix=with_imatrix(options))
+
+
+def build(job: Job, options: Options) -> Artifact:
+    from packager import llamacpp, ollama
+    from packager.fidelity import compare, require_equal
+    from packager.reference import make_samples, source_scores
+
+    steps: list[Step] = []
+    whole = _unquantized(job, steps)
+    samples = make_samples(job) if job.verify or with_imatrix(options) else None
+    source = None
+    report: dict[str, Any] = {}
+    if job.verify and samples:
+        source, step = source_scores(job, samples)
+        steps += [samples.step, step]
+        found = _score(job, whole, samples, steps)
+        _require_contract(job, samples, found)
+        score = compare(source, found.distributions, samples.targets, job.checkpoint.shape.vocab)
+        require_equal(score, "the unquantized GGUF")
+        report["unquantized"] = {"type": base_type(job.checkpoint), **score.as_dict()}
+        report["prompts_equal"] = len(samples.prompts)
+
+    model, quantizer = _quantized(job, options, whole, samples, steps)
+    types = llamacpp.tensor_types(model)
+    _require_changed(options.quant, types)
+    report["tensor_types"] = types
+    if job.verify and samples and source is not None:
+        found = _score(job, model, samples, steps)
+        score = compare(source, found.distributions, samples.targets, job.checkpoint.shape.vocab)
+        report["fidelity"] = score.as_dict()
+
+    files = {"model.gguf": model, **_tokenizer_files(job)}
+    extra = ollama.make(job, model, options.context, steps) if job.target.name == "ollama" else {}
+    return Artifact(
+        format="gguf", files=files, run=_run(job, options, model), report=report, extra=extra,
+        provenance={
+            "quantizer": quantizer, "converter": llamacpp.CONVERTER, "checkpoint": job.checkpoint.digest,
+            "calibration": job.calibration.digest if job.calibration else None,
+            "imatrix": with_imatrix(options), "verified": job.verify, "options": asdict(options),
+            "steps": {step.name: step.key for step in steps},
+        },
+        costs=tuple({"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
+                    for s in steps),
+    )
+
+
+def _unquantized(job: Job, steps: list[Step]) -> Path:
+    from packager import llamacpp
+
+    kind = base_type(job.checkpoint)
+
+    def make(folder: Path, cost: Cost) -> None:
+        llamacpp.convert(job.checkpoint.path, job.checkpoint.name, kind, folder / "model.gguf", job.progress, cost)
+
+    step = job.store.step("gguf-convert", {"checkpoint": job.checkpoint.digest, "name": job.checkpoint.name, "type": kind,
+                                           "converter": llamacpp.SDIST_SHA256}, make, progress=job.progress)
+    steps.append(step)
+    return step.path / "model.gguf"
+
+
+def _quantized(job: Job, options: Options, whole: Path, samples: Samples | None, steps: list[Step]) -> tuple[Path, str]:
+    from packager import llamacpp
+
+    if options.quant == base_type(job.checkpoint):
+        return whole, "none: the checkpoint's own type"
+    # both write the same bytes for the types that numpy can; the compiled one is faster where it is there
+    by_numpy = not compiled()
+    matrix = _imatrix(job, whole, samples, steps) if samples and with_imatrix(options) else None
+    inputs = {"source": whole.parent.name, "type": options.quant, "converter": llamacpp.SDIST_SHA256,
+              "imatrix": matrix.parent.name if matrix else None,
+              "numpy": by_numpy and options.quant == "Q4_0"}  # only there do the two differ (the head's type)
+
+    def make(folder: Path, cost: Cost) -> None:
+        said = llamacpp.quantize(whole, options.quant, folder / "model.gguf", job.progress, cost, imatrix=matrix,
+                                 use_compiled=not by_numpy)
+        (folder / "quantizer.txt").write_text(said, encoding="utf-8")
+
+    step = job.store.step("gguf-quantize", inputs, make, progress=job.progress)
+    steps.append(step)
+    said = (step.path / "quantizer.txt").read_text(encoding="utf-8")
+    return step.path / "model.gguf", "llama.cpp types, written by either quantizer" if options.quant in ("Q8_0", "F16", "BF16") else said
+
+
+def _imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
+    from packager import llamacpp
+    from packager.reference import input_squares
+
+    squares, source = input_squares(job, samples)
+    steps += [samples.step, source] if not job.verify else [source]
+    architecture = llamacpp.metadata(whole, ("general.architecture",))["general.architecture"]
+
+    def make(folder: Path, cost: Cost) -> None:
+        import numpy as np
+
+        with np.load(squares, allow_pickle=False) as stored:
+            names = llamacpp.imatrix_names(list(stored.files), architecture, job.checkpoint.shape.layers)
+            np.savez(folder / "imatrix.npz", **{name: stored[module] for module, name in sorted(names.items())})
+
+    step = job.store.step("imatrix", {"squares": source.key, "architecture": architecture}, make, progress=job.progress)
+    steps.append(step)
+    return step.path / "imatrix.npz"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the runtime answered: distributions a position, the GGUF tokenizer's ids and the box's rendered ids."""
+
+    distributions: list[dict[int, float]]
+    tokenized: list[list[int]]
+    rendered: list[list[int]]
+
+
+def _score(job: Job, model: Path, samples: Samples, steps: list[Step]) -> Scored:
+    """Score a GGUF through the box's own runtime, run from a copy of exactly what ships."""
+    from packager.fidelity import positions_of
+    from packager.reference import TOP
+    from packager.tools import follow, version_of
+
+    runtime = _runtime(job)
+    tokenizer = _tokenizer_files(job)
+    run = {**_run(job, Options(), model), "model": str(model), "context": 1024, "slots": 1,
+           **{key: str(tokenizer[Path(name).name]) for key, name in _tokenizer_paths(job.checkpoint).items()}}
+    positions = sum(len(sequence["positions"]) for sequence in samples.sequences)
+
+    def make(folder: Path, cost: Cost) -> None:
+        follow("runtimes", {
+            "run": run, "top": TOP, "sequences": list(samples.sequences),
+            "tokenize": [prompt["text"] for prompt in samples.prompts], "max_rss_bytes": SCORE_CACHE,
+        }, f"scoring {model.parent.parent.name.removeprefix('gguf-')}", job.progress, cost, work=folder,
+            total=float(positions), unit="positions", path=[runtime.path],
+            arguments=["score", "--input", "{job}", "--output", folder / "scores.json"])
+        if samples.prompts:
+            follow("runtimes", {"run": run, "conversations": [prompt["messages"] for prompt in samples.prompts]},
+                   "rendering as the box does", job.progress, cost, work=folder, path=[runtime.path],
+                   arguments=["render", "--input", "{job}", "--output", folder / "rendered.json"])
+
+    step = job.store.step("score", {"model": model.parent.name, "samples": samples.step.key, "runtime": runtime.key, "top": TOP,
+                                    "engine": version_of("xllamacpp")}, make, progress=job.progress)
+    steps.append(step)
+    scored = step.read_json("scores.json")
+    rendered = step.read_json("rendered.json")["ids"] if samples.prompts else []
+    return Scored(positions_of(scored), scored["tokenized"], rendered)
+
+
+def _runtime(job: Job) -> Step:
+    """A folder with the copy of runtimes/ that this recipe's bundle carries."""
+    from packager.bundle.assemble import runtime_files, sha256
+    from packager.catalog import runtimes_folder
+
+    source = runtimes_folder()
+    names = runtime_files("llamacpp")
+
+    def make(folder: Path, cost: Cost) -> None:
+        import shutil
+
+        (folder / "runtimes").mkdir()
+        for name in names:
+            shutil.copyfile(source / name, folder / "runtimes" / name)
+
+    return job.store.step("runtime", {name: sha256(source / name) for name in names}, make, progress=job.progress)
+
+
+def _require_contract(job: Job, samples: Samples, found: Scored) -> None:
+    from packager.contract import require_one_bos, require_same
+
+    require_one_bos(samples.prompts, job.checkpoint.tokenizer.bos_id)
+    require_same(samples.prompts, found.tokenized, "the GGUF's own tokenizer",
+                 "The tokenizer.json has a pre-tokenizer or added tokens that llama.cpp reads otherwise: compare it with the base model's.")
+    require_same(samples.prompts, found.rendered, "the server on the box",
+                 "Report the chat template: the server must render it as transformers does.")
+
+
+def _require_changed(quant: str, types: Mapping[str, int]) -> None:
+    """A quantization that left every tensor as it was is an error, whatever the tool's exit status."""
+    full = {"F32", "F16", "BF16"}
+    if quant not in full and not set(types) - full:
+        raise GateFailed(f"the GGUF was to be {quant}, but no tensor of it is quantized ({', '.join(types)}).",
+                         why="No row of the model fits the type's block size.", fix="Choose another quant, or F16.")
+
+
+def _tokenizer_paths(checkpoint: Checkpoint) -> dict[str, str]:
+    paths = {"tokenizer": "model/tokenizer.json"}
+    if checkpoint.tokenizer.chat_template is not None:
+        paths["chat_template"] = "model/chat_template.jinja"
+    return paths
+
+
+def _tokenizer_files(job: Job) -> dict[str, Path]:
+    """tokenizer.json, its settings, and the chat template as a file wherever the checkpoint keeps it."""
+    checkpoint = job.checkpoint
+    template = checkpoint.tokenizer.chat_template
+
+    def make(folder: Path, cost: Cost) -> None:
+        import shutil
+
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, folder / name)
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+
+    step = job.store.step("tokenizer-files", {"checkpoint": checkpoint.digest}, make, progress=job.progress)
+    return {path.name: path for path in sorted(step.path.iterdir()) if path.name != RECORD}
+
+
+def _run(job: Job, options: Options, model: Path) -> dict[str, Any]:
+    tokenizer = job.checkpoint.tokenizer
+    size = estimate(job.checkpoint, job.target, options)
+    return {
+        "engine": "llamacpp", "model": "model/model.gguf", "tokenizer": "model/tokenizer.json", "chat_template": None,
+        **_tokenizer_paths(job.checkpoint),
+        "special_tokens": dict(tokenizer.special_tokens), "bos_id": tokenizer.bos_id, "add_bos": tokenizer.add_bos,
+        "stop_ids": sorted(tokenizer.stop_ids), "sampling": dict(tokenizer.sampling),
+        "context": options.context, "slots": options.slots, "threads": 0, "flash_attention": True, "kv_type": options.kv_type,
+        "gpu_layers": 0, "read_per_token_bytes": size.read_per_token_bytes, "model_bytes": model.stat().st_size,
+    }
+
+
+def _needs() -> Sequence[Need]:
+    return (
+        Need("torch", "packager"), Need("transformers", "packager"), Need("xllamacpp", "packager"), Need("gguf", "packager"),
+    )
+
+
+RECIPE = Recipe(
+    name="gguf",
+    summary="one GGUF file for llama.cpp and Ollama, served on the CPU through xllamacpp",
+    format="gguf", options=Options, needs=tuple(_needs()), why_not=why_not, estimate=estimate, build=build,
+)
