@@ -2,7 +2,8 @@
 
 python benchmarks/random_qwen2.py OUT [--size small|1.5b] [--seed 0]
 
-No hub is needed: the tokenizer, template and small configuration come from tests/data/r1-distill-qwen; the 1.5B shape is
+No hub is needed: the tokenizer, template and small configuration come from tests/data/r1-distill-qwen; the 1.5B shape
+is
 that of DeepSeek-R1-Distill-Qwen-1.5B. The values are scaled so that activations stay near 1 and the logits have a
 spread of about 3, so a comparison of two engines sees clear winners and not ties. Same seed, same bytes.
 """
@@ -90,7 +91,7 @@ def values(spec: Spec, layers: int, seed: int) -> Iterator[memoryview]:
         left -= chunk.size
         chunk *= np.float32(spread)
         chunk += np.float32(mean)
-        yield memoryview(from_float32(chunk, "BF16")).cast("B")
+        yield from_float32(chunk, "BF16").view("u1").data
 
 
 def make(out: Path, size: str, seed: int = 0) -> None:

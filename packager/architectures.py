@@ -17,7 +17,8 @@ from packager.errors import InputError, closest
 class Family:
     """One value of ``architectures`` in config.json.
 
-    kind: "decoder" or "encoder". gguf: the gguf recipe takes it. tied: default of tie_word_embeddings. qkv_bias: q, k and
+    kind: "decoder" or "encoder". gguf: the gguf recipe takes it. tied: default of tie_word_embeddings. qkv_bias: q, k
+    and
     v always have one. qk_norm: per-head norms. fused: qkv_proj and gate_up_proj in one tensor each. norms: the
     layer's norm tensors. head_dim: default when the config has none (0: hidden / heads). prefixes: (encoders) what may
     stand before the tensors' names.

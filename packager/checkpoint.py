@@ -154,7 +154,10 @@ def _read(folder: Path, origin: Origin, name: str, progress: Progress, cache: Pa
         raise InputError(
             f"{folder.name} is already quantized ({method}).",
             why="Quantizing rounded weights again loses more than the artifact's own format does.",
-            fix="Give the checkpoint in 16 or 32 bits it was made from (for LoRA on a quantized base: the original base).",
+            fix=(
+                "Give the checkpoint in 16 or 32 bits it was made from (for LoRA on a quantized base: the original "
+                "base)."
+            ),
         )
     family = find_family(config)
     shape = read_shape(config, family)
@@ -172,7 +175,9 @@ def _read(folder: Path, origin: Origin, name: str, progress: Progress, cache: Pa
     if tokenizer.vocab_size > rows:
         raise InputError(
             f"The tokenizer's highest id is {tokenizer.vocab_size - 1}, the embedding has only {rows} rows.",
-            why="Tokens were added to the tokenizer and the model was not resized, or the tokenizer is another model's.",
+            why=(
+                "Tokens were added to the tokenizer and the model was not resized, or the tokenizer is another model's."
+            ),
             fix="Take the tokenizer the model was trained with, or call resize_token_embeddings and save again.",
         )
     return Checkpoint(
@@ -218,7 +223,8 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    # The same pattern the GGUF converter takes for weights; other safetensors (an adapter's, Mistral's consolidated) are not.
+    # The same pattern the GGUF converter takes for weights; other safetensors (an adapter's, Mistral's consolidated)
+    # are not.
     return sorted(path.name for path in folder.glob("model*.safetensors"))
 
 
@@ -229,7 +235,9 @@ def _indexed(folder: Path, files: list[str]) -> dict[str, TensorInfo]:
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if Path(shard).name != shard:
-            raise InputError(f"{INDEX} names the file {shard!r}, which is not in the folder itself.", fix="Do not use it.")
+            raise InputError(
+                f"{INDEX} names the file {shard!r}, which is not in the folder itself.", fix="Do not use it."
+            )
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise InputError(
@@ -247,7 +255,7 @@ def _indexed(folder: Path, files: list[str]) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     for shard in shards:
         header = read_header(folder / shard)
-        for name, tensor in header.items():
+        for name in header:
             if weight_map.get(name) != shard:
                 says = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
                 raise InputError(
@@ -279,7 +287,10 @@ def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tup
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(expected)} tensors of a {family.name} are missing, the first is {missing[0]}.",
-            why="config.json describes another model than the weights (layers, biases, tied embeddings), or the save is partial.",
+            why=(
+                "config.json describes another model than the weights (layers, biases, tied embeddings), or the save "
+                "is partial."
+            ),
             fix="Compare config.json with the one of the base model; a LoRA adapter has to be given with --adapter.",
         )
 
@@ -335,7 +346,7 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def folder_digest(folder: Path, weights: set[str], progress: Progress, cache: Path) -> str:
-    """The digest of a checkpoint folder: weight files, index, configs and tokenizer files; nothing else in it counts."""
+    """The digest of weight files, index, configs and tokenizer files; nothing else in the folder counts."""
     names = [name for name in (*MODEL_FILES, INDEX, *sorted(weights)) if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in names)
     with progress.step("Reading the checkpoint's digest", total=total, unit="B") as task:
@@ -350,7 +361,12 @@ def check_weights(checkpoint: Checkpoint, progress: Progress) -> None:
     import numpy as np
 
     # A float is NaN or infinite when all bits of its exponent are ones: no conversion is needed.
-    exponents = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
+    exponents = {
+        "BF16": ("<u2", 0x7F80),
+        "F16": ("<u2", 0x7C00),
+        "F32": ("<u4", 0x7F800000),
+        "F64": ("<u8", 0x7FF << 52),
+    }
     with progress.step("Checking the weights", total=checkpoint.weight_bytes, unit="B") as task:
         for tensor in checkpoint.tensors.values():
             if tensor.dtype not in exponents:

@@ -32,17 +32,20 @@ def file_digest(path: Path, cache: Path, task: Task | None = None) -> str:
         if task is not None:
             task.advance(before.st_size)
         return digest
-    digest = _hash(real, task)
+    digest = hash_file(real, task)
     after = real.stat()
     if (after.st_size, after.st_mtime_ns, after.st_ino) != (before.st_size, before.st_mtime_ns, before.st_ino):
         raise InputError(
-            f"{path} changed while it was read.", why="Another program writes to it.", fix="Wait for it, then try again."
+            f"{path} changed while it was read.",
+            why="Another program writes to it.",
+            fix="Wait for it, then try again.",
         )
     write_atomic(remembered, digest.encode("ascii"))
     return digest
 
 
-def _hash(path: Path, task: Task | None) -> str:
+def hash_file(path: Path, task: Task | None = None) -> str:
+    """SHA-256 of a file in hex; task advances by the bytes read."""
     state = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:

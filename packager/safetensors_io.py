@@ -92,7 +92,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         end += tensor.nbytes
         if end > size:
             raise InputError(
-                f"{path.name} is cut off: the header describes {8 + length + _data_bytes(found)} bytes, the file has {size}.",
+                f"{path.name} is cut off: the header describes {8 + length + _data_bytes(found)} bytes, the file "
+                f"has {size}.",
                 why=f"Tensor {tensor.name} is the first that is not complete.",
                 fix=f"Copy or download {path} again.",
             )
@@ -114,7 +115,9 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise _broken(path, f"Tensor {name} has the data type {dtype}, which is not one of {', '.join(DTYPE_BYTES)}.")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes:
-        raise _broken(path, f"Tensor {name} of shape {list(shape)} needs {nbytes} bytes, its offsets give {end - begin}.")
+        raise _broken(
+            path, f"Tensor {name} of shape {list(shape)} needs {nbytes} bytes, its offsets give {end - begin}."
+        )
     return TensorInfo(name, dtype, shape, path.name, base + int(begin), nbytes)
 
 
@@ -125,9 +128,8 @@ def read_rows(folder: Path, tensor: TensorInfo, begin: int = 0, end: int | None 
     """
     import numpy as np
 
-    if not tensor.shape:
-        begin, end, shape = 0, 1, ()
-    else:
+    shape: tuple[int, ...] = ()
+    if tensor.shape:
         end = tensor.shape[0] if end is None else min(end, tensor.shape[0])
         shape = (end - begin, *tensor.shape[1:])
     row = math.prod(tensor.shape[1:])

@@ -13,7 +13,8 @@ _ANSWER = "THE-ANSWER-OF-THE-PROBE"
 class Probe:
     """What was found.
 
-    turn_end: the token that follows an assistant's answer, None when there is none. writes_bos: the text starts with the
+    turn_end: the token that follows an assistant's answer, None when there is none. writes_bos: the text starts with
+    the
     BOS token. error: why the template could not be rendered, "" when it could.
     """
 
@@ -23,7 +24,8 @@ class Probe:
 
 
 def renderer(template: str, special_tokens: Mapping[str, str | None]) -> Callable[[list[dict[str, str]], bool], str]:
-    """``render(messages, add_generation_prompt)`` for a chat template, in the environment that transformers renders with.
+    """``render(messages, add_generation_prompt)`` for a chat template, in the environment that transformers renders
+    with.
 
     Trimmed blocks, loop controls, tojson, raise_exception, strftime_now; nothing the template says can reach files or
     Python objects. special_tokens: the variables bos_token, eos_token… Whatever the template raises passes through.

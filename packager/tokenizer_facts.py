@@ -1,6 +1,8 @@
-"""What the tokenizer, its template and the generation config say about the tokens around a text, and where they disagree.
+"""What the tokenizer, its template and the generation config say about the tokens around a text, and where they
+disagree.
 
-Read from the files as transformers 5 reads them: the post-processor of tokenizer.json alone decides whether plain text gets
+Read from the files as transformers 5 reads them: the post-processor of tokenizer.json alone decides whether plain
+text gets
 a BOS (``add_bos_token`` in tokenizer_config.json is ignored there), and chat_template.jinja comes before a template
 in tokenizer_config.json.
 """
@@ -36,7 +38,8 @@ _NAMES = ("bos", "eos", "pad", "unk")
 class TokenizerFacts:
     """The tokenizer without the tokenizer: names, ids and habits.
 
-    add_bos: encoding plain text puts BOS first. vocab_size: highest id + 1. stop_ids: every id that ends an answer, sorted.
+    add_bos: encoding plain text puts BOS first. vocab_size: highest id + 1. stop_ids: every id that ends an answer,
+    sorted.
     sampling: defaults from generation_config.json (only keys that are there). agreement: one sentence for each
     disagreement between tokenizer, template, config and generation config; empty when they agree.
     """
@@ -139,7 +142,8 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
         return read_json(path)
     other = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
     convert = (
-        "Convert it once with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes tokenizer.json."
+        "Convert it once with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes "
+        "tokenizer.json."
         if other
         else "Copy the tokenizer files of the base model into the folder."
     )
@@ -188,7 +192,7 @@ def read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 def _special_tokens(
     folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], by_id: Mapping[int, str]
 ) -> tuple[dict[str, str | None], list[str]]:
-    """Names of BOS, EOS, PAD and UNK: tokenizer_config, then special_tokens_map, then (EOS and BOS) the ids of config.json."""
+    """Names of BOS, EOS, PAD and UNK: tokenizer_config, then special_tokens_map, then (EOS only) config.json's id."""
     legacy = _optional(folder, "special_tokens_map.json")
     names: dict[str, str | None] = {}
     remarks = []
@@ -276,4 +280,6 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:
     """Sampling defaults; a config that does not sample keeps only what also acts on greedy decoding."""
     keys = SAMPLING_KEYS if generation.get("do_sample") else ("repetition_penalty",)
     found = {key: generation.get(key) for key in keys}
-    return {key: value for key, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {
+        key: value for key, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,160 @@
+"""Checkpoints from the Hugging Face hub and ModelScope. Sole owner of huggingface_hub and modelscope.
+
+Downloads resume where they stopped and stay in the hub's own cache; HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HOME
+(and
+ModelScope's MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE) are the libraries' business and keep their meaning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.errors import InputError, NetworkError, PackagerError, ToolError
+from packager.progress import Progress
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Origin
+
+MODELSCOPE = "modelscope:"
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a checkpoint consists of; ONNX, GGUF, TensorFlow and Flax copies of the same weights stay on the hub.
+SAFE = ["model*.safetensors", "model.safetensors.index.json"]
+PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+TIMEOUT_S = 10.0
+
+
+def download(ref: str, *, revision: str | None, progress: Progress) -> tuple[Path, Origin]:
+    """The folder and origin of ``org/name`` or ``modelscope:org/name``, the commit pinned in the origin.
+
+    Raises InputError when ref is neither a path nor an id or the hub does not have it, NetworkError when the
+    hub does not answer, ToolError when modelscope is not installed.
+    """
+    if ref.startswith(MODELSCOPE):
+        return _modelscope(_checked(ref.removeprefix(MODELSCOPE), ref), revision, progress)
+    return _hugging_face(_checked(ref, ref), revision, progress)
+
+
+def _checked(name: str, ref: str) -> str:
+    if _ID.fullmatch(name) and ".." not in name:
+        return name
+    raise InputError(
+        f"There is no folder {ref}, and it is no hub id either (org/name).",
+        why=f"Looked in {Path.cwd()}.",
+        fix="Check the path; for the hub write org/name, for ModelScope modelscope:org/name.",
+    )
+
+
+def _model_patterns() -> list[str]:
+    from packager.checkpoint import MODEL_FILES
+
+    return list(MODEL_FILES)
+
+
+def _hugging_face(name: str, revision: str | None, progress: Progress) -> tuple[Path, Origin]:
+    # Read by the library when it is imported, which is here; a user's own values stay.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub import snapshot_download
+
+    from packager.checkpoint import Origin
+
+    pinned = revision or "main"
+    try:
+        with progress.step(f"Fetching {name} from {_endpoint()}"):
+            folder = snapshot_download(
+                name, revision=pinned, allow_patterns=[*_model_patterns(), *SAFE], etag_timeout=TIMEOUT_S
+            )
+            if not any(Path(folder).glob("model*.safetensors")):
+                folder = snapshot_download(
+                    name, revision=pinned, allow_patterns=[*_model_patterns(), *PICKLED], etag_timeout=TIMEOUT_S
+                )
+    except Exception as error:  # the library raises its own, the HTTP client's and OSError; each is told apart below
+        raise _explained(error, name, pinned) from error
+    return Path(folder), Origin("hub", name, Path(folder).name)
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def _explained(error: Exception, name: str, revision: str) -> PackagerError:
+    """One sentence for each way a download fails."""
+    from huggingface_hub import constants, errors
+
+    here = f"There is no folder {name} here, so it was read as a hub id."
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
+            f"{name} is gated: the hub gives it only to accounts that accepted its terms.",
+            fix=f"Accept them at {_endpoint()}/{name}, then set HF_TOKEN.",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"{_endpoint()} has no model {name}, or it is private.",
+            why=here,
+            fix="Check the spelling of the path or id; for a private model set HF_TOKEN.",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{name} has no revision {revision}.", fix="Give a branch, tag or commit that the hub shows.")
+    if constants.HF_HUB_OFFLINE:
+        return NetworkError(
+            f"{name} (revision {revision}) is not complete in the local cache, and HF_HUB_OFFLINE forbids asking "
+            f"the hub.",
+            why=here,
+            fix="Give a folder, or fetch it once with HF_HUB_OFFLINE unset.",
+        )
+    if isinstance(error, OSError) and error.errno in (28, 13, 30):  # no space, no permission, read-only
+        from packager.errors import MachineError
+
+        return MachineError(f"{name} could not be stored: {error.strerror}.", fix=f"See {constants.HF_HUB_CACHE}.")
+    cause = error.__cause__ or error
+    return NetworkError(
+        f"{_endpoint()} did not deliver {name}.",
+        why=f"{here} {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:200]}",
+        fix=(
+            "Check the network or set HF_ENDPOINT to a mirror and run again: what has arrived is kept. Or give a "
+            "folder."
+        ),
+    )
+
+
+def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Path, Origin]:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ToolError(
+            "ModelScope ids need the modelscope library, which is not installed.",
+            fix='Install the extra: pip install "packager[modelscope]"',
+        ) from error
+    from packager.checkpoint import Origin
+
+    wanted = [*_model_patterns(), *SAFE]
+    try:
+        with progress.step(f"Fetching {name} from ModelScope"):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+            if not any(folder.glob("model*.safetensors")):
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, *PICKLED]))
+    except Exception as error:  # modelscope raises requests' errors, its own and plain ones
+        raise _explained_modelscope(error, name) from error
+    return folder, Origin("modelscope", name, revision or _modelscope_commit(folder))
+
+
+def _modelscope_commit(folder: Path) -> str | None:
+    """The commit, where the snapshot's folder is named by it."""
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
+def _explained_modelscope(error: Exception, name: str) -> PackagerError:
+    kind, text = type(error).__name__, (str(error).splitlines() or [""])[0][:200]
+    status: Any = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if kind in ("NotExistError", "RepoNotFoundError", "NoValidRevisionError") or status == 404:
+        return InputError(f"ModelScope has no model {name} of that revision.", why=text, fix="Check the spelling.")
+    return NetworkError(
+        f"ModelScope did not deliver {name}.",
+        why=f"{kind}: {text}",
+        fix="Check the network and run again: what has arrived is kept. Or give a folder.",
+    )
