@@ -13,7 +13,7 @@ from packager import __version__
 from packager.errors import PlanRefused
 from packager.progress import Progress
 from packager.recipe import Artifact, Job, Recipe
-from packager.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
+from packager.store import Cost, Step, Store, cache_root, code_digest, machine_errors, write_atomically
 
 if TYPE_CHECKING:
     from packager.bundle.manifest import Needs
@@ -70,17 +70,21 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     def check(folder: Path, cost: Cost) -> None:
         check_weights(base, progress)
 
-    steps = [store.step("checked-weights", {"checkpoint": base.digest}, check, progress=progress)]
+    steps = [store.step("checked-weights", {"checkpoint": base.digest, "code": _code("checkpoint.py")}, check, progress=progress)]
     if adapter is None or request.adapter is None:
         return Opened(base, tuple(steps))
 
     def make(folder: Path, cost: Cost) -> None:
         merge(base, adapter, folder / "model", progress)
 
-    merged = store.step("merge", {"checkpoint": base.digest, "adapter": adapter.digest, "version": 1}, make, progress=progress)
+    merged = store.step("merge", {"checkpoint": base.digest, "adapter": adapter.digest, "code": _code("adapter.py", "safetensors_io.py")}, make, progress=progress)
     steps.append(merged)
     found = open_checkpoint(str(merged.path / "model"), progress=progress, cache=cache_root(), name=merged_name(request, base))
     return Opened(found, tuple(steps))
+
+
+def _code(*names: str) -> str:
+    return code_digest(*(Path(__file__).with_name(name) for name in names))
 
 
 def merged_name(request: Request, base: Checkpoint) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from packager.errors import GateFailed
 from packager.recipe import Job
-from packager.store import Cost, Step
+from packager.store import Cost, Step, code_digest
 
 MARK = "\u2045{}\u2046"  # quill brackets: no chat template has them
 PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
@@ -119,7 +119,7 @@ def make(job: Job, model: Path, context: int, steps: list[Step]) -> dict[str, Pa
         write_store(folder / "ollama", model, job.checkpoint.name, template, _parameters(job, context))
 
     step = job.store.step("ollama", {"model": model.parent.name, "checkpoint": job.checkpoint.digest, "context": context,
-                                     "name": job.checkpoint.name, "layout": 1}, build, progress=job.progress)
+                                     "name": job.checkpoint.name, "code": code_digest(Path(__file__))}, build, progress=job.progress)
     steps.append(step)
     return {"ollama": step.path / "ollama"}
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packager import calibration
 from packager.calibration import Calibration, Message, general, split, spread
 from packager.recipe import Job
-from packager.store import Cost, Step
+from packager.store import Cost, Step, code_digest
 from packager.tools import CHILDREN, follow, version_of
 
 TOP = 64  # tokens compared a position; the rest of the vocabulary is one bucket
@@ -51,7 +52,8 @@ def make_samples(job: Job) -> Samples:
     builtin = general()
     templated = checkpoint.tokenizer.chat_template is not None
     inputs = {"checkpoint": checkpoint.digest, "calibration": own.digest if own else None, "builtin": builtin.digest,
-              "transformers": version_of("transformers"), "templated": templated}
+              "transformers": version_of("transformers"), "templated": templated,
+              "code": code_digest(Path(__file__), CHILDREN / "samples.py", Path(calibration.__file__))}
 
     def make(folder: Path, cost: Cost) -> None:
         talks = [*(own.conversations if own else ()), *builtin.conversations]
@@ -119,7 +121,8 @@ def _run(job: Job, samples: Samples, folder: Path, cost: Cost, name: str, **outp
 
 def _inputs(job: Job, samples: Samples) -> dict[str, object]:
     return {"checkpoint": job.checkpoint.digest, "samples": samples.step.key, "torch": version_of("torch"),
-            "transformers": version_of("transformers"), "threads": os.cpu_count() or 1}
+            "transformers": version_of("transformers"), "threads": os.cpu_count() or 1,
+            "code": code_digest(CHILDREN / "reference.py")}
 
 
 def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], Step]:

@@ -71,6 +71,11 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def code_digest(*files: Path) -> str:
+    """Digest of source files, for a step's inputs: a changed program makes a new step, so no stale result survives it."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
+
+
 class Store:
     """Content-addressed steps under one folder; safe for several builds at once."""
 

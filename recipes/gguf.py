@@ -11,7 +11,7 @@ from packager.errors import GateFailed
 from packager.gguf_sizes import estimate_gguf, wants_imatrix
 from packager.llamacpp import NUMPY_TYPES, compiled
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe
-from packager.store import RECORD
+from packager.store import RECORD, code_digest
 
 if TYPE_CHECKING:
     from packager.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def _unquantized(job: Job, steps: list[Step]) -> Path:
         llamacpp.convert(job.checkpoint.path, job.checkpoint.name, kind, folder / "model.gguf", job.progress, cost)
 
     step = job.store.step("gguf-convert", {"checkpoint": job.checkpoint.digest, "name": job.checkpoint.name, "type": kind,
-                                           "converter": llamacpp.SDIST_SHA256}, make, progress=job.progress)
+                                           "converter": llamacpp.SDIST_SHA256, "code": _code()}, make, progress=job.progress)
     steps.append(step)
     return step.path / "model.gguf"
 
@@ -133,7 +133,7 @@ def _quantized(job: Job, options: Options, whole: Path, samples: Samples | None,
     by_numpy = not compiled()
     matrix = _imatrix(job, whole, samples, steps) if samples and with_imatrix(options) else None
     inputs = {"source": whole.parent.name, "type": options.quant, "converter": llamacpp.SDIST_SHA256,
-              "imatrix": matrix.parent.name if matrix else None,
+              "imatrix": matrix.parent.name if matrix else None, "code": _code(),
               "numpy": by_numpy and options.quant == "Q4_0"}  # only there do the two differ (the head's type)
 
     def make(folder: Path, cost: Cost) -> None:
@@ -145,6 +145,14 @@ def _quantized(job: Job, options: Options, whole: Path, samples: Samples | None,
     steps.append(step)
     said = (step.path / "quantizer.txt").read_text(encoding="utf-8")
     return step.path / "model.gguf", "llama.cpp types, written by either quantizer" if options.quant in ("Q8_0", "F16", "BF16") else said
+
+
+def _code() -> str:
+    """Changes with the programs that write GGUF files."""
+    from packager import llamacpp
+    from packager.tools import CHILDREN
+
+    return code_digest(Path(llamacpp.__file__), CHILDREN / "quantize_numpy.py", CHILDREN / "quantize_llama.py")
 
 
 def _imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
