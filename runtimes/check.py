@@ -262,8 +262,8 @@ def check_files(bundle: Path) -> list[Finding]:
 
 
 def is_installed(path: str) -> bool:
-    """Whether a file of the bundle is also part of an install: all but wheels (they are unpacked) and the installer."""
-    return not path.startswith("wheels/") and path != "install.sh"
+    """Whether a file of the bundle is also part of an install as it is: wheels are unpacked, units get the prefix."""
+    return not path.startswith(("wheels/", "install.")) and not ("/" not in path and path.endswith(".service"))
 
 
 def exit_code(findings: list[Finding], files: list[Finding]) -> int:

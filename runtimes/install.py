@@ -81,12 +81,13 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable) ->
     say(f"checking this box and the files of {manifest['bundle']} …")
     files = check.check_files(bundle)
     digest = check.file_sha256(bundle / check.MANIFEST)
-    if ours and is_whole(prefix, digest):  # before the disk is judged: nothing will be written
+    done = ours and is_whole(prefix, digest)
+    if done:  # nothing will be written, so the disk may be full
         findings = [item for item in findings if item.name != "disk"]
     code = check.exit_code(findings, files)
     if code != check.FITS:
         raise Refused(check.refusal(findings, files), code)
-    if ours and is_whole(prefix, digest):
+    if done:
         return False
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -275,8 +276,8 @@ def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
     step([interpreter, "-I", "-m", "venv", "--without-pip", str(work / "venv")], clean, "making a virtual environment")
     python = work / "venv" / BIN / "python"
     step([str(python), "-I", str(pip[-1] / "pip"), "--isolated", "install", "--quiet", "--no-index", "--no-deps",
-          "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-warn-script-location",
-          "--root-user-action=ignore", "--find-links", str(wheels), "--requirement", str(wheels / "requirements.txt")],
+          "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "--no-input",
+          "--no-warn-script-location", "--root-user-action=ignore", "--find-links", str(wheels), "--requirement", str(wheels / "requirements.txt")],
          clean, "installing the packages")
     shutil.rmtree(scratch, ignore_errors=True)
     for script in (work / "venv" / BIN).iterdir():  # they hold this temporary path; bin/ is what is used
@@ -291,8 +292,8 @@ def step(command: list[str], env: dict[str, str], what: str) -> None:
     if done.returncode != 0:
         lines = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
         cause = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no message")
-        raise Refused(f"{what} failed with status {done.returncode} ({cause[:300]}); nothing was changed at the prefix, "
-                      "repair the cause and run it again.", check.MACHINE)
+        raise Refused(f"{what} failed with status {done.returncode} ({cause[:300]}); nothing was changed at the "
+                      "prefix, repair the cause and run it again.", check.MACHINE)
 
 
 def write_wrappers(work: Path) -> None:

@@ -250,7 +250,7 @@ def _explain(error: PackagerError, wanted: Sequence[Locked], platforms: Sequence
         return PlanRefused(
             f"There is no wheel of {names} for {target.wheel_platforms[0]} and Python {python} (target {target.name}).",
             why="A box cannot compile, so only wheels are bundled.",
-            fix="Take another Python or a newer platform tag in the target, or add the wheel to your own package index.")
+            fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own.")
     names = ", ".join(entry.name for entry in other) or "the wheels"
     return NetworkError(f"The package index did not deliver {names}.", why=error.why,
                         fix="Check pip's index configuration (`pip config list`) and the connection, then build again.")

@@ -1,0 +1,163 @@
+"""Read a GGUF file's own header and say what is wrong with it: bounded reads, no tensor is loaded, nothing is trusted.
+
+Layout as in ggml's docs/gguf.md: magic, version, counts, key-value pairs, tensor infos, then aligned tensor data.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+# ggml type: (name, weights in a block, bytes of a block), from ggml.c's type_traits.
+TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+}
+MOST_PAIRS, MOST_TENSORS, MOST_DIMS = 100_000, 1_000_000, 4
+
+
+class BadHeader(ValueError):
+    """The header cannot be read; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """offset: from the start of the tensor data, bytes. shape: ggml order, fastest first."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """version: of the format. data_start: file offset of the tensor data. size: of the file, bytes."""
+
+    version: int
+    architecture: str
+    alignment: int
+    data_start: int
+    size: int
+    tensors: tuple[Tensor, ...]
+    pairs: int
+    values: dict[str, object] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """Tensors that overlap, are not aligned, or lie outside the file (a truncated copy)."""
+        found, end = [], 0
+        for tensor in sorted(self.tensors, key=lambda item: item.offset):
+            if tensor.offset % self.alignment:
+                found.append(f"tensor {tensor.name} is not aligned to {self.alignment} bytes")
+            if tensor.offset < end:
+                found.append(f"tensor {tensor.name} overlaps the one before it")
+            end = tensor.offset + tensor.nbytes
+            if self.data_start + end > self.size:
+                found.append(f"tensor {tensor.name} ends at byte {self.data_start + end}, "
+                             f"but the file has only {self.size} bytes: it is cut off")
+        if not self.tensors:
+            found.append("it holds no tensor")
+        names = [tensor.name for tensor in self.tensors]
+        if len(set(names)) != len(names):
+            found.append("a tensor name is there twice")
+        return found
+
+    def type_counts(self) -> dict[str, int]:
+        """Tensor type -> number of tensors."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            counts[tensor.type] = counts.get(tensor.type, 0) + 1
+        return dict(sorted(counts.items()))
+
+
+class _Reader:
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self.stream, self.size = stream, size
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.stream.tell():
+            raise BadHeader(f"it ends inside its header, at byte {self.size}")
+        return self.stream.read(count)
+
+    def skip(self, count: int) -> None:
+        if count > self.size - self.stream.tell():
+            raise BadHeader(f"it ends inside its header, at byte {self.size}")
+        self.stream.seek(count, 1)
+
+    def number(self, code: str) -> int:
+        return int(struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0])
+
+    def text(self) -> str:
+        try:
+            return self.take(self.number("Q")).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadHeader(f"a name at byte {self.stream.tell()} is not UTF-8") from error
+
+    def value(self, kind: int) -> object:
+        """A scalar or a string; arrays are walked over and give their length."""
+        if kind in SCALARS:
+            return struct.unpack(f"<{SCALARS[kind]}", self.take(struct.calcsize(f"<{SCALARS[kind]}")))[0]
+        if kind == STRING:
+            return self.take(self.number("Q")).decode("utf-8", "replace")
+        if kind != ARRAY:
+            raise BadHeader(f"unknown value type {kind} at byte {self.stream.tell()}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in SCALARS:
+            self.skip(count * struct.calcsize(f"<{SCALARS[inner]}"))
+        elif inner == STRING:
+            for _ in range(count):
+                self.skip(self.number("Q"))
+        else:
+            raise BadHeader(f"an array of type {inner} at byte {self.stream.tell()}")
+        return count
+
+
+def read_header(path: Path) -> Header:
+    """Read the header. Raises BadHeader (a sentence without subject) and OSError."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        reader = _Reader(stream, size)
+        magic = reader.take(4) if size >= 4 else b""
+        if magic != b"GGUF":
+            raise BadHeader(f"its first bytes are {magic!r} instead of b'GGUF'")
+        version = reader.number("I")
+        if version not in (2, 3):
+            raise BadHeader(f"GGUF version {version} is unknown (2 and 3 are)")
+        count, pairs = reader.number("Q"), reader.number("Q")
+        if count > MOST_TENSORS or pairs > MOST_PAIRS:
+            raise BadHeader(f"{count} tensors and {pairs} values are not plausible")
+        values = {}
+        for _ in range(pairs):
+            key = reader.text()
+            values[key] = reader.value(reader.number("I"))
+        tensors = tuple(_tensor(reader) for _ in range(count))
+        alignment = values.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise BadHeader(f"an alignment of {alignment!r} is not a power of two")
+        start = math.ceil(stream.tell() / alignment) * alignment
+    return Header(version, str(values.get("general.architecture", "")), alignment, start, size, tensors, pairs, values)
+
+
+def _tensor(reader: _Reader) -> Tensor:
+    name, dims = reader.text(), reader.number("I")
+    if not 1 <= dims <= MOST_DIMS:
+        raise BadHeader(f"tensor {name} has {dims} dimensions")
+    shape = tuple(reader.number("Q") for _ in range(dims))
+    kind, offset = reader.number("I"), reader.number("Q")
+    if kind not in TYPES:
+        raise BadHeader(f"tensor {name} has the unknown type {kind}")
+    label, block, nbytes = TYPES[kind]
+    if shape[0] % block:
+        raise BadHeader(f"tensor {name} has rows of {shape[0]}, which {label} cannot hold (blocks of {block})")
+    return Tensor(name, shape, label, offset, math.prod(shape) // block * nbytes)

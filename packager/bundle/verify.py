@@ -1,0 +1,176 @@
+"""Is a bundle what was built? Everything that is wrong with it, not only the first.
+
+Three witnesses: SHA256SUMS and the manifest (was a file changed, lost or added), the schema (does the manifest say
+what it must), and the model's own header (is it whole even if somebody made new sums for a truncated copy).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from packager.bundle.assemble import sha256
+from packager.bundle.gguf_header import BadHeader, read_header
+from packager.bundle.manifest import MANIFEST, SUMS, FileEntry, Manifest, is_inside, load
+from packager.errors import VerifyFailed
+from packager.progress import Progress, Silent
+
+Kind = Literal["missing", "changed", "extra", "link", "unsafe", "unreadable", "schema", "sums", "model"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what kind, where (a path in the bundle), and a sentence."""
+
+    kind: Kind
+    path: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was looked at and what is wrong. files: compared by digest. bytes: read."""
+
+    bundle: Path
+    problems: tuple[Problem, ...]
+    files: int
+    bytes: int
+    model: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form that ``--json`` prints."""
+        return {"bundle": str(self.bundle), "ok": self.ok, "files": self.files, "bytes": self.bytes,
+                "model": self.model, "problems": [asdict(problem) for problem in self.problems]}
+
+    def raise_if_bad(self) -> None:
+        """Raise VerifyFailed, which names every problem, when there is one."""
+        if self.problems:
+            listed = "; ".join(f"{problem.kind} {problem.path}: {problem.detail}" for problem in self.problems[:20])
+            raise VerifyFailed(f"{self.bundle.name} failed verification: {len(self.problems)} problem(s).", why=listed,
+                               fix="Copy the bundle again, or build it again.")
+
+
+def verify(bundle: Path, progress: Progress | None = None, *, digest: Callable[[Path], str] = sha256) -> Report:
+    """Compare a bundle with its own manifest, sums, schema and model header; never raises for a damaged bundle."""
+    progress = progress or Silent()
+    try:
+        manifest = load(bundle)
+    except VerifyFailed as error:
+        return Report(bundle, (Problem("schema", MANIFEST, " ".join(filter(None, (error.what, error.why)))),), 0, 0, {})
+    problems: list[Problem] = []
+    present = dict(_walk(bundle, problems))
+    listed = {entry.path: entry for entry in manifest.files}
+    sums = _read_sums(bundle, problems)
+    read = 0
+    total = sum(entry.bytes for entry in manifest.files)
+    with progress.step(f"verify {manifest.bundle}", total=total, unit="B") as task:
+        for path, entry in listed.items():
+            if path not in present:
+                if not any(problem.path == path for problem in problems):
+                    problems.append(Problem("missing", path, "the manifest lists it, the bundle has it not"))
+                continue
+            read += present[path]
+            problems += _compare(bundle / path, present[path], entry, digest)
+            task.advance(entry.bytes)
+    problems += [Problem("extra", path, "neither manifest nor sums know it")
+                 for path in present if path not in listed and path not in (MANIFEST, SUMS)]
+    problems += _compare_sums(bundle, sums, manifest, digest)
+    model, found = _model(bundle, manifest, listed)
+    problems += found
+    if manifest.bundle != bundle.resolve().name:
+        progress.note(f"The folder is called {bundle.resolve().name}, the bundle {manifest.bundle}.")
+    order = sorted(set(problems), key=lambda problem: (problem.path, problem.kind, problem.detail))
+    return Report(bundle, tuple(order), len(listed), read, model)
+
+
+def _walk(bundle: Path, problems: list[Problem]) -> Iterator[tuple[str, int]]:
+    """(path, size) of every plain file; links and special files are problems, and links are never followed."""
+    for folder, folders, files in os.walk(bundle):
+        for name in sorted([*folders, *files]):
+            file = Path(folder) / name
+            path = file.relative_to(bundle).as_posix()
+            if file.is_symlink():
+                goal = os.readlink(file)  # noqa: PTH115 - only to show it
+                inside = file.resolve().is_relative_to(bundle.resolve())
+                problems.append(Problem("link", path, f"a link to {goal}" + ("" if inside else ", outside the bundle")))
+            elif name in files:
+                if file.is_file():
+                    yield path, file.stat().st_size
+                else:
+                    problems.append(Problem("link", path, "neither a file nor a folder"))
+        folders[:] = sorted(name for name in folders if not (Path(folder) / name).is_symlink())
+
+
+def _compare(file: Path, size: int, entry: FileEntry, digest: Callable[[Path], str]) -> list[Problem]:
+    if size != entry.bytes:
+        return [Problem("changed", entry.path, f"{size} bytes instead of {entry.bytes}")]
+    try:
+        found = digest(file)
+    except OSError as error:
+        return [Problem("unreadable", entry.path, str(error.strerror or error))]
+    if found != entry.sha256:
+        return [Problem("changed", entry.path, f"sha256 {found[:16]}… instead of {entry.sha256[:16]}…")]
+    return []
+
+
+def _read_sums(bundle: Path, problems: list[Problem]) -> dict[str, str]:
+    sums: dict[str, str] = {}
+    try:
+        lines = (bundle / SUMS).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(Problem("missing", SUMS, f"it cannot be read: {error}"))
+        return sums
+    for number, line in enumerate(lines, 1):
+        digest, _, path = line.partition("  ")
+        if len(digest) != 64 or not is_inside(path):
+            problems.append(Problem("unsafe", SUMS, f"line {number} cannot be trusted: {line[:120]!r}"))
+        elif path in sums:
+            problems.append(Problem("sums", SUMS, f"{path} is listed twice"))
+        else:
+            sums[path] = digest
+    return sums
+
+
+def _compare_sums(bundle: Path, sums: dict[str, str], manifest: Manifest, digest: Callable[[Path], str]) -> list[Problem]:
+    """Sums and manifest must name the same files with the same digests."""
+    if not sums:
+        return []
+    expected = {entry.path: entry.sha256 for entry in manifest.files} | {MANIFEST: digest(bundle / MANIFEST)}
+    problems = [Problem("sums", path, f"{SUMS} has no line for it") for path in expected.keys() - sums.keys()]
+    problems += [Problem("sums", path, f"{SUMS} lists it, the manifest does not")
+                 for path in sums.keys() - expected.keys()]
+    problems += [Problem("changed" if path == MANIFEST else "sums", path, f"{SUMS} has another digest for it")
+                 for path in expected.keys() & sums.keys() if expected[path] != sums[path]]
+    return problems
+
+
+def _model(bundle: Path, manifest: Manifest, listed: dict[str, FileEntry]) -> tuple[dict[str, Any], list[Problem]]:
+    """The files that ``run`` names must be in the bundle, and a GGUF must be whole by its own header."""
+    problems = []
+    for key in ("model", "tokenizer", "chat_template"):
+        path = manifest.run.get(key)
+        if path is not None and path not in listed:
+            problems.append(Problem("missing", str(path), f"run.{key} names it, the manifest does not list it"))
+    model = str(manifest.run["model"])
+    file = bundle / model
+    if not is_inside(model) or not model.endswith(".gguf") or file.is_symlink() or not file.is_file():
+        return {}, problems
+    try:
+        header = read_header(file)
+    except (BadHeader, OSError) as error:
+        return {}, [*problems, Problem("model", model, f"not a sound GGUF file: {error}")]
+    wrong = header.problems()
+    problems += [Problem("model", model, text) for text in wrong[:3]]
+    if len(wrong) > 3:
+        problems.append(Problem("model", model, f"and {len(wrong) - 3} more tensors"))
+    facts = {"format": f"GGUF {header.version}", "architecture": header.architecture, "tensors": len(header.tensors),
+             "tensor_types": header.type_counts()}
+    return facts, problems
