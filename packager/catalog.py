@@ -25,7 +25,9 @@ def _folder(kind: str) -> Path:
     for place in (package / kind, package.parent / kind):
         if place.is_dir():
             return place
-    raise FileNotFoundError(f"neither {package / kind} nor {package.parent / kind} exists: the installation is incomplete")
+    raise FileNotFoundError(
+        f"neither {package / kind} nor {package.parent / kind} exists: the installation is incomplete"
+    )
 
 
 def recipes_folder() -> Path:
@@ -106,9 +108,12 @@ def _recipe_from(path: Path) -> Recipe[Any]:
             ) from error
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
-        raise UsageError(f"The recipe file {path} defines no RECIPE.", fix='It needs a line "RECIPE = Recipe(...)" (packager.recipe).')
+        raise UsageError(
+            f"The recipe file {path} defines no RECIPE.", fix='It needs "RECIPE = Recipe(...)", see packager.recipe.'
+        )
     if recipe.name != path.stem:
         raise UsageError(
-            f'The recipe in {path} calls itself "{recipe.name}".', fix=f'The file name is the identifier: name="{path.stem}".'
+            f'The recipe in {path} calls itself "{recipe.name}".',
+            fix=f'The file name is the identifier: name="{path.stem}".',
         )
     return recipe

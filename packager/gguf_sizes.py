@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from packager.checkpoint import Checkpoint
+    from packager.recipe import Estimate
+    from packager.target import Target
 
 # Elements and bytes of one block (ggml-common.h).
 BLOCKS: dict[str, tuple[int, int]] = {
@@ -137,11 +139,20 @@ def wants_imatrix(quant: str, choice: str = "auto") -> bool:
 
 
 def plan_tensors(
-    shapes: Mapping[str, tuple[int, ...]], quant: str, *, imatrix: bool, layers: int, heads: int, kv_heads: int
+    shapes: Mapping[str, tuple[int, ...]],
+    quant: str,
+    *,
+    imatrix: bool,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head: str | None = None,
 ) -> tuple[GgufTensor, ...]:
-    """The tensors of the file in llama.cpp's order, from the checkpoint's names and shapes. Raises KeyError for an unknown quant."""
-    named = sorted(((new, shape) for old, shape in shapes.items() if (new := gguf_name(old))), key=lambda item: _order(item[0]))
-    chooser = _Chooser(quant, imatrix, layers, heads // max(1, kv_heads), [name for name, _ in named])
+    """The file's tensors in llama.cpp's order, from the checkpoint's names and shapes. KeyError: an unknown quant."""
+    named = sorted(
+        ((new, shape) for old, shape in shapes.items() if (new := gguf_name(old))), key=lambda item: _order(item[0])
+    )
+    chooser = _Chooser(quant, imatrix, layers, heads // max(1, kv_heads), [name for name, _ in named], head)
     return tuple(GgufTensor(name, shape, chooser.choose(name, shape)) for name, shape in named)
 
 
@@ -153,12 +164,13 @@ def _order(name: str) -> tuple[int, str]:
 class _Chooser:
     """llama.cpp's rules. It counts attention and feed-forward tensors as they come, so the order matters."""
 
-    def __init__(self, quant: str, imatrix: bool, layers: int, gqa: int, names: list[str]) -> None:
+    def __init__(self, quant: str, imatrix: bool, layers: int, gqa: int, names: list[str], head: str | None) -> None:
         self.quant = quant
         self.base = QUANTS[quant]
         self.imatrix = imatrix
         self.layers = layers
         self.gqa = gqa
+        self.head = head
         self.tied = "output.weight" not in names
         self.attn_total = sum(".attn_v." in name or ".attn_qkv." in name for name in names)
         self.attn_seen = 0
@@ -183,7 +195,7 @@ class _Chooser:
     def _by_role(self, name: str, row: int) -> str:
         kind = self.base
         if name == "output.weight" or (self.tied and name == "token_embd.weight"):
-            return "Q8_0" if kind == "Q8_0" or row % BLOCKS[kind][0] else "Q6_K"
+            return self.head or ("Q8_0" if kind == "Q8_0" or row % BLOCKS[kind][0] else "Q6_K")
         if ".attn_v." in name or ".attn_qkv." in name:
             index, self.attn_seen = self.attn_seen, self.attn_seen + 1
             if self.quant == "IQ4_XS" and self.gqa >= 4:
@@ -209,12 +221,12 @@ def _more_bits(index: int, total: int) -> bool:
     return index < total // 8 or index >= 7 * total // 8 or (index - total // 8) % 3 == 2
 
 
-def predict(checkpoint: Checkpoint, quant: str, *, imatrix: bool) -> GgufSize:
+def predict(checkpoint: Checkpoint, quant: str, *, imatrix: bool, head: str | None = None) -> GgufSize:
     """The file that ``quant`` of this checkpoint will be. Reads config, tensor headers and the tokenizer, no weights."""
     shape = checkpoint.shape
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     tensors = plan_tensors(
-        shapes, quant, imatrix=imatrix, layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads
+        shapes, quant, imatrix=imatrix, layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head=head
     )
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
     if rope.get("rope_type") == "llama3":  # the converter computes it and adds it
@@ -273,3 +285,86 @@ def kv_cache_bytes(layers: int, kv_heads: int, head_dim: int, context: int, slot
     elements, size = BLOCKS[kv_type.upper()]
     cells = -(-context // 256) * 256 * slots
     return 2 * layers * kv_heads * head_dim * cells * size // elements
+
+
+# -- what a build of it costs and what the box needs ------------------------------------------------------------------
+
+MIB = 1024**2
+# The runtime on the box, measured: Python 3.11, FastAPI, tokenizers, xllamacpp 2026.10; resident after 1500-token prompts.
+RUNTIME_BASE_BYTES = 70 * MIB
+# The vocabulary, once in tokenizers and once in llama.cpp: 59 MiB for SmolLM2's 49152 tokens, 152 MiB for Qwen2's 152064.
+RUNTIME_BYTES_PER_TOKEN = 1050
+# Prompts are read 512 tokens at a time (runtimes/llamacpp.py); llama.cpp then holds about this many float32 rows.
+PROMPT_BATCH = 512
+ROWS_OF_HIDDEN, ROWS_OF_INTERMEDIATE = 4, 3
+
+# The converter's peak: Python with torch, and the largest tensor in 16 bits, in float32 and once more on its way out
+# (measured: 2.2 GB for 1.5B, whose embedding has 234 million elements).
+BUILD_BASE_BYTES = 400 * MIB
+BUILD_BYTES_PER_ELEMENT = 8
+# Source model, a layer at a time, with the activations of its samples: for the importance matrix and for verification.
+BUILD_SAMPLES_BYTES = 300 * MIB
+WHEELS_BYTES = 70 * MIB  # wheels, server and documents of one bundle
+# Elements a second on two cores (SmolLM2 and 1.5B): conversion is bound by the disk, quantization by the type.
+CONVERT_RATE = 20e6
+QUANTIZE_RATE = {"Q8_0": 60e6, "Q6_K": 45e6, "Q5_K": 28e6, "Q4_K": 27e6, "Q4_0": 60e6, "IQ4_XS": 11e6}
+SECONDS_BESIDE = 20.0  # starting the tools, wheels, digests
+
+
+def runtime_overhead_bytes(vocab: int, hidden: int, intermediate: int) -> int:
+    """What the server holds on the box beside weights and KV cache."""
+    rows = ROWS_OF_HIDDEN * hidden + ROWS_OF_INTERMEDIATE * intermediate
+    return RUNTIME_BASE_BYTES + RUNTIME_BYTES_PER_TOKEN * vocab + PROMPT_BATCH * 4 * rows
+
+
+def estimate_gguf(
+    checkpoint: Checkpoint,
+    target: Target,
+    *,
+    quant: str,
+    context: int,
+    slots: int,
+    kv_type: str = "f16",
+    imatrix: bool = False,
+    head: str | None = None,
+) -> Estimate:
+    """What a gguf build costs and what its model needs on the box. imatrix: whether one is used (see wants_imatrix).
+
+    head: the type of the output layer when it is not llama.cpp's choice. Raises KeyError for an unknown quant.
+    """
+    from packager.recipe import Estimate
+
+    shape = checkpoint.shape
+    size = predict(checkpoint, quant, imatrix=imatrix, head=head)
+    whole = predict(checkpoint, "BF16", imatrix=False)
+    elements = sum(math.prod(tensor.shape) for tensor in size.tensors)
+    largest = max(math.prod(tensor.shape) for tensor in size.tensors)
+    seconds = SECONDS_BESIDE + elements / CONVERT_RATE
+    if QUANTS[quant] in QUANTIZE_RATE:
+        seconds += elements / QUANTIZE_RATE[QUANTS[quant]]
+    return Estimate(
+        artifact_bytes=size.bytes,
+        build_ram_bytes=BUILD_BASE_BYTES + BUILD_BYTES_PER_ELEMENT * largest + (BUILD_SAMPLES_BYTES if imatrix else 0),
+        build_disk_bytes=whole.bytes + 2 * size.bytes + WHEELS_BYTES,
+        load_bytes=size.bytes,
+        kv_bytes=kv_cache_bytes(shape.layers, shape.kv_heads, shape.head_dim, context, slots, kv_type),
+        overhead_bytes=runtime_overhead_bytes(shape.vocab, shape.hidden, shape.intermediate),
+        read_per_token_bytes=size.read_per_token_bytes,
+        context=context,
+        slots=slots,
+        seconds=round(seconds, 1),
+        notes=tuple(_type_notes(quant, size, shape.hidden)),
+    )
+
+
+def _type_notes(quant: str, size: GgufSize, hidden: int) -> Iterable[str]:
+    """Says so when the rows of the model do not take the type that was asked for."""
+    wanted = QUANTS[quant]
+    quantized = [t for t in size.tensors if t.type not in ("F32", "F16", "BF16")]
+    found = Counter(t.type for t in quantized)
+    if wanted in QUANTIZE_RATE and found[wanted] * 2 < len(quantized):
+        most = found.most_common(1)[0]
+        yield (
+            f"{quant} is in name only here: {most[1]} of {len(quantized)} quantized tensors become {most[0]}, because "
+            f"rows of {hidden} are not divisible by {BLOCKS[wanted][0]}."
+        )

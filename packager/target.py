@@ -25,78 +25,88 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 _MISSING = dataclasses.MISSING
 
 
-def _key(doc: str, **kwargs: Any) -> Any:
-    """A dataclass field with the sentence that the reference prints for it."""
-    return field(metadata={"doc": doc}, **kwargs)
+def _doc(sentence: str) -> dict[str, str]:
+    """Field metadata: what the reference prints for the key."""
+    return {"doc": sentence}
 
 
 @dataclass(frozen=True)
 class Platform:
     """What an offline install has to match."""
 
-    system: Literal["linux", "windows", "macos"] = _key("operating system")
-    machine: Literal["x86_64", "aarch64", "arm64"] = _key("processor, as the system itself names it")
-    python: tuple[str, ...] = _key('Python versions the box may run, as "3.12"')
-    wheel_tag: str = _key('newest wheel platform tag it accepts, as "manylinux_2_35_aarch64"; older ones follow from it')
-    glibc: str | None = _key('version of the C library, as "2.35"; Linux only', default=None)
+    system: Literal["linux", "windows", "macos"] = field(metadata=_doc("operating system"))
+    machine: Literal["x86_64", "aarch64", "arm64"] = field(metadata=_doc("processor, as the system itself names it"))
+    python: tuple[str, ...] = field(metadata=_doc('Python versions the box may run, as "3.12"'))
+    wheel_tag: str = field(
+        metadata=_doc('newest wheel platform tag it accepts, as "manylinux_2_35_aarch64"; older ones follow from it')
+    )
+    glibc: str | None = field(metadata=_doc('version of the C library, as "2.35"; Linux only'), default=None)
 
 
 @dataclass(frozen=True)
 class Memory:
     """Main memory: on a Jetson or a Mac the graphics processor shares it."""
 
-    total_gib: float = _key("installed memory, GiB")
-    reserved_gib: float = _key("what firmware, system and desktop keep of it, GiB")
-    bandwidth_gb_s: float = _key("peak bandwidth, GB/s (10^9 bytes): the ceiling of tokens per second")
-    assumed: bool = _key("the figures are an assumption of this file, not facts of a device", default=False)
+    total_gib: float = field(metadata=_doc("installed memory, GiB"))
+    reserved_gib: float = field(metadata=_doc("what firmware, system and desktop keep of it, GiB"))
+    bandwidth_gb_s: float = field(metadata=_doc("peak bandwidth, GB/s (10^9 bytes): the ceiling of tokens per second"))
+    assumed: bool = field(
+        metadata=_doc("the figures are an assumption of this file, not facts of a device"), default=False
+    )
 
 
 @dataclass(frozen=True)
 class Gpu:
     """The graphics processor."""
 
-    name: str = _key("as its maker names it")
-    architecture: str = _key('NVIDIA\'s compute capability as "sm_87", else the maker\'s name for it')
-    memory: Literal["unified", "discrete"] = _key("whether it shares main memory")
-    memory_gib: float | None = _key("its own memory, GiB; discrete only", default=None)
-    bandwidth_gb_s: float | None = _key("bandwidth of its own memory, GB/s; discrete only", default=None)
-    recipes: tuple[str, ...] = _key("recipes whose bundle runs on it; every other recipe runs on the CPU", default=())
+    name: str = field(metadata=_doc("as its maker names it"))
+    architecture: str = field(metadata=_doc("NVIDIA's compute capability as \"sm_87\", else the maker's name for it"))
+    memory: Literal["unified", "discrete"] = field(metadata=_doc("whether it shares main memory"))
+    memory_gib: float | None = field(metadata=_doc("its own memory, GiB; discrete only"), default=None)
+    bandwidth_gb_s: float | None = field(
+        metadata=_doc("bandwidth of its own memory, GB/s; discrete only"), default=None
+    )
+    recipes: tuple[str, ...] = field(
+        metadata=_doc("recipes whose bundle runs on it; every other recipe runs on the CPU"), default=()
+    )
 
 
 @dataclass(frozen=True)
 class Software:
     """One release of the maker's system image (JetPack) and what comes with it."""
 
-    jetpack: str = _key('release, as "6.2"')
-    linux: str = _key('Jetson Linux (L4T) release, as "36.4.3"')
-    cuda: str = _key("CUDA version")
-    python: str = _key('the system\'s Python, as "3.10"')
-    glibc: str = _key("version of the C library")
-    tensorrt: str | None = _key("TensorRT version; engines need exactly this one", default=None)
+    jetpack: str = field(metadata=_doc('release, as "6.2"'))
+    linux: str = field(metadata=_doc('Jetson Linux (L4T) release, as "36.4.3"'))
+    cuda: str = field(metadata=_doc("CUDA version"))
+    python: str = field(metadata=_doc('the system\'s Python, as "3.10"'))
+    glibc: str = field(metadata=_doc("version of the C library"))
+    tensorrt: str | None = field(metadata=_doc("TensorRT version; engines need exactly this one"), default=None)
 
 
 @dataclass(frozen=True)
 class Recipes:
     """What can be built for it."""
 
-    default: str = _key("recipe used when none is named")
-    supported: tuple[str, ...] = _key("all recipes that work there")
+    default: str = field(metadata=_doc("recipe used when none is named"))
+    supported: tuple[str, ...] = field(metadata=_doc("all recipes that work there"))
 
 
 @dataclass(frozen=True)
 class Target:
     """One device. ``load_target`` makes it; attributes without ``_gib`` or ``_gb_s`` in their name are bytes and bytes/s."""
 
-    title: str = _key("name for people")
-    platform: Platform = _key("")
-    memory: Memory = _key("")
-    recipes: Recipes = _key("")
-    runtimes: tuple[str, ...] = _key("engines of runtimes/ that work there", default=())
-    notes: tuple[str, ...] = _key("sentences that every plan for this target shows", default=())
-    gpu: Gpu | None = _key("", default=None)
-    software: tuple[Software, ...] = _key("releases of the system image that were looked at, oldest first", default=())
-    options: Mapping[str, Mapping[str, Any]] = _key(
-        "per recipe, options that differ from the recipe's own defaults", default_factory=dict
+    title: str = field(metadata=_doc("name for people"))
+    platform: Platform
+    memory: Memory
+    recipes: Recipes
+    runtimes: tuple[str, ...] = field(metadata=_doc("engines of runtimes/ that work there"), default=())
+    notes: tuple[str, ...] = field(metadata=_doc("sentences that every plan for this target shows"), default=())
+    gpu: Gpu | None = None
+    software: tuple[Software, ...] = field(
+        metadata=_doc("releases of the system image that were looked at, oldest first"), default=()
+    )
+    options: Mapping[str, Mapping[str, Any]] = field(
+        metadata=_doc("per recipe, options that differ from the recipe's own defaults"), default_factory=dict
     )
     name: str = field(default="", metadata={"computed": True})
     digest: str = field(default="", metadata={"computed": True})
@@ -173,7 +183,9 @@ def wheel_platforms(tag: str) -> tuple[str, ...]:
             for name in [f"manylinux_2_{minor}", *legacy.get(minor, [])]
         )
     if mac := re.fullmatch(r"macosx_(\d+)_0_(arm64|x86_64)", tag):
-        return tuple(f"macosx_{major}_0_{kind}" for major in range(int(mac[1]), 10, -1) for kind in (mac[2], "universal2"))
+        return tuple(
+            f"macosx_{major}_0_{kind}" for major in range(int(mac[1]), 10, -1) for kind in (mac[2], "universal2")
+        )
     if tag in ("win_amd64", "win_arm64"):
         return (tag,)
     raise ValueError(f'"{tag}" is not manylinux_2_N_MACHINE, macosx_N_0_MACHINE or win_amd64')
@@ -230,7 +242,9 @@ def _keys(cls: type, prefix: str) -> list[tuple[str, str, str]]:
             rows += _keys(typing.cast(type, inner[0]), f"{prefix}{name}[].")
         else:
             key = f"{prefix}{name}.RECIPE.OPTION" if typing.get_origin(kind) is Mapping else f"{prefix}{name}"
-            rows.append((key, _describe(kind) + ("" if _required(item) else ", optional"), item.metadata["doc"]))
+            rows.append(
+                (key, _describe(kind) + ("" if _required(item) else ", optional"), item.metadata.get("doc", ""))
+            )
     return rows
 
 
@@ -253,7 +267,8 @@ def _table(cls: type, table: Any, path: Path, prefix: str) -> dict[str, Any]:
     for key in table:
         if key not in known:
             raise UsageError(
-                f'{path}: unknown key "{prefix}{key}".{closest(key, list(known))}', fix=f"Known here: {', '.join(known)}."
+                f'{path}: unknown key "{prefix}{key}".{closest(key, list(known))}',
+                fix=f"Known here: {', '.join(known)}.",
             )
     values = {}
     for name, item in known.items():
@@ -262,7 +277,9 @@ def _table(cls: type, table: Any, path: Path, prefix: str) -> dict[str, Any]:
         elif _required(item):
             section = dataclasses.is_dataclass(_plain(hints[name]))
             what = f"the table [{prefix}{name}]" if section else f'the key "{prefix}{name}"'
-            raise UsageError(f"{path}: {what} is missing.", why=str(item.metadata["doc"]) and f"It is: {item.metadata['doc']}.")
+            raise UsageError(
+                f"{path}: {what} is missing.", why=f"It is the {doc}." if (doc := item.metadata.get("doc")) else ""
+            )
     return values
 
 
@@ -281,7 +298,9 @@ def _value(kind: Any, value: Any, path: Path, key: str) -> Any:
     elif origin is Mapping:
         if isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()):
             return types.MappingProxyType({name: types.MappingProxyType(dict(entry)) for name, entry in value.items()})
-        raise UsageError(f"{path}: [{key}] has to hold one table a recipe.", fix=f"Write [{key}.gguf] above the option.")
+        raise UsageError(
+            f"{path}: [{key}] has to hold one table a recipe.", fix=f"Write [{key}.gguf] above the option."
+        )
     elif origin is Literal:
         if value in args:
             return value
@@ -313,20 +332,26 @@ def _check(target: Target, path: Path) -> None:
                 fix=f'Write glibc = "{".".join(expected)}" or correct the tag.',
             )
     elif place.glibc is not None:
-        raise UsageError(f"{path}: platform.glibc is given for {place.system}.", why="Only Linux has it.", fix="Remove it.")
+        raise UsageError(
+            f"{path}: platform.glibc is given for {place.system}.", why="Only Linux has it.", fix="Remove it."
+        )
     if target.memory.reserved_gib >= target.memory.total_gib:
         raise UsageError(f"{path}: memory.reserved_gib leaves nothing of memory.total_gib.")
     if target.memory.bandwidth_gb_s <= 0:
         raise UsageError(f"{path}: memory.bandwidth_gb_s has to be above 0.")
     gpu = target.gpu
-    if gpu is not None and (gpu.memory == "discrete") != (gpu.memory_gib is not None and gpu.bandwidth_gb_s is not None):
+    if gpu is not None and (gpu.memory == "discrete") != (
+        gpu.memory_gib is not None and gpu.bandwidth_gb_s is not None
+    ):
         raise UsageError(
             f"{path}: gpu.memory is {gpu.memory}.",
             why="A discrete GPU has gpu.memory_gib and gpu.bandwidth_gb_s of its own, a unified one has neither.",
         )
     if target.recipes.default not in target.recipes.supported:
         raise UsageError(
-            f'{path}: recipes.default is "{target.recipes.default}".', why="It is not in recipes.supported.", fix="Add it there."
+            f'{path}: recipes.default is "{target.recipes.default}".',
+            why="It is not in recipes.supported.",
+            fix="Add it there.",
         )
     for recipe in (*target.options, *(gpu.recipes if gpu else ())):
         if recipe not in target.recipes.supported:

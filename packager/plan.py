@@ -1,0 +1,349 @@
+"""What will be built, how big, how fast, whether it fits, and if not: why, and what would. Pure: it builds and writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from packager.errors import UsageError, closest
+from packager.recipe import Estimate, Need, Recipe
+from packager.target import GIB, Target
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Checkpoint
+
+# runtimes/ is written for this and newer; xllamacpp's wheels begin there too.
+RUNTIME_PYTHON = (3, 10)
+# Above this share of the free memory a plan says that it is tight.
+TIGHT = 0.9
+SMALLEST_CONTEXT = 512
+_MISSING = dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to "what would this build". Sizes in bytes; refusals and notes are sentences; empty refusals: it works.
+
+    box_bytes: weights, KV cache of all slots and the runtime together. budget_bytes: what the target has free for them.
+    tokens_per_second_ceiling: bandwidth ÷ bytes read per token, at batch 1; no engine is faster.
+    """
+
+    checkpoint: str
+    target: str
+    recipe: str
+    options: Mapping[str, Any]
+    estimate: Estimate
+    box_bytes: int
+    budget_bytes: int
+    tokens_per_second_ceiling: float
+    refusals: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            **plain,
+            "options": dict(self.options),
+            "estimate": {**dataclasses.asdict(self.estimate), "notes": list(self.estimate.notes)},
+            "refusals": list(self.refusals),
+            "notes": list(self.notes),
+            "fits": self.box_bytes <= self.budget_bytes,
+        }
+
+
+def make_plan(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any) -> Plan:
+    """The plan for one build. ``options`` is an instance of ``recipe.options`` (see parse_options).
+
+    Raises UsageError for options that mean nothing, such as a context of 0; what does not fit or work is a refusal.
+    """
+    for key in ("context", "slots"):
+        if getattr(options, key, 1) < 1:
+            raise UsageError(f"{key}={getattr(options, key)} means nothing.", fix=f"Set {key} to 1 or more.")
+    estimate = recipe.estimate(checkpoint, target, options)
+    box = _box(estimate)
+    budget = target.budget(recipe.name)
+    refusals = [*_unsupported(target, recipe), *_python(target), *_missing(recipe.needs, options)]
+    if why := recipe.why_not(checkpoint, target, options):
+        refusals.append(why)
+    if box > budget:
+        refusals.append(_too_big(checkpoint, target, recipe, options, box, budget))
+    return Plan(
+        checkpoint=checkpoint.name,
+        target=target.name,
+        recipe=recipe.name,
+        options=dataclasses.asdict(options),
+        estimate=estimate,
+        box_bytes=box,
+        budget_bytes=budget,
+        tokens_per_second_ceiling=round(target.bandwidth_for(recipe.name) / max(1, estimate.read_per_token_bytes), 1),
+        refusals=tuple(refusals),
+        notes=tuple([*_notes(target, recipe, estimate, box, budget), *estimate.notes]),
+    )
+
+
+def fit_all(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """For every target, whether the checkpoint fits with the target's default recipe: target, title, recipe, fits, line."""
+    from packager import catalog
+
+    rows = []
+    for name in catalog.target_names():
+        target = catalog.load_target(name)
+        recipe = catalog.load_recipe(target.recipe)
+        plan = make_plan(checkpoint, target, recipe, options := parse_options(recipe, target, ()))
+        changes: dict[str, Any] = {}
+        if plan.refusals:
+            for changes in _singles(recipe, options):
+                other = make_plan(checkpoint, target, recipe, dataclasses.replace(options, **changes))
+                if not other.refusals:
+                    break
+            else:
+                other = plan
+        else:
+            other = plan
+        rows.append(
+            {
+                "target": name,
+                "title": target.title,
+                "recipe": recipe.name,
+                "fits": not other.refusals,
+                "line": _line(other, changes if other is not plan else {}),
+            }
+        )
+    return rows
+
+
+def _line(plan: Plan, changes: Mapping[str, Any]) -> str:
+    if plan.refusals:
+        return plan.refusals[0]
+    setting = f"with {_sets(changes)}: " if changes else ""
+    quant = f"{plan.options['quant']}, " if "quant" in plan.options else ""
+    return (
+        f"{setting}{quant}{_gib(plan.box_bytes)} of {_gib(plan.budget_bytes)} GiB, "
+        f"at most {plan.tokens_per_second_ceiling:.0f} tokens/s"
+    )
+
+
+def _box(estimate: Estimate) -> int:
+    return estimate.load_bytes + estimate.kv_bytes + estimate.overhead_bytes
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB / 10 else f"{size / GIB:.2f}"
+
+
+def _unsupported(target: Target, recipe: Recipe[Any]) -> Iterator[str]:
+    from packager.catalog import recipe_names
+
+    # A recipe of the user's own is in no target's list; whether it works there is its own why_not to say.
+    if recipe.name not in target.recipes.supported and recipe.name in recipe_names():
+        supported = ", ".join(target.recipes.supported)
+        yield f"{target.title} does not run what the {recipe.name} recipe makes; it supports {supported}."
+
+
+def _versions(target: Target) -> list[tuple[int, ...]]:
+    return [tuple(int(part) for part in version.split(".")) for version in target.python]
+
+
+def _python(target: Target) -> Iterator[str]:
+    if max(_versions(target)) < RUNTIME_PYTHON:
+        least = ".".join(map(str, RUNTIME_PYTHON))
+        yield (
+            f"{target.title} comes with Python {', '.join(target.python)} and the runtime needs {least} or newer; install Python "
+            f'{least} beside the system\'s own there, and plan for a copy of the target file with python = ["{least}"].'
+        )
+
+
+def _missing(needs: Sequence[Need], options: Any) -> Iterator[str]:
+    """Needs whose module is not installed. ``when`` is "" or "option=value|value"."""
+    from importlib.util import find_spec
+
+    for need in needs:
+        option, _, values = need.when.partition("=")
+        if option and str(getattr(options, option, None)) not in values.split("|"):
+            continue
+        if find_spec(need.module.partition(".")[0]) is None:
+            reason = f" for {need.when}" if need.when else ""
+            yield f'it needs the Python module {need.module}{reason}, which is not installed; pip install "{need.brings}".'
+
+
+def _notes(target: Target, recipe: Recipe[Any], estimate: Estimate, box: int, budget: int) -> Iterator[str]:
+    yield from target.notes
+    old = [version for version, parts in zip(target.python, _versions(target), strict=True) if parts < RUNTIME_PYTHON]
+    if old and len(old) < len(target.python):
+        yield f"Python {', '.join(old)} on the box is too old for the runtime; a newer one of the list has to be there."
+    if TIGHT * budget < box <= budget:
+        yield f"It is tight: {_gib(box)} of {_gib(budget)} GiB; another program on the box may push it out."
+    gpu = target.gpu
+    if gpu is not None and gpu.bandwidth_gb_s is not None and not target.on_gpu(recipe.name):
+        ceiling = gpu.bandwidth_gb_s * 1e9 / max(1, estimate.read_per_token_bytes)
+        yield f"The ceiling is that of main memory; read from the memory of the {gpu.name} it would be {ceiling:.0f} tokens/s."
+
+
+# -- what would fit ---------------------------------------------------------------------------------------------------
+
+
+def _too_big(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any, box: int, budget: int) -> str:
+    """One sentence: how much it needs, and what would fit."""
+
+    def fits(changes: Mapping[str, Any]) -> bool:
+        changed = dataclasses.replace(options, **changes)
+        return _box(recipe.estimate(checkpoint, target, changed)) <= budget and not recipe.why_not(
+            checkpoint, target, changed
+        )
+
+    found = _first_of_each(_singles(recipe, options), fits)
+    if not found:
+        found = [next((changes for changes in _pairs(recipe, options) if fits(changes)), {})]
+    ways = [_sets(changes) for changes in found if changes]
+    need = f"it needs {_gib(box)} GiB on the box and {target.title} has {_gib(budget)} GiB free for it; "
+    if ways:
+        return f"{need}{' or '.join(ways)} would fit."
+    least = min(
+        (
+            _box(recipe.estimate(checkpoint, target, dataclasses.replace(options, **changes)))
+            for changes in _pairs(recipe, options)
+        ),
+        default=box,
+    )
+    return f"{need}no setting of this recipe fits (the smallest takes {_gib(least)} GiB): a smaller model or a larger box would."
+
+
+def _sets(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"--set {key}={value}" for key, value in changes.items())
+
+
+def _first_of_each(
+    variants: Iterator[dict[str, Any]], fits: Callable[[Mapping[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """The first that fits for each option: fewer slots, or a shorter context, or a smaller type."""
+    found: dict[str, dict[str, Any]] = {}
+    for changes in variants:
+        key = next(iter(changes))
+        if key not in found and fits(changes):
+            found[key] = changes
+    return list(found.values())
+
+
+def _smaller(recipe: Recipe[Any], options: Any) -> dict[str, list[Any]]:
+    """Per option the values that need less memory than now, best first: a quant's choices are declared best first."""
+    hints = typing.get_type_hints(recipe.options)
+    slots, context = getattr(options, "slots", 1), getattr(options, "context", SMALLEST_CONTEXT)
+    choices = list(typing.get_args(hints.get("quant"))) if hasattr(options, "quant") else []
+    return {
+        "slots": [n for n in (slots // 2, slots // 4, 1) if 1 <= n < slots],
+        "context": [n for n in (context // 2, context // 4, context // 8) if n >= SMALLEST_CONTEXT],
+        "quant": [other for other in choices if other != options.quant],
+    }
+
+
+def _singles(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
+    for key, values in _smaller(recipe, options).items():
+        yield from ({key: value} for value in values)
+
+
+def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
+    smaller = _smaller(recipe, options)
+    for quant in smaller["quant"] or [None]:
+        for context in (None, *smaller["context"]):
+            for slots in smaller["slots"][-1:] or [None]:
+                changes = {"quant": quant, "context": context, "slots": slots}
+                yield {key: value for key, value in changes.items() if value is not None}
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def parse_options(recipe: Recipe[Any], target: Target, sets: Sequence[str]) -> Any:
+    """An instance of ``recipe.options``: its defaults, then the target's ``[options]``, then ``key=value`` texts; the last wins.
+
+    Raises UsageError for an unknown key (with the nearest one), a value of the wrong type or a missing value.
+    """
+    fields = {field.name: field for field in dataclasses.fields(recipe.options)}
+    hints = typing.get_type_hints(recipe.options)
+    values: dict[str, Any] = {}
+    for key, value in target.options.get(recipe.name, {}).items():
+        origin = f"target {target.name}, [options.{recipe.name}]"
+        _known(key, fields, recipe, origin)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        values[key] = _read(hints[key], text, f"{key} in {origin}")
+    for entry in sets:
+        key, equals, text = entry.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UsageError(f'--set {entry} has no "=".', fix=f"Write --set {key}=VALUE.")
+        _known(key, fields, recipe, f"--set {entry}")
+        values[key] = _read(hints[key], text.strip(), f"--set {key}")
+    for name, field in fields.items():
+        if name not in values and field.default is _MISSING and field.default_factory is _MISSING:
+            raise UsageError(
+                f"the recipe {recipe.name} needs a value for {name}.", fix=f"Add --set {name}={_type(hints[name])}."
+            )
+        least = field.metadata.get("min")
+        if least is not None and name in values and values[name] is not None and values[name] < least:
+            raise UsageError(f"{name}={values[name]} is too small.", fix=f"Set {name} to {least} or more.")
+    return recipe.options(**values)
+
+
+def options_keys(recipe: Recipe[Any]) -> list[tuple[str, str, Any, str]]:
+    """Key, type, default and meaning of every option, for ``recipes show`` and the reference."""
+    hints = typing.get_type_hints(recipe.options)
+    rows = []
+    for field in dataclasses.fields(recipe.options):
+        default = field.default if field.default is not _MISSING else None
+        if field.default_factory is not _MISSING:
+            default = field.default_factory()
+        rows.append((field.name, _type(hints[field.name]), default, str(field.metadata.get("doc", ""))))
+    return rows
+
+
+def _known(key: str, fields: Mapping[str, Any], recipe: Recipe[Any], origin: str) -> None:
+    if key not in fields:
+        raise UsageError(
+            f'{origin}: the recipe {recipe.name} has no option "{key}".{closest(key, list(fields))}',
+            fix=f"Its options are {', '.join(fields) or 'none'}.",
+        )
+
+
+def _split(kind: Any) -> tuple[Any, bool]:
+    """The type without ``| None``, and whether None is allowed."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(kind) if part is not type(None)]
+        return parts[0], True
+    return kind, False
+
+
+def _type(kind: Any) -> str:
+    plain, optional = _split(kind)
+    names = {str: "text", int: "integer", float: "number", bool: "true|false"}
+    text = (
+        "|".join(map(str, typing.get_args(plain)))
+        if typing.get_origin(plain) is Literal
+        else names.get(plain, str(plain))
+    )
+    return text + ("|none" if optional else "")
+
+
+def _read(kind: Any, text: str, where: str) -> Any:
+    plain, optional = _split(kind)
+    if optional and text.lower() == "none":
+        return None
+    if typing.get_origin(plain) is Literal:
+        for choice in typing.get_args(plain):
+            if str(choice).lower() == text.lower():
+                return choice
+    elif plain is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    elif plain is str:
+        return text
+    elif plain is int and re.fullmatch(r"[+-]?\d{1,18}", text):
+        return int(text)
+    elif plain is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text):
+        return float(text)
+    choices = [str(choice) for choice in typing.get_args(plain)]
+    raise UsageError(f'{where} is "{text}".{closest(text, choices)}', fix=f"It can be: {_type(kind)}.")
