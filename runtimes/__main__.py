@@ -1,0 +1,36 @@
+"""``python -m runtimes VERB``: each verb is one module, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "check": ("check", "does this box fit the bundle? one sentence if it does not"),
+    "serve": ("server", "answer over HTTP: OpenAI API, /predict, /answer, /docs, /health, /metrics"),
+    "bench": ("bench", "measure latency, memory and throughput on this box"),
+    "score": ("score", "log-probabilities of given token sequences, for the fidelity gate"),
+    "render": ("render", "conversations to the token ids that the server feeds the model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code. Everything after the verb belongs to the verb's own parser."""
+    listing = "\n".join(f"  {verb:8}{text}" for verb, (_, text) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m runtimes",
+        description="Runs a packaged model on this box.",
+        epilog=f"verbs:\n{listing}\n\n'python -m runtimes VERB --help' shows a verb's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help=", ".join(VERBS))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    module = importlib.import_module(f"runtimes.{VERBS[arguments.verb][0]}")
+    return int(module.main(arguments.rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""One answer over HTTP: waits for a slot, streams or collects, and stops the engine when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from runtimes.engine import EngineError, Piece, RequestRefused, Sampling
+from runtimes.pump import Answer, Busy, Pump, Stopwatch
+from runtimes.replies import Reply, error_body
+
+
+def refused(error: Exception) -> JSONResponse:
+    """The HTTP answer to an engine's or queue's refusal."""
+    if isinstance(error, RequestRefused):
+        return JSONResponse(error_body(str(error), "invalid_request_error", param=error.param, code=error.code), 400)
+    if isinstance(error, Busy):
+        body = error_body(f"{error} Try again later.", "overloaded_error", code="overloaded")
+        return JSONResponse(body, 503, {"Retry-After": "1"})
+    return JSONResponse(error_body(str(error), "server_error", code="engine_failed"), 500)
+
+
+class Generation(Response):
+    """A response that runs its generation while it is sent. ``finish`` turns all pieces into the JSON body."""
+
+    def __init__(self, pump: Pump, prompt: Sequence[int], sampling: Sampling) -> None:
+        super().__init__()
+        self.pump, self.prompt, self.sampling = pump, prompt, sampling
+        self.watch = Stopwatch(pump.metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._run(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            results = await asyncio.gather(work, gone, return_exceptions=True)
+            scope.setdefault("state", {})["facts"] = self.watch.facts()
+        if isinstance(results[0], Exception):
+            raise results[0]
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: Answer | None = None
+        try:
+            answer = await self.pump.start(self.prompt, self.sampling)
+            pieces = await answer.next()  # the first sign of life: from here on nothing can be refused
+        except (EngineError, Busy) as error:
+            await refused(error)(scope, receive, send)
+        else:
+            await self._send(answer, pieces, scope, receive, send)
+        finally:
+            if answer is not None:
+                self.pump.stop(answer)
+            self.watch.close()
+
+    async def _send(self, answer: Answer, pieces: list[Piece], scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class Whole(Generation):
+    """Collects the answer and sends it as one JSON object."""
+
+    def __init__(self, pump: Pump, prompt: Sequence[int], sampling: Sampling, finish: Any) -> None:
+        super().__init__(pump, prompt, sampling)
+        self.finish = finish
+
+    async def _send(self, answer: Answer, pieces: list[Piece], scope: Scope, receive: Receive, send: Send) -> None:
+        collected: list[Piece] = []
+        try:
+            while pieces:
+                for piece in pieces:
+                    self.watch.take(piece)
+                collected += pieces
+                pieces = await answer.next()
+            if not collected or collected[-1].finish is None:
+                raise EngineError("the answer was cut off")
+        except EngineError as error:
+            await refused(error)(scope, receive, send)
+            return
+        await JSONResponse(self.finish(collected))(scope, receive, send)
+
+
+class Streamed(Generation):
+    """Sends server-sent events as pieces come."""
+
+    def __init__(self, pump: Pump, prompt: Sequence[int], sampling: Sampling, reply: Reply) -> None:
+        super().__init__(pump, prompt, sampling)
+        self.reply = reply
+
+    async def _send(self, answer: Answer, pieces: list[Piece], scope: Scope, receive: Receive, send: Send) -> None:
+        reply, take = self.reply, self.watch.take
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        data = reply.opening()
+        try:
+            while pieces:
+                for piece in pieces:
+                    take(piece)
+                    data += reply.chunk(piece) if piece.finish is None else reply.closing(piece)
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    data = b""
+                pieces = await answer.next()
+        except EngineError as error:
+            data += reply.failure(error_body(str(error), "server_error", code="engine_failed"))
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue

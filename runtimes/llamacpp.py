@@ -1,0 +1,389 @@
+"""llama.cpp in this process, through xllamacpp's Server: continuous batching, grammars, no compiler on the box.
+
+What xllamacpp 2026.10 was found to do (each point is covered by a test in tests/real):
+
+* A callback that returns True ends the request, and the slot is free one decoding step later. While a long prompt is
+  read callbacks come only with ``return_progress``, one per batch: that is what makes cancelling work there too.
+* The server always opens a listener. A host name that ends in ``.sock`` makes it a Unix socket; it is created in a
+  private folder and unlinked once the model is up, so nothing can reach it. Windows gets a random loopback port with
+  a random key instead.
+* The listener must exist before ``listening_address`` is read: an empty host list crashes.
+* A JSON Schema that llguidance cannot compile is dropped without an error, and the model answers freely. So every
+  schema is probed once: a token that no JSON can begin with is forced, and only a live grammar stops it.
+* In a stream, tokens that end in the middle of a character are not reported; ``exact_ids`` takes the plain answer.
+* ``cache_ram_mib`` is 8 GiB by default: off, the plan's memory figure would be a lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
+from runtimes.manifest import Run
+
+# Prompt tokens read between two chances to cancel, without a GPU. llama.cpp's own micro-batch is 512.
+CPU_BATCH = 512
+SCHEMAS_REMEMBERED = 256
+
+
+class LlamaCpp:
+    """One loaded GGUF. ``slots`` requests are decoded together, each with ``context`` tokens of its own.
+
+    batch: tokens a prompt is read in. extra_buffers: allow llama.cpp's repacked copies of the weights (faster, but
+    outside the mapped file). keep_listener: leave the private socket in place (score asks it to tokenize).
+    Raises EngineError when the file does not load.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        batch: int = CPU_BATCH,
+        warmup: bool = True,
+        extra_buffers: bool = True,
+        keep_listener: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        import xllamacpp
+
+        self.context, self.slots = run.context, run.slots
+        self.version = f"xllamacpp {xllamacpp.__version__}"
+        self._stop_ids = frozenset(run.stop_ids)
+        self._schemas: OrderedDict[str, bool] = OrderedDict()
+        self._schemas_lock = threading.Lock()
+        self._folder = Path(tempfile.mkdtemp(prefix="runtimes-"))
+        self._key = secrets.token_urlsafe(32)
+        try:
+            parameters = self._parameters(xllamacpp, run, batch, warmup, extra_buffers, verbose)
+            with quiet(not verbose):
+                self._server: Any = xllamacpp.Server(parameters)
+        except (RuntimeError, ValueError) as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise EngineError(f"llama.cpp cannot load {run.model.name}: {error} (--verbose shows its log).") from None
+        self.address = str(self._server.listening_address)
+        if not keep_listener:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _parameters(
+        self, xllamacpp: Any, run: Run, batch: int, warmup: bool, extra_buffers: bool, verbose: bool
+    ) -> Any:
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(run.model)
+        parameters.model_alias = [run.name]
+        parameters.n_ctx = run.context * run.slots
+        parameters.n_parallel = run.slots
+        parameters.kv_unified = False  # every slot keeps its whole context, whatever the others do
+        parameters.n_batch = parameters.n_ubatch = batch
+        parameters.n_gpu_layers = run.gpu_layers
+        parameters.no_extra_bufts = not extra_buffers
+        parameters.fit_params = False
+        parameters.cache_ram_mib = 0
+        parameters.ctx_shift = False
+        parameters.warmup = warmup
+        types = {"f16": "F16", "f32": "F32", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+        if run.kv_type not in types:
+            raise ValueError(f"kv_type is {run.kv_type!r}, known are {', '.join(types)}")
+        kv = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{types[run.kv_type]}")
+        parameters.cache_type_k = parameters.cache_type_v = kv
+        flash = xllamacpp.llama_flash_attn_type
+        parameters.flash_attn_type = (
+            flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if run.flash_attention else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = run.threads or -1
+        parameters.verbosity = 4 if verbose else -1
+        parameters.ui = parameters.endpoint_slots = parameters.endpoint_props = False
+        parameters.api_keys = [self._key]
+        parameters.port = 0
+        parameters.hostnames = [str(self._folder / "s.sock") if hasattr(socket, "AF_UNIX") else "127.0.0.1"]
+        parameters.n_threads_http = 1
+        parameters.offline = True
+        return parameters
+
+    # -- generating ---------------------------------------------------------------------------------------------
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
+        """Generate in the calling thread; ``emit`` is called for every piece and cancels by returning True."""
+        self._check_length(prompt)
+        if sampling.schema is not None:
+            self._check_schema(sampling.schema)
+        request = self._request(prompt, sampling)
+        if sampling.exact_ids:
+            self._whole(request, sampling, emit)
+            return
+        state = _Stream(sampling, self._stop_ids, emit)
+        request["stream"] = True
+        self._call(request, state.take)
+        if state.error is not None:
+            raise state.error
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
+        """The pieces of one answer; closing the iterator cancels and frees the slot."""
+        return iterate(lambda emit: self.stream(prompt, sampling, emit))
+
+    def _request(self, prompt: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+        request: dict[str, Any] = {
+            "prompt": list(prompt),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repeat_penalty": sampling.repetition_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "seed": -1 if sampling.seed is None else sampling.seed & 0xFFFFFFFF,
+            "verbose": True,  # the only place where a chunk carries its token id
+            "return_tokens": True,
+            "return_progress": True,
+            "n_predict": -1 if sampling.max_tokens is None else sampling.max_tokens,
+        }
+        if sampling.logprobs is not None:
+            request["n_probs"] = max(1, sampling.logprobs)
+        if sampling.logit_bias:
+            request["logit_bias"] = [[token, bias] for token, bias in sampling.logit_bias.items()]
+        if sampling.schema is not None:
+            request["json_schema"] = json.loads(sampling.schema)
+        return request
+
+    def _whole(self, request: dict[str, Any], sampling: Sampling, emit: Emit) -> None:
+        """The plain answer in one piece: it alone carries every token id."""
+        request["stream"] = False
+        if sampling.stop:
+            request["stop"] = list(sampling.stop)
+        answers: list[dict[str, Any]] = []
+
+        def take(data: bytes) -> bool:
+            answers.append(json.loads(data))
+            return False
+
+        self._call(request, take)
+        answer = answers[-1]
+        if "error" in answer:
+            raise _refusal(answer["error"])
+        choice, usage, extra = answer["choices"][0], answer["usage"], answer["__verbose"]
+        text, ids, finish = choice["text"], tuple(extra["tokens"]), choice["finish_reason"]
+        for at, token in enumerate(ids[:-1]):
+            if token in self._stop_ids:  # an end token that the GGUF does not know as one: rare, so done again
+                request["n_predict"] = at + 1
+                self._whole(request, sampling, emit)
+                return
+        emit(
+            Piece(
+                text=text.rstrip("\ufffd") if finish == "length" else text,
+                ids=ids,
+                tokens=usage["completion_tokens"],
+                logprobs=_logprobs(choice, sampling),
+                finish="stop" if ids and ids[-1] in self._stop_ids else finish,
+                prompt_tokens=usage["prompt_tokens"],
+                cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            )
+        )
+
+    def _call(self, request: Mapping[str, Any], take: Any) -> None:
+        try:
+            self._server.handle_completions(json.dumps(request).encode(), take)
+        except RuntimeError as error:
+            raise EngineError(f"llama.cpp failed: {error}") from None
+
+    def _check_length(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise RequestRefused("The prompt is empty.", code="empty_prompt")
+        if len(prompt) >= self.context:
+            raise RequestRefused(
+                f"The prompt has {len(prompt)} tokens, but this model is served with a context of {self.context} tokens, "
+                "the answer included. Shorten the prompt.",
+                code="context_length_exceeded",
+            )
+
+    def _check_schema(self, schema: str) -> None:
+        """Refuse a schema that llguidance would silently ignore."""
+        with self._schemas_lock:
+            known = self._schemas.get(schema)
+        if known is None:
+            known = self._grammar_holds(schema)
+            with self._schemas_lock:
+                self._schemas[schema] = known
+                while len(self._schemas) > SCHEMAS_REMEMBERED:
+                    self._schemas.popitem(last=False)
+        if not known:
+            raise RequestRefused(
+                "This JSON Schema cannot be enforced (an unknown type, an unresolved $ref or an unsupported keyword).",
+                code="invalid_json_schema",
+                param="response_format",
+            )
+
+    def _grammar_holds(self, schema: str) -> bool:
+        request = self._request([0], Sampling(temperature=0.0, max_tokens=1, schema=schema))
+        request |= {"stream": False, "cache_prompt": False, "logit_bias": [["~", 1000.0]]}
+        answers: list[dict[str, Any]] = []
+        self._call(request, lambda data: answers.append(json.loads(data)) or False)
+        return "error" not in answers[-1] and "~" not in answers[-1]["choices"][0]["text"]
+
+    # -- the rest of the protocol -------------------------------------------------------------------------------
+
+    def top(self, prompts: Sequence[Sequence[int]], top: int) -> list[dict[int, float]]:
+        """The ``top`` likeliest next tokens of each prompt with their log-probabilities, as the model gives them.
+
+        All prompts are decoded in one batch, one slot each; a prompt that extends the one its slot saw before costs only
+        the new tokens. Raises EngineError.
+        """
+        request = {"prompt": [list(prompt) for prompt in prompts], "temperature": 0.0, "n_predict": 1, "n_probs": top}
+        answers: list[dict[str, Any]] = []
+        self._call(request, lambda data: answers.append(json.loads(data)) or False)
+        answer = answers[-1]
+        if "error" in answer:
+            raise _refusal(answer["error"])
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        rows = [choice["logprobs"]["content"][0]["top_logprobs"] for choice in choices]
+        return [{entry["id"]: entry["logprob"] for entry in row} for row in rows]
+
+    def score(self, tokens: Sequence[int], top: int) -> Iterator[Mapping[int, float]]:
+        """The distribution after every prefix of ``tokens``, cut to the ``top`` likeliest tokens."""
+        for end in range(1, len(tokens) + 1):
+            yield self.top([tokens[:end]], top)[0]
+
+    def tokenize(self, text: str) -> list[int]:
+        """The GGUF's own tokenizer: special tokens recognised, none added. Needs ``keep_listener``."""
+        scheme, _, rest = self.address.partition("://")
+        connection = _Unix(rest) if scheme == "unix" else http.client.HTTPConnection(rest, timeout=60)
+        body = json.dumps({"content": text, "add_special": False, "parse_special": True})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        with contextlib.closing(connection):
+            connection.request("POST", "/tokenize", body.encode(), headers)
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        if response.status != 200:
+            raise EngineError(f"llama.cpp did not tokenize: {answer}")
+        return [int(token) for token in answer["tokens"]]
+
+    def memory(self) -> int:
+        """Resident bytes of this process; the model runs in it."""
+        return resident_bytes()
+
+    def close(self) -> None:
+        """Stop llama.cpp's threads and free the model. Running generations must have ended."""
+        self._server = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Unix(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(60)
+        self.sock.connect(self._path)
+
+
+class _Stream:
+    """Turns llama.cpp's chunks into pieces: finds stop strings and end tokens, remembers what the last piece needs."""
+
+    def __init__(self, sampling: Sampling, stop_ids: frozenset[int], emit: Emit) -> None:
+        self.sampling, self.stop_ids, self.emit = sampling, stop_ids, emit
+        self.stops = StopScanner(sampling.stop)
+        self.prompt_tokens = self.cached = self.tokens = 0
+        self.error: EngineError | None = None
+
+    def take(self, data: bytes) -> bool:
+        chunk = json.loads(data)
+        if "error" in chunk:
+            self.error = _refusal(chunk["error"])
+            return True
+        progress = chunk.get("prompt_progress")
+        if progress is not None:
+            self.prompt_tokens, self.cached = progress["total"], progress["cache"]
+            return self.emit(Piece(""))
+        choice = chunk["choices"][0]
+        if choice["finish_reason"] is not None:
+            usage = chunk["usage"]
+            return self._finish(choice["text"], choice["finish_reason"], usage["completion_tokens"])
+        extra = chunk["__verbose"]
+        ids = tuple(extra["tokens"])
+        self.tokens = extra["tokens_predicted"]
+        ended = bool(ids) and ids[-1] in self.stop_ids
+        text, stopped = self.stops.feed(choice["text"])
+        logprobs = () if choice["logprobs"] is None or ended else _logprobs(choice, self.sampling)
+        if ended or stopped:
+            self.emit(Piece(text, ids, self.tokens, logprobs))
+            self._finish("", "stop", self.tokens, drop_held=stopped)
+            return True
+        return self.emit(Piece(text, ids, self.tokens, logprobs))
+
+    def _finish(self, text: str, reason: str, tokens: int, drop_held: bool = False) -> bool:
+        text, _ = self.stops.feed(text)
+        if not drop_held:
+            text += self.stops.rest()
+        self.emit(
+            Piece(text, (), tokens, (), reason, prompt_tokens=self.prompt_tokens, cached_tokens=self.cached)
+        )
+        return True
+
+
+def _logprobs(choice: Mapping[str, Any], sampling: Sampling) -> tuple[Logprob, ...]:
+    if sampling.logprobs is None or choice["logprobs"] is None:
+        return ()
+
+    def entry(raw: Mapping[str, Any], top: tuple[Logprob, ...] = ()) -> Logprob:
+        return Logprob(raw["id"], raw["token"], tuple(raw["bytes"]), raw["logprob"], top)
+
+    return tuple(
+        entry(raw, tuple(entry(other) for other in raw["top_logprobs"][: sampling.logprobs]))
+        for raw in choice["logprobs"]["content"]
+    )
+
+
+def _refusal(error: Mapping[str, Any]) -> EngineError:
+    message = str(error.get("message", error))
+    if error.get("type") == "exceed_context_size_error":
+        return RequestRefused(message, code="context_length_exceeded")
+    if error.get("code") == 400:
+        return RequestRefused(message)
+    return EngineError(f"llama.cpp failed: {message}")
+
+
+def resident_bytes() -> int:
+    """Resident set of this process in bytes; 0 where the system does not tell."""
+    try:
+        with Path("/proc/self/statm").open(encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        pass
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except ImportError:
+        return 0
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Silence what the C++ side writes to standard error, past Python, while the model loads."""
+    if not wanted:
+        yield
+        return
+    sys.stderr.flush()
+    saved = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

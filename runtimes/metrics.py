@@ -1,0 +1,47 @@
+"""What /metrics tells Prometheus. Times in seconds, sizes in bytes; counters never fall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """One registry a server, so that two servers in one process do not mix. memory: resident bytes, asked at scrape."""
+
+    def __init__(self, memory: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter(
+            "packager_requests", "Requests answered, by path and HTTP status", ["path", "status"], registry=registry
+        )
+        self.cancelled = Counter(
+            "packager_cancelled", "Generations that the client gave up on", registry=registry
+        )
+        self.prompt_tokens = Counter("packager_prompt_tokens", "Tokens of all prompts", registry=registry)
+        self.cached_tokens = Counter(
+            "packager_cached_prompt_tokens", "Prompt tokens that a slot still held", registry=registry
+        )
+        self.tokens = Counter("packager_generated_tokens", "Tokens generated", registry=registry)
+        self.first = Histogram(
+            "packager_time_to_first_token_seconds",
+            "From the request's arrival to its first token, queueing included",
+            buckets=_FIRST,
+            registry=registry,
+        )
+        self.between = Histogram(
+            "packager_inter_token_seconds", "Between two tokens of one answer", buckets=_BETWEEN, registry=registry
+        )
+        self.running = Gauge("packager_running", "Answers being generated", registry=registry)
+        self.waiting = Gauge("packager_waiting", "Requests that wait for a slot", registry=registry)
+        self.ready = Gauge("packager_ready", "1 when the model is loaded and has answered", registry=registry)
+        resident = Gauge("packager_resident_memory_bytes", "Resident memory of the server", registry=registry)
+        resident.set_function(memory)
+
+    def text(self) -> bytes:
+        """The exposition format, version 0.0.4."""
+        return generate_latest(self.registry)

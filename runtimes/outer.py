@@ -1,0 +1,88 @@
+"""What surrounds every request: the limit on its size, the count in /metrics and the access log."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import datetime, timezone
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from runtimes.metrics import Metrics
+from runtimes.replies import error_body
+
+PATHS = frozenset(
+    ["/v1/chat/completions", "/v1/completions", "/v1/models", "/predict", "/answer", "/health", "/metrics", "/docs"]
+)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+class Outer:
+    """ASGI middleware. max_body: bytes of a request's body. log_json: one JSON line a request on standard output."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, max_body: int, log_json: bool) -> None:
+        self.app, self.metrics, self.max_body, self.log_json = app, metrics, max_body, log_json
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun, status, received = time.perf_counter(), 0, 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self.max_body:
+                    raise _TooLarge
+            return message
+
+        try:
+            if self._declared(scope) > self.max_body:
+                raise _TooLarge
+            await self.app(scope, limited, counted)
+        except _TooLarge:
+            if status == 0:
+                text = f"The request is larger than {self.max_body} bytes."
+                body = error_body(text, "invalid_request_error", code="request_too_large")
+                await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, counted)
+        finally:
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            # 499, as proxies have it: the client went away before the first byte
+            self.metrics.requests.labels(path, str(status or 499)).inc()
+            if self.log_json:
+                self._log(scope, status or 499, time.perf_counter() - begun)
+
+    @staticmethod
+    def _declared(scope: Scope) -> int:
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit():
+                return int(value)
+        return 0
+
+    @staticmethod
+    def _log(scope: Scope, status: int, seconds: float) -> None:
+        client = scope.get("client")
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "client": client[0] if client else None,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            **(scope.get("state", {}).get("facts") or {}),
+        }
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,170 @@
+"""Carries pieces from the engine's threads to the event loop, and requests the other way.
+
+One mailbox serves all answers: after a decoding step every slot's thread drops its piece there, and only the first one
+wakes the loop, so eight streams cost one wake-up a step and not eight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from runtimes.engine import Engine, EngineError, Piece, Sampling
+from runtimes.metrics import Metrics
+
+MAX_WAITING = 256
+
+
+class Busy(Exception):
+    """Too many requests wait already."""
+
+
+class Answer:
+    """One running answer, seen from the event loop: ``await next()`` gives all pieces that have come since."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.done = False
+        self.error: EngineError | None = None
+        self.cancelled = threading.Event()
+        self.waiter: asyncio.Future[None] | None = None
+
+    async def next(self) -> list[Piece]:
+        """At least one piece, or an empty list at the end. Raises what the engine raised."""
+        while not self.pieces:
+            if self.error is not None:
+                raise self.error
+            if self.done:
+                return []
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class Pump:
+    """Runs at most ``engine.slots`` answers at once; others wait here, where giving up costs the engine nothing."""
+
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self.engine, self.metrics = engine, metrics
+        self.loop = asyncio.get_running_loop()
+        self.free = asyncio.Semaphore(engine.slots)
+        self.threads = ThreadPoolExecutor(engine.slots, thread_name_prefix="slot")
+        self.mail: deque[tuple[Answer, Piece | None]] = deque()
+        self.posted = False
+        self.lock = threading.Lock()
+        self.waiting = 0
+        self.running: set[Answer] = set()
+
+    async def start(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
+        """Wait for a slot and begin. Raises Busy. Cancelling the wait leaves the queue."""
+        if self.waiting >= MAX_WAITING:
+            raise Busy(f"{MAX_WAITING} requests are waiting already.")
+        self.waiting += 1
+        self.metrics.waiting.set(self.waiting)
+        try:
+            await self.free.acquire()
+        finally:
+            self.waiting -= 1
+            self.metrics.waiting.set(self.waiting)
+        answer = Answer()
+        self.running.add(answer)
+        self.metrics.running.set(len(self.running))
+        self.threads.submit(self._work, answer, prompt, sampling)
+        return answer
+
+    def stop(self, answer: Answer) -> None:
+        """The reader is done with it, finished or not."""
+        if not answer.done:
+            answer.cancelled.set()
+            self.metrics.cancelled.inc()
+
+    def close(self) -> None:
+        """Cancel everything and wait for the engine's threads."""
+        for answer in list(self.running):
+            answer.cancelled.set()
+        self.threads.shutdown(wait=True)
+
+    # -- on the engine's threads --------------------------------------------------------------------------------
+
+    def _work(self, answer: Answer, prompt: Sequence[int], sampling: Sampling) -> None:
+        cancelled, mail = answer.cancelled, self.mail
+
+        def emit(piece: Piece) -> bool:
+            mail.append((answer, piece))
+            self._post()
+            return cancelled.is_set()
+
+        try:
+            if not cancelled.is_set():
+                self.engine.stream(prompt, sampling, emit)
+        except EngineError as error:
+            answer.error = error
+        except Exception as error:
+            answer.error = EngineError(f"the engine failed: {error!r}")
+        finally:
+            mail.append((answer, None))
+            self._post()
+
+    def _post(self) -> None:
+        with self.lock:
+            if self.posted:
+                return
+            self.posted = True
+        self.loop.call_soon_threadsafe(self._deliver)
+
+    # -- on the event loop --------------------------------------------------------------------------------------
+
+    def _deliver(self) -> None:
+        with self.lock:
+            self.posted = False
+        mail, woken = self.mail, set()
+        while mail:
+            answer, piece = mail.popleft()
+            if piece is None:
+                answer.done = True
+                self.running.discard(answer)
+                self.metrics.running.set(len(self.running))
+                self.free.release()
+            else:
+                answer.pieces.append(piece)
+            woken.add(answer)
+        for answer in woken:
+            answer.wake()
+
+
+class Stopwatch:
+    """Times one answer for /metrics. Pieces without a token (progress on the prompt) do not count."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.begun = self.last = time.perf_counter()
+        self.seen = 0
+
+    def take(self, piece: Piece) -> None:
+        if piece.tokens > self.seen:
+            now = time.perf_counter()
+            if self.seen == 0:
+                self.metrics.first.observe(now - self.begun)
+            else:
+                self.metrics.between.observe((now - self.last) / (piece.tokens - self.seen))
+            self.seen, self.last = piece.tokens, now
+        if piece.finish is not None:
+            self.metrics.prompt_tokens.inc(piece.prompt_tokens)
+            self.metrics.cached_tokens.inc(piece.cached_tokens)
+
+    def close(self) -> None:
+        self.metrics.tokens.inc(self.seen)
+
+    def facts(self) -> dict[str, Any]:
+        """For the access log."""
+        return {"completion_tokens": self.seen}

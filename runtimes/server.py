@@ -1,0 +1,116 @@
+"""``serve``: opens the port, loads the model in the background and answers until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtimes.manifest import ManifestError, Run, read_bundle
+
+if TYPE_CHECKING:
+    from runtimes.engine import Engine
+
+USAGE, UNUSABLE, FAILED = 2, 3, 1
+MAX_BODY = 8 << 20
+GRACE_SECONDS = 10
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until SIGINT or SIGTERM. Exit codes: 0 stopped, 1 the model failed, 2 usage, 3 bundle or port unusable."""
+    options = _parser().parse_args(argv)
+    try:
+        run = read_bundle(options.bundle)
+        if run.engine != "llamacpp":
+            raise ManifestError(f"This runtime has no engine {run.engine!r}; it has llamacpp.")
+        listener = _listen(options.host, options.port)
+    except ManifestError as error:
+        sys.stderr.write(f"{error}\n")
+        return UNUSABLE
+    with listener:
+        return _serve(run, options, listener)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runtimes serve", description="Serve a bundle's model over HTTP.")
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the unpacked bundle")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port, 0 for any free one (default: %(default)s)")
+    parser.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES", help="largest request (default: 8 MiB)")
+    parser.add_argument("--log-json", action="store_true", help="one JSON line a request on standard output")
+    parser.add_argument("--verbose", action="store_true", help="show llama.cpp's own log")
+    return parser
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ManifestError with one sentence when the address is taken or not ours."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, OverflowError) as error:
+        raise ManifestError(f"{host} port {port} is no address to listen on: {error}.") from None
+    try:
+        if os.name == "posix":  # on Windows this option would let two servers share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # listening now, not when uvicorn is up, makes a second server on this port fail here
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        raise ManifestError(
+            f"Port {port} on {host} cannot be used ({error.strerror}); stop what listens there or choose another "
+            "with --port."
+        ) from None
+    return listener
+
+
+def _serve(run: Run, options: argparse.Namespace, listener: socket.socket) -> int:
+    import uvicorn
+
+    from runtimes.app import Service, make_app
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+    def load() -> Engine:
+        from runtimes.llamacpp import LlamaCpp
+
+        return LlamaCpp(run, verbose=options.verbose)
+
+    def fail(sentence: str) -> None:
+        sys.stderr.write(f"{sentence}\n")
+        server.should_exit = True
+
+    try:
+        service = Service(run, load, fail)
+    except ManifestError as error:
+        sys.stderr.write(f"{error}\n")
+        return UNUSABLE
+    config = uvicorn.Config(
+        make_app(service, max_body=options.max_body, log_json=options.log_json),
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    sys.stdout.write(f"{run.name} on http://{shown}:{port} (API page: /docs)\n")
+    sys.stdout.flush()
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        return 0
+    return FAILED if service.failure else 0
