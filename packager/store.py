@@ -72,7 +72,9 @@ def digest_of(value: object) -> str:
 
 
 def code_digest(*files: Path) -> str:
-    """Digest of source files, for a step's inputs: a changed program makes a new step, so no stale result survives it."""
+    """Digest of source files, for a step's inputs: a changed program makes a new step, so no stale result survives
+    it.
+    """
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
@@ -122,8 +124,13 @@ class Store:
                     for path in sorted(partial.rglob("*"))
                     if path.is_file()
                 }
-                record = {"step": name, "inputs": dict(inputs), "files": files, "seconds": round(seconds, 3),
-                          "peak_rss_bytes": cost.peak_rss_bytes}
+                record = {
+                    "step": name,
+                    "inputs": dict(inputs),
+                    "files": files,
+                    "seconds": round(seconds, 3),
+                    "peak_rss_bytes": cost.peak_rss_bytes,
+                }
                 (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
                 flush_tree(partial)
                 partial.rename(final)
@@ -133,16 +140,20 @@ class Store:
     def _found(self, name: str, key: str, final: Path) -> Step | None:
         if not final.is_dir():
             return None
-        record = json.loads((final / RECORD).read_text(encoding="utf-8"))
-        for file, size in record["files"].items():
-            path = final / file
-            if not path.is_file() or path.stat().st_size != size:
-                raise MachineError(
-                    f"the store's copy of step {name} is damaged: {path} is missing or has another size.",
-                    why="Something outside the packager changed the store.",
-                    fix=f"Remove the folder {final} and run the same command again.",
-                )
-        return Step(name, key, final, 0.0, int(record["peak_rss_bytes"]), reused=True)
+        try:
+            record = json.loads((final / RECORD).read_text(encoding="utf-8"))
+            whole = all((final / file).is_file() and (final / file).stat().st_size == size
+                        for file, size in record["files"].items())
+            peak = int(record["peak_rss_bytes"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            whole, peak = False, 0
+        if not whole:
+            raise MachineError(
+                f"the store's copy of step {name} is damaged: a file of {final} is missing or has another size.",
+                why="Something outside the packager changed the store.",
+                fix=f"Remove the folder {final} and run the same command again.",
+            )
+        return Step(name, key, final, 0.0, peak, reused=True)
 
     @contextmanager
     def _lock(self, name: str, key: str, progress: Progress) -> Iterator[None]:
@@ -175,7 +186,7 @@ def machine_errors(where: Path) -> Iterator[None]:
                 why=f"{shutil.disk_usage(_existing(where)).free / 1e9:.1f} GB are free at {where}.",
                 fix="Free some space, or point PACKAGER_STORE and -o at another disk; finished steps are kept.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise MachineError(
                 f"{place} could not be written: {error.strerror}.",
                 fix="Choose a folder you may write to with -o or PACKAGER_STORE.",
