@@ -1,9 +1,9 @@
 """Compiles llama-cpp-python once per machine and keeps the wheel outside the checkout. Standard library only.
 
 The package index has its source only, and compiling takes minutes, so the wheel is kept under
-``${XDG_CACHE_HOME:-~/.cache}/packager/wheels/KEY``. Its code is made for this very processor (``-march=native``), so the key
-covers the processor's features and the compiler beside the locks. A half-made wheel is never taken for a whole one: the
-folder appears by one rename, and the wheel's digest stands beside it.
+``${XDG_CACHE_HOME:-~/.cache}/packager/wheels/KEY``. Its code is made for this very processor (``-march=native``), so
+the key covers the processor's features and the compiler beside the locks. A half-made wheel is never taken for a whole one:
+the folder appears by one rename, and the wheel's digest stands beside it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def compiler() -> str:
         raise Stopped(
             f"no C++ compiler: `{name} --version` did not answer.",
             "the tests compile llama-cpp-python, which the package index has as source only.",
-            "install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) and run the same command again. "
-            "`make demo` needs none.",
+            "install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) and run the same command "
+            "again. `make demo` needs none.",
         )
     return found
 
@@ -74,7 +74,7 @@ def cache_key() -> str:
     version = re.search(r"^llama-cpp-python==([\w.]+)", locked, re.MULTILINE)
     assert version, "locks/llama-cpp-python.lock names no version"
     parts = [lock.read_text(encoding="utf-8") for lock in LOCKS]
-    parts += [CMAKE_ARGS, os.environ.get("CMAKE_ARGS", ""), os.environ.get("CFLAGS", ""), os.environ.get("CXXFLAGS", "")]
+    parts += [CMAKE_ARGS, *(os.environ.get(name, "") for name in ("CMAKE_ARGS", "CFLAGS", "CXXFLAGS"))]
     parts += [compiler(), processor(), platform.system(), " ".join(platform.libc_ver())]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
@@ -121,13 +121,15 @@ def wheel_for_this_machine(log: Path) -> Path:
 def _compile(out: Path, log: Path) -> None:
     step = Step("compiling llama-cpp-python (once per machine)")
     tools = out / "tools"
-    for argv in (
+    pip: list[str | Path] = [tools / "bin/python", "-m", "pip"]
+    commands: list[list[str | Path]] = [
         [sys.executable, "-m", "venv", tools],
-        [tools / "bin/python", "-m", "pip", "install", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", LOCKS[1]],
-    ):
+        [*pip, "install", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", LOCKS[1]],
+    ]
+    for argv in commands:
         code, tail = run(argv, log=log)
         if code:
-            raise Stopped("the tools that compile llama-cpp-python could not be installed.", _last(tail), f"the log is {log}.")
+            raise Stopped("the tools that compile llama-cpp-python could not be installed.", _last(tail), f"see {log}.")
     path = f"{tools / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
     cmake = f"{CMAKE_ARGS} {os.environ.get('CMAKE_ARGS', '')}".strip()
     env = {**os.environ, "PATH": path, "CMAKE_ARGS": cmake, "CMAKE_GENERATOR": "Ninja"}
@@ -137,8 +139,8 @@ def _compile(out: Path, log: Path) -> None:
             step.news(f"{match[1]} of {match[2]} files")
 
     code, tail = run(
-        [tools / "bin/python", "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir",
-         "--require-hashes", "-r", LOCKS[0], "-w", out],
+        [*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--require-hashes",
+         "-r", LOCKS[0], "-w", out],
         on_line=show, env=env, log=log,
     )
     wheels = list(out.glob("*.whl"))

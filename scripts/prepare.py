@@ -27,11 +27,11 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin/python"
 RECORD = VENV / "prepared.json"
 LOG = VENV / "prepare.log"
-PIP = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-# --no-deps: the lock is complete, and so no package can bring a CUDA build of torch along. --no-compile: Python compiles
-# what is imported, which is a tenth of what is installed.
-LOCKED = ["install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--require-hashes"]
-PIP_WORKS_ON = re.compile(r"^(?:Collecting|Downloading|Using cached|Building|Installing) (?:wheel for |collected )?([A-Za-z0-9_.+-]+)")
+PIP: list[str | Path] = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+# --no-deps: the lock is complete, and so no package can bring a CUDA build of torch along. --no-compile: Python
+# compiles what is imported, which is a tenth of what is installed.
+LOCKED: list[str | Path] = ["install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--require-hashes"]
+PIP_WORKS_ON = re.compile(r"^(?:Collecting|Downloading|Using cached|Installing) (?:collected )?([A-Za-z0-9_.+-]+)")
 
 
 def digest(*paths: str) -> str:
@@ -64,7 +64,7 @@ def install(name: str, arguments: list[str | Path]) -> None:
         why = next((line for line in reversed(tail.splitlines()) if "ERROR" in line), "pip gave no reason")
         raise Stopped(
             f"{name} could not be installed.", why.removeprefix("ERROR: "),
-            f"if this is the network or the disk, mend it and run the same command again: it goes on from here. The log is {LOG}.",
+            f"if this is the network or the disk, mend it and run the same command again: it goes on here. Log: {LOG}.",
         )
 
 
@@ -73,14 +73,14 @@ def install_torch() -> None:
     if code == 0:
         return
     if "No matching distribution" not in tail:
-        raise Stopped("PyTorch could not be installed.", tail.splitlines()[-1] if tail else "pip gave no reason", f"the log is {LOG}.")
+        raise Stopped("PyTorch could not be installed.", (tail.splitlines() or ["no reason given"])[-1], f"see {LOG}.")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     raise Stopped(
         f"pip finds no CPU build of PyTorch 2.13.0 for Python {python} on {platform.system()} {platform.machine()}.",
-        "on Linux the package index carries the CUDA build only (several GB with its dependencies), which this set-up never takes.",
-        "tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's \"Get started\" page names>, or "
-        "put the wheel of torch 2.13.0+cpu in a folder and export PIP_FIND_LINKS=<that folder>. If you have it for another Python, "
-        "name that one: make PYTHON=python3.11 …",
+        "on Linux the package index has the CUDA build only (several GB in all), which this set-up never takes.",
+        "tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's \"Get started\" page "
+        "names>, or put the wheel of torch 2.13.0+cpu in a folder and export PIP_FIND_LINKS=<that folder>. If you have "
+        "it for another Python, name that one: make PYTHON=python3.11 …",
     )
 
 
@@ -125,7 +125,7 @@ def write_record(record: dict[str, Any]) -> None:
 
 
 def create() -> dict[str, Any]:
-    """A new, empty environment and its record. An old one of ours is removed first, anything else in its place is left alone."""
+    """A new, empty environment and its record. An old one of ours is removed; anything else there is left alone."""
     if VENV.exists() and not RECORD.exists() and any(VENV.iterdir()):
         raise Stopped(
             f"{VENV} is there already and was not made by this set-up.", "it may be yours, so it is not touched.",

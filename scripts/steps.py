@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 
 class Step:
-    """One step's line: rewritten in place on a terminal; in a log only begun, then finished, with news every 30 seconds."""
+    """One step's line: rewritten in place on a terminal; in a log begun, then finished, with news every 30 seconds."""
 
     def __init__(self, name: str) -> None:
         self.name = name
