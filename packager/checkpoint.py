@@ -89,7 +89,7 @@ class Checkpoint:
 
 def slug(text: str) -> str:
     """A name for files and folders from any text: lower-case letters, digits, dots, dashes and underscores."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    plain = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
     return re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-._")[:64].rstrip("-._") or "model"
 
 
