@@ -1,8 +1,8 @@
 """Where recipes, runtimes and targets lie, and how one is found by name or by path: the only file that knows.
 
-In a checkout the three folders lie beside ``packager/``; in a wheel they lie inside it (setup.cfg maps them). Names come from
-file names, so listing reads folders and imports nothing. A recipe is loaded by its path, never by an import name, so that
-no other package's ``recipes`` can stand in for ours, and a user's own file takes the same road.
+In a checkout the three folders lie beside ``packager/``; in a wheel they lie inside it (setup.cfg maps them). Names
+come from file names, so listing reads folders and imports nothing. A recipe is loaded by its path, never by an import
+name, so that no other package's ``recipes`` can stand in for ours, and a user's own file takes the same road.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def load_target(name_or_path: str) -> Target:
 
 
 def load_recipe(name_or_path: str) -> Recipe[Any]:
-    """The recipe of that name, or the one in a user's Python file. Raises UsageError when the file holds no usable recipe."""
+    """The recipe of that name, or the one in a user's Python file. Raises UsageError when the file holds none."""
     return _recipe_from(_find("recipe", name_or_path, recipe_names(), recipes_folder(), ".py"))
 
 

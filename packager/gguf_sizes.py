@@ -1,4 +1,4 @@
-"""What a GGUF file will weigh before it is made: llama.cpp's choice of a type for each tensor, and the bytes around them.
+"""What a GGUF file will weigh before it is made: llama.cpp's choice of a type for each tensor, and the bytes around it.
 
 Pure arithmetic over names and shapes. The rules were read in ``src/llama-quant.cpp`` of the llama.cpp commit that
 llama-cpp-python 0.3.36 carries, the layout in its ``gguf-py``; tests/real compares them with files that it quantized.
@@ -106,7 +106,7 @@ class GgufSize:
     def read_per_token_bytes(self) -> int:
         """Weights read to decode one token at batch 1.
 
-        The embedding is a look-up of one row, unless no ``output.weight`` exists: then it is the head too and read in full.
+        The embedding is a look-up of one row, unless no ``output.weight`` exists: then it is the head too.
         """
         tied = all(tensor.name != "output.weight" for tensor in self.tensors)
         return sum(t.nbytes for t in self.tensors if tied or t.name != "token_embd.weight")
@@ -222,7 +222,7 @@ def _more_bits(index: int, total: int) -> bool:
 
 
 def predict(checkpoint: Checkpoint, quant: str, *, imatrix: bool, head: str | None = None) -> GgufSize:
-    """The file that ``quant`` of this checkpoint will be. Reads config, tensor headers and the tokenizer, no weights."""
+    """The file that ``quant`` of this checkpoint will be, from config, tensor headers and tokenizer alone."""
     shape = checkpoint.shape
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     tensors = plan_tensors(
@@ -248,7 +248,7 @@ def _padded(size: int) -> int:
 
 # A file's pairs other than the tokenizer's: 22 to 30 keys of about 45 bytes (SmolLM2: 988).
 PLAIN_METADATA_BYTES = 1100
-# Bytes a token takes when no tokenizer.json can be read: its text and length, its type, its merge (SmolLM2: 36; Qwen2: 36).
+# Bytes a token takes when no tokenizer.json can be read: text and length, type, merge (SmolLM2: 36, Qwen2: 39).
 UNREAD_TOKEN_BYTES = 36
 
 
@@ -290,9 +290,9 @@ def kv_cache_bytes(layers: int, kv_heads: int, head_dim: int, context: int, slot
 # -- what a build of it costs and what the box needs ------------------------------------------------------------------
 
 MIB = 1024**2
-# The runtime on the box, measured: Python 3.11, FastAPI, tokenizers, xllamacpp 2026.10; resident after 1500-token prompts.
+# The runtime on the box, measured: Python 3.11, FastAPI, tokenizers, xllamacpp 2026.10, after 1500-token prompts.
 RUNTIME_BASE_BYTES = 70 * MIB
-# The vocabulary, once in tokenizers and once in llama.cpp: 59 MiB for SmolLM2's 49152 tokens, 152 MiB for Qwen2's 152064.
+# The vocabulary, in tokenizers and in llama.cpp: 59 MiB for SmolLM2's 49152 tokens, 152 MiB for Qwen2's 152064.
 RUNTIME_BYTES_PER_TOKEN = 1050
 # Prompts are read 512 tokens at a time (runtimes/llamacpp.py); llama.cpp then holds about this many float32 rows.
 PROMPT_BATCH = 512

@@ -1,4 +1,4 @@
-"""What will be built, how big, how fast, whether it fits, and if not: why, and what would. Pure: it builds and writes nothing."""
+"""What will be built, how big, how fast, whether it fits, and if not: why, and what would. Pure: it writes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MISSING = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer to "what would this build". Sizes in bytes; refusals and notes are sentences; empty refusals: it works.
+    """The answer to "what would this build". Sizes in bytes; refusals and notes are sentences; no refusals: it works.
 
     box_bytes: weights, KV cache of all slots and the runtime together. budget_bytes: what the target has free for them.
     tokens_per_second_ceiling: bandwidth ÷ bytes read per token, at batch 1; no engine is faster.
@@ -88,7 +88,7 @@ def make_plan(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], optio
 
 
 def fit_all(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """For every target, whether the checkpoint fits with the target's default recipe: target, title, recipe, fits, line."""
+    """For every target, whether the checkpoint fits with its default recipe: target, title, recipe, fits, line."""
     from packager import catalog
 
     rows = []
@@ -154,8 +154,9 @@ def _python(target: Target) -> Iterator[str]:
     if max(_versions(target)) < RUNTIME_PYTHON:
         least = ".".join(map(str, RUNTIME_PYTHON))
         yield (
-            f"{target.title} comes with Python {', '.join(target.python)} and the runtime needs {least} or newer; install Python "
-            f'{least} beside the system\'s own there, and plan for a copy of the target file with python = ["{least}"].'
+            f"{target.title} comes with Python {', '.join(target.python)} and the runtime needs {least} or newer; "
+            f"install Python {least} beside the system's own there, and plan for a copy of the target file with "
+            f'python = ["{least}"].'
         )
 
 
@@ -169,7 +170,7 @@ def _missing(needs: Sequence[Need], options: Any) -> Iterator[str]:
             continue
         if find_spec(need.module.partition(".")[0]) is None:
             reason = f" for {need.when}" if need.when else ""
-            yield f'it needs the Python module {need.module}{reason}, which is not installed; pip install "{need.brings}".'
+            yield f'it needs the module {need.module}{reason}, which is not installed; pip install "{need.brings}".'
 
 
 def _notes(target: Target, recipe: Recipe[Any], estimate: Estimate, box: int, budget: int) -> Iterator[str]:
@@ -182,7 +183,7 @@ def _notes(target: Target, recipe: Recipe[Any], estimate: Estimate, box: int, bu
     gpu = target.gpu
     if gpu is not None and gpu.bandwidth_gb_s is not None and not target.on_gpu(recipe.name):
         ceiling = gpu.bandwidth_gb_s * 1e9 / max(1, estimate.read_per_token_bytes)
-        yield f"The ceiling is that of main memory; read from the memory of the {gpu.name} it would be {ceiling:.0f} tokens/s."
+        yield f"The ceiling is that of main memory; from that of the {gpu.name} it would be {ceiling:.0f} tokens/s."
 
 
 # -- what would fit ---------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def _too_big(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], option
         ),
         default=box,
     )
-    return f"{need}no setting of this recipe fits (the smallest takes {_gib(least)} GiB): a smaller model or a larger box would."
+    return f"{need}no setting fits (the smallest takes {_gib(least)} GiB): a smaller model or a larger box would."
 
 
 def _sets(changes: Mapping[str, Any]) -> str:
@@ -260,7 +261,7 @@ def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
 
 
 def parse_options(recipe: Recipe[Any], target: Target, sets: Sequence[str]) -> Any:
-    """An instance of ``recipe.options``: its defaults, then the target's ``[options]``, then ``key=value`` texts; the last wins.
+    """An instance of ``recipe.options``: its defaults, then the target's, then ``key=value`` texts; the last wins.
 
     Raises UsageError for an unknown key (with the nearest one), a value of the wrong type or a missing value.
     """

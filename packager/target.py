@@ -1,7 +1,7 @@
 """A Target: the facts of one device, read strictly from a TOML file.
 
-The file name is the target's name. Every key is a field of a dataclass below, with its unit in its name and its meaning in
-its metadata, so the reader, the suggestions for misspelt keys and the reference (``target_keys``) come from one place.
+The file name is the target's name. Every key is a field of a dataclass below, with its unit in its name and its meaning
+in its metadata: the reader, the suggestions for misspelt keys and the reference (``target_keys``) all come from them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Target:
-    """One device. ``load_target`` makes it; attributes without ``_gib`` or ``_gb_s`` in their name are bytes and bytes/s."""
+    """One device, made by ``load_target``. Attributes without ``_gib`` or ``_gb_s`` in the name: bytes, bytes/s."""
 
     title: str = field(metadata=_doc("name for people"))
     platform: Platform
@@ -153,7 +153,7 @@ class Target:
         return self.gpu is not None and recipe in self.gpu.recipes
 
     def budget(self, recipe: str) -> int:
-        """Bytes that a model of this recipe may fill: in the GPU's own memory or in what the system leaves of main memory."""
+        """Bytes a model of this recipe may fill: the GPU's own memory, or what the system leaves of main memory."""
         if self.gpu is not None and self.on_gpu(recipe) and self.gpu.memory_gib is not None:
             return round(self.gpu.memory_gib * GIB)
         return max(0, self.memory_bytes - self.reserved_bytes)
@@ -192,7 +192,7 @@ def wheel_platforms(tag: str) -> tuple[str, ...]:
 
 
 def load_target(path: Path) -> Target:
-    """The target in a TOML file. Raises UsageError that names file and key for anything that is not as the reference says."""
+    """The target in a TOML file. Raises UsageError naming file and key for whatever is not as the reference says."""
     try:
         raw = path.read_bytes()
         table = tomllib.loads(raw.decode("utf-8"))
@@ -211,7 +211,7 @@ def load_target(path: Path) -> Target:
 
 
 def target_keys() -> list[tuple[str, str, str]]:
-    """Every key a target file may have: dotted key, type, meaning. ``[]`` marks a list of tables, ``RECIPE`` a free name."""
+    """Every key of a target file: dotted key, type, meaning. ``[]`` marks a list of tables, ``RECIPE`` a free name."""
     return _keys(Target, "")
 
 
