@@ -61,8 +61,13 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     from packager.adapter import check_fit, merge, open_adapter
     from packager.checkpoint import check_weights, open_checkpoint
 
-    base = open_checkpoint(request.checkpoint, revision=request.revision, progress=progress, cache=cache_root(),
-                           name=None if request.adapter else request.name)
+    base = open_checkpoint(
+        request.checkpoint,
+        revision=request.revision,
+        progress=progress,
+        cache=cache_root(),
+        name=None if request.adapter else request.name,
+    )
     adapter = open_adapter(request.adapter) if request.adapter else None
     if adapter:
         check_fit(adapter, base)
@@ -70,16 +75,27 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     def check(folder: Path, cost: Cost) -> None:
         check_weights(base, progress)
 
-    steps = [store.step("checked-weights", {"checkpoint": base.digest, "code": _code("checkpoint.py")}, check, progress=progress)]
+    steps = [
+        store.step(
+            "checked-weights", {"checkpoint": base.digest, "code": _code("checkpoint.py")}, check, progress=progress
+        )
+    ]
     if adapter is None or request.adapter is None:
         return Opened(base, tuple(steps))
 
     def make(folder: Path, cost: Cost) -> None:
         merge(base, adapter, folder / "model", progress)
 
-    merged = store.step("merge", {"checkpoint": base.digest, "adapter": adapter.digest, "code": _code("adapter.py", "safetensors_io.py")}, make, progress=progress)
+    merged = store.step(
+        "merge",
+        {"checkpoint": base.digest, "adapter": adapter.digest, "code": _code("adapter.py", "safetensors_io.py")},
+        make,
+        progress=progress,
+    )
     steps.append(merged)
-    found = open_checkpoint(str(merged.path / "model"), progress=progress, cache=cache_root(), name=merged_name(request, base))
+    found = open_checkpoint(
+        str(merged.path / "model"), progress=progress, cache=cache_root(), name=merged_name(request, base)
+    )
     return Opened(found, tuple(steps))
 
 
@@ -133,18 +149,32 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     if plan.refusals:
         raise PlanRefused(
             f"{opened.checkpoint.name} cannot be built with {recipe.name} for {target.name}: {plan.refusals[0]}",
-            why=" ".join(plan.refusals[1:]), fix="`packager plan` shows the figures; nothing was built.")
+            why=" ".join(plan.refusals[1:]),
+            fix="`packager plan` shows the figures; nothing was built.",
+        )
     for note in plan.notes:
         progress.note(note)
-    job = Job(checkpoint=opened.checkpoint, target=target, store=store, progress=progress, calibration=samples,
-              seed=request.seed, verify=request.verify)
+    job = Job(
+        checkpoint=opened.checkpoint,
+        target=target,
+        store=store,
+        progress=progress,
+        calibration=samples,
+        seed=request.seed,
+        verify=request.verify,
+    )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, out)
-    costs = [{"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
-             for s in opened.steps] + [dict(cost) for cost in artifact.costs]
+    costs = [
+        {"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
+        for s in opened.steps
+    ] + [dict(cost) for cost in artifact.costs]
     record = {
-        "bundle": str(bundle), "checkpoint_path": str(opened.checkpoint.path.resolve()), "seconds": round(time.monotonic() - start, 2),
-        "peak_rss_bytes": max([_own_peak(), *(int(str(cost["peak_rss_bytes"])) for cost in costs)]), "steps": costs,
+        "bundle": str(bundle),
+        "checkpoint_path": str(opened.checkpoint.path.resolve()),
+        "seconds": round(time.monotonic() - start, 2),
+        "peak_rss_bytes": max([_own_peak(), *(int(str(cost["peak_rss_bytes"])) for cost in costs)]),
+        "steps": costs,
     }
     with machine_errors(out):
         write_atomically(out / f"{bundle.name}.build.json", json.dumps(record, indent=1) + "\n")
@@ -161,10 +191,16 @@ def _assemble(job: Job, plan: Plan, artifact: Artifact, recipe: Recipe[Any], out
     wheels = fetch_wheels(_lock(str(artifact.run["engine"])), target, cache_root() / "box-wheels", job.progress)
     origin = {"kind": checkpoint.origin.kind, "id": checkpoint.origin.id, "revision": checkpoint.origin.revision}
     contents = Contents(
-        name=checkpoint.name, target={"name": target.name, "digest": target.digest},
+        name=checkpoint.name,
+        target={"name": target.name, "digest": target.digest},
         recipe={"name": recipe.name, "options": artifact.provenance["options"]},
-        needs=_needs(target, plan, artifact, wheels.files), run=artifact.run, files=artifact.files, extra=artifact.extra,
-        runtimes=runtimes_folder(), wheels=wheels, report=artifact.report,
+        needs=_needs(target, plan, artifact, wheels.files),
+        run=artifact.run,
+        files=artifact.files,
+        extra=artifact.extra,
+        runtimes=runtimes_folder(),
+        wheels=wheels,
+        report=artifact.report,
         provenance={**artifact.provenance, "origin": origin, "packager": __version__},
     )
     return assemble(contents, out, job.progress, digest=lambda path: file_digest(path, cache_root())).path
@@ -183,8 +219,13 @@ def _needs(target: Target, plan: Plan, artifact: Artifact, wheels: Sequence[Path
 
     model = sum(path.stat().st_size for path in artifact.files.values())
     return Needs(
-        system=target.system, machine=target.machine, python_min=target.python[0], python_max=target.python[-1],
-        glibc_min=target.glibc, ram_bytes=plan.box_bytes, disk_bytes=model + 4 * sum(path.stat().st_size for path in wheels),
+        system=target.system,
+        machine=target.machine,
+        python_min=target.python[0],
+        python_max=target.python[-1],
+        glibc_min=target.glibc,
+        ram_bytes=plan.box_bytes,
+        disk_bytes=model + 4 * sum(path.stat().st_size for path in wheels),
     )
 
 

@@ -24,7 +24,9 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Calibration:
-    """conversations: whole dialogues with their answers. texts: plain text. digest: SHA-256 of the file's bytes. name: its name."""
+    """conversations: whole dialogues with their answers. texts: plain text. digest: SHA-256 of the file's bytes. name:
+    its name.
+    """
 
     conversations: tuple[Conversation, ...]
     texts: tuple[str, ...]
@@ -37,13 +39,16 @@ def load(path: Path) -> Calibration:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"the calibration file {path} cannot be read: {error.strerror}.",
-                         fix="Give --calibration a text file or a JSON file of fine-tuning pairs.") from error
+        raise InputError(
+            f"the calibration file {path} cannot be read: {error.strerror}.",
+            fix="Give --calibration a text file or a JSON file of fine-tuning pairs.",
+        ) from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"the calibration file {path} is not UTF-8 text (byte {error.start}).",
-                         fix="Save it as UTF-8.") from error
+        raise InputError(
+            f"the calibration file {path} is not UTF-8 text (byte {error.start}).", fix="Save it as UTF-8."
+        ) from error
     if not text.strip():
         raise InputError(f"the calibration file {path} is empty.", fix="Give some fine-tuning pairs or a text.")
     digest = hashlib.sha256(raw).hexdigest()
@@ -73,11 +78,15 @@ def _records(path: Path, text: str) -> Sequence[Any]:
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         loaded = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"the calibration file {path} is not valid JSON: {error.msg} (line {error.lineno}).",
-                         fix="Mend that line; a file with one record a line must be called .jsonl.") from error
+        raise InputError(
+            f"the calibration file {path} is not valid JSON: {error.msg} (line {error.lineno}).",
+            fix="Mend that line; a file with one record a line must be called .jsonl.",
+        ) from error
     if not isinstance(loaded, list):
-        raise InputError(f"the calibration file {path} holds a JSON {type(loaded).__name__}, not a list of records.",
-                         fix="Wrap the records in [ ].")
+        raise InputError(
+            f"the calibration file {path} holds a JSON {type(loaded).__name__}, not a list of records.",
+            fix="Wrap the records in [ ].",
+        )
     return loaded
 
 
@@ -89,9 +98,11 @@ def _conversation(path: Path, number: int, record: Any) -> Conversation:
     if talk is not None:
         return _talk(where, talk, record.get("system"))
     if not isinstance(record.get("instruction"), str) or not isinstance(record.get("output"), str):
-        raise InputError(f"{where} has neither messages nor instruction and output.",
-                         why=f"Its keys are: {', '.join(map(str, record)) or 'none'}.",
-                         fix='Use {"instruction", "input", "output"} or {"messages": [{"role", "content"}, …]}.')
+        raise InputError(
+            f"{where} has neither messages nor instruction and output.",
+            why=f"Its keys are: {', '.join(map(str, record)) or 'none'}.",
+            fix='Use {"instruction", "input", "output"} or {"messages": [{"role", "content"}, …]}.',
+        )
     messages: list[Message] = []
     if record.get("system"):
         messages.append({"role": "system", "content": str(record["system"])})
@@ -113,20 +124,23 @@ def _talk(where: str, talk: Any, system: Any) -> Conversation:
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
         if role not in SHAREGPT_ROLES or not isinstance(content, str):
-            raise InputError(f"a message of {where} has the role {role!r}, or no text.",
-                             fix="Roles are system, user and assistant (or human and gpt); content is text.")
+            raise InputError(
+                f"a message of {where} has the role {role!r}, or no text.",
+                fix="Roles are system, user and assistant (or human and gpt); content is text.",
+            )
         messages.append({"role": SHAREGPT_ROLES[role], "content": content})
     return tuple(messages)
 
 
 def split(tokens: Sequence[int], length: int) -> list[list[int]]:
     """Pieces of ``length`` tokens; a last piece under an eighth of that is dropped."""
-    pieces = [list(tokens[start:start + length]) for start in range(0, len(tokens), length)]
+    pieces = [list(tokens[start : start + length]) for start in range(0, len(tokens), length)]
     return [piece for piece in pieces if len(piece) * 8 >= length] or pieces[:1]
 
 
 def spread(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Evenly spaced positions (1 … length - 1) for each sequence, about ``budget`` of them in all, fixed by the lengths.
+    """Evenly spaced positions (1 … length - 1) for each sequence, about ``budget`` of them in all, fixed by the
+    lengths.
 
     Position p stands for the prediction of token p from the p tokens before it.
     """

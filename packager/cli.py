@@ -37,8 +37,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except MemoryError:
-        Console(json_mode=wants_json).error(MachineError("the machine has not enough memory for this step.",
-                                                         fix="`packager plan` says how much a build needs."))
+        Console(json_mode=wants_json).error(
+            MachineError(
+                "the machine has not enough memory for this step.", fix="`packager plan` says how much a build needs."
+            )
+        )
         code = MachineError.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -50,11 +53,14 @@ def _interrupted() -> int:
 
 def _usage(error: click.ClickException) -> UsageError:
     context = getattr(error, "ctx", None)
-    return UsageError(error.format_message(), fix=f"See `{context.command_path} --help`." if context else "See `packager --help`.")
+    return UsageError(
+        error.format_message(), fix=f"See `{context.command_path} --help`." if context else "See `packager --help`."
+    )
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """--json and --quiet for every verb; the command gets a Console."""
+
     @click.option("--json", "json_mode", is_flag=True, help="One JSON document on stdout; progress stays on stderr.")
     @click.option("--quiet", "-q", is_flag=True, help="No progress.")
     @functools.wraps(command)
@@ -69,7 +75,9 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--name", help="Name of the model in the bundle; default: the folder's or hub's name."),
         click.option("--revision", help="Branch, tag or commit of a hub id; the commit is pinned in the manifest."),
-        click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter folder (peft), merged into the base."),
+        click.option(
+            "--adapter", type=click.Path(path_type=Path), help="A LoRA adapter folder (peft), merged into the base."
+        ),
         click.argument("checkpoint"),
     ):
         command = option(command)
@@ -78,11 +86,16 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def recipe_options(*, target_required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What is to be built."""
+
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
-            click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the recipe; may be repeated."),
+            click.option(
+                "--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the recipe; may be repeated."
+            ),
             click.option("--recipe", help="Recipe name or a .py file; default: the target's."),
-            click.option("--target", required=target_required, help="Target name or a .toml file; see `packager targets`."),
+            click.option(
+                "--target", required=target_required, help="Target name or a .toml file; see `packager targets`."
+            ),
         ):
             command = option(command)
         return command
@@ -90,7 +103,9 @@ def recipe_options(*, target_required: bool = True) -> Callable[[Callable[..., A
     return decorate
 
 
-@click.group(context_settings=CONTEXT, epilog="Start: packager targets; packager plan ./my-model --target desktop_linux_x86_64")
+@click.group(
+    context_settings=CONTEXT, epilog="Start: packager targets; packager plan ./my-model --target desktop_linux_x86_64"
+)
 @click.version_option(__version__, prog_name="packager")
 def cli() -> None:
     """A fine-tuned checkpoint becomes a folder that a box without a network can run."""
@@ -150,13 +165,23 @@ def recipes_show(name: str, console: Console) -> None:
     views.recipe(console, name)
 
 
-@cli.command(epilog="Example: packager plan ./my-model --target jetson_orin_nano_8gb --set quant=Q4_K_M",
-             short_help="What a build would make, need and yield.")
+@cli.command(
+    epilog="Example: packager plan ./my-model --target jetson_orin_nano_8gb --set quant=Q4_K_M",
+    short_help="What a build would make, need and yield.",
+)
 @source_options
 @recipe_options()
 @common
-def plan(checkpoint: str, adapter: Path | None, revision: str | None, name: str | None, target: str, recipe: str | None,
-         sets: tuple[str, ...], console: Console) -> None:
+def plan(
+    checkpoint: str,
+    adapter: Path | None,
+    revision: str | None,
+    name: str | None,
+    target: str,
+    recipe: str | None,
+    sets: tuple[str, ...],
+    console: Console,
+) -> None:
     """Show size, memory and speed of what a build would make, and why it would not fit. Builds nothing.
 
     Exits with 4 when the plan refuses."""
@@ -166,17 +191,36 @@ def plan(checkpoint: str, adapter: Path | None, revision: str | None, name: str 
     views.plan(console, Request(checkpoint, target, recipe, adapter, revision, name, sets))
 
 
-@cli.command(epilog="Example: packager build ./my-model --adapter ./my-lora --target desktop_linux_x86_64 "
-                    "--set quant=Q4_K_M --calibration pairs.json -o out", short_help="Build a bundle.")
+@cli.command(
+    epilog="Example: packager build ./my-model --adapter ./my-lora --target desktop_linux_x86_64 "
+    "--set quant=Q4_K_M --calibration pairs.json -o out",
+    short_help="Build a bundle.",
+)
 @source_options
 @recipe_options()
-@click.option("--calibration", type=click.Path(path_type=Path), help="Text, or the fine-tuning pairs (alpaca or messages JSON).")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Text, or the fine-tuning pairs (alpaca or messages JSON)."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn by chance.")
 @click.option("--no-verify", is_flag=True, help="Do not run the artifact against its source. The manifest says so.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for OUT/<model>-<target>-<recipe>/.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for OUT/<model>-<target>-<recipe>/."
+)
 @common
-def build(checkpoint: str, adapter: Path | None, revision: str | None, name: str | None, target: str, recipe: str | None,
-          sets: tuple[str, ...], calibration: Path | None, seed: int, no_verify: bool, out: Path, console: Console) -> None:
+def build(
+    checkpoint: str,
+    adapter: Path | None,
+    revision: str | None,
+    name: str | None,
+    target: str,
+    recipe: str | None,
+    sets: tuple[str, ...],
+    calibration: Path | None,
+    seed: int,
+    no_verify: bool,
+    out: Path,
+    console: Console,
+) -> None:
     """Build a bundle and print its path. Finished steps are kept: the same command again takes seconds."""
     from packager import views
     from packager.build import Request
@@ -197,23 +241,34 @@ def verify(bundle: Path, console: Console) -> None:
     views.verify(console, bundle)
 
 
-@cli.command(epilog="Example: packager bench out/my-model-desktop_linux_x86_64-gguf --baseline ./my-model",
-             short_help="Measure latency and memory.")
+@cli.command(
+    epilog="Example: packager bench out/my-model-desktop_linux_x86_64-gguf --baseline ./my-model",
+    short_help="Measure latency and memory.",
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--quick", is_flag=True, help="Shorter prompts and answers; still five repeats.")
-@click.option("--baseline", type=click.Path(path_type=Path),
-              help="The source checkpoint: adds the FP32 row (transformers). Default: the one this bundle was built from, if kept.")
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    help="The source checkpoint: adds the FP32 row (transformers). Default: the one this bundle was "
+    "built from, if kept.",
+)
 @click.option("--no-baseline", is_flag=True, help="Leave the FP32 row out.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write report.json here; default: beside the bundle.")
 @common
-def bench(bundle: Path, quick: bool, baseline: Path | None, no_baseline: bool, output: Path | None, console: Console) -> None:
+def bench(
+    bundle: Path, quick: bool, baseline: Path | None, no_baseline: bool, output: Path | None, console: Console
+) -> None:
     """Benchmark a bundle on this machine: the table "mode, memory, P99" with the FP32 baseline, and the roofline."""
     from packager import views
 
     views.bench(console, bundle, quick=quick, baseline=baseline, with_baseline=not no_baseline, output=output)
 
 
-@cli.command(epilog="Example: packager serve out/my-model-desktop_linux_x86_64-gguf --port 8080", short_help="Serve a bundle here.")
+@cli.command(
+    epilog="Example: packager serve out/my-model-desktop_linux_x86_64-gguf --port 8080",
+    short_help="Serve a bundle here.",
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port; 0 takes a free one.")

@@ -1,12 +1,13 @@
 """The only file that writes to the terminal: progress on stderr, results on stdout, errors in three lines.
 
-Colours and moving bars appear on a terminal only; piped output gets one plain line a step. With ``--json`` stdout holds one
-JSON document and nothing else.
+Colours and moving bars appear on a terminal only; piped output gets one plain line a step. With ``--json`` stdout
+holds one JSON document and nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -39,15 +40,26 @@ class Console:
         """One line of a result on stdout."""
         sys.stdout.write(text + "\n")
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Sequence[int] = ()) -> None:
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Sequence[int] = ()
+    ) -> None:
         """A table on stdout; ``right`` names columns (by index) that are aligned right."""
         from rich.console import Console as Rich
         from rich.table import Table
 
         rows = [[str(cell) for cell in row] for row in rows]
-        table = Table(title=title or None, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), show_edge=False)
+        table = Table(
+            title=title or None,
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            padding=(0, 2, 0, 0),
+            show_edge=False,
+        )
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index in right else "left", header_style="bold", overflow="fold")
+            table.add_column(
+                column, justify="right" if index in right else "left", header_style="bold", overflow="fold"
+            )
         for row in rows:
             table.add_row(*row)
         width = None if sys.stdout.isatty() else 200
@@ -75,6 +87,8 @@ class Console:
         for label, text in (("why", error.why), ("do", error.fix)):
             if text:
                 sys.stderr.write(f"  {label + ':':<5}{text}\n")
+        if "PACKAGER_DEBUG" in os.environ and (output := getattr(error, "output", "")):
+            sys.stderr.write(f"{output}\n")
         sys.stderr.flush()
 
     # -- progress ----------------------------------------------------------------------------------------------------
@@ -94,14 +108,31 @@ class Console:
     def _bar(self, name: str, total: float | None, unit: str) -> Iterator[Task]:
         from rich.console import Console as Rich
         from rich.progress import (
-            BarColumn, DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn,
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
             TimeRemainingColumn,
         )
 
-        columns: list[ProgressColumn] = [SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn()]
+        columns: list[ProgressColumn] = [
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+        ]
         if total is not None:
             amount: ProgressColumn = DownloadColumn() if unit == "B" else MofNCompleteColumn()
-            columns[2:] = [BarColumn(bar_width=24), amount, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+            columns[2:] = [
+                BarColumn(bar_width=24),
+                amount,
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            ]
         with Progress(*columns, console=Rich(file=sys.stderr)) as bars:
             handle = bars.add_task(name, total=total)
             yield _Advance(lambda amount: bars.update(handle, advance=amount))
@@ -120,7 +151,9 @@ class Console:
         def heartbeat() -> None:
             while not over.wait(HEARTBEAT):
                 passed = time.monotonic() - start
-                share = f" {done / total:.0%}, about {passed * (total - done) / done:.0f} s left" if total and done else ""
+                share = (
+                    f" {done / total:.0%}, about {passed * (total - done) / done:.0f} s left" if total and done else ""
+                )
                 sys.stderr.write(f"  … {name}: {passed:.0f} s{share}\n")
                 sys.stderr.flush()
 
@@ -140,8 +173,6 @@ class _Advance:
 
 
 def _colours() -> bool:
-    import os
-
     return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 

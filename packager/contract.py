@@ -28,20 +28,25 @@ def require_same(prompts: Sequence[Mapping[str, Any]], ids: Sequence[Sequence[in
         at = first_difference(prompt["ids"], found)
         if at is None:
             continue
-        expected = list(prompt["ids"][at:at + 4])
-        got = list(found[at:at + 4])
+        expected = list(prompt["ids"][at : at + 4])
+        got = list(found[at : at + 4])
         asked = next((m["content"] for m in reversed(prompt["messages"]) if m["role"] == "user"), "")[:60]
         raise GateFailed(
-            f"the prompt of {who} differs from the checkpoint's at token {at}: {got or 'nothing'} instead of {expected or 'nothing'}.",
+            f"the prompt of {who} differs from the checkpoint's at token {at}: {got or 'nothing'} instead of "
+            f"{expected or 'nothing'}.",
             why=f"Conversation {number} ({asked!r}); the checkpoint's own tokenizer and chat template are the truth.",
-            fix=fix)
+            fix=fix,
+        )
 
 
 def require_one_bos(prompts: Sequence[Mapping[str, Any]], bos: int | None) -> None:
-    """Raise GateFailed when a rendered prompt begins with BOS twice: the template writes it and the tokenizer adds it."""
+    """Raise GateFailed when a rendered prompt begins with BOS twice: the template writes it and the tokenizer adds
+    it.
+    """
     for number, prompt in enumerate(prompts, 1):
         if bos is not None and list(prompt["ids"][:2]) == [bos, bos]:
             raise GateFailed(
                 f"conversation {number} begins with the BOS token {bos} twice.",
                 why="The chat template writes BOS and the tokenizer's post-processor adds another.",
-                fix='Set "add_bos_token": false in tokenizer_config.json, or take BOS out of the chat template.')
+                fix='Set "add_bos_token": false in tokenizer_config.json, or take BOS out of the chat template.',
+            )

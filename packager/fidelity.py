@@ -1,9 +1,9 @@
 """How near an artifact's next-token distributions are to its source's, whatever the format.
 
-Both sides give, at the same positions of the same token ids, their best k tokens with log-probabilities. KL divergence is
-taken over the source's best k tokens and one bucket for all the rest (Kullback & Leibler 1951; the bucket makes it a lower
-bound of the full divergence). A token the artifact did not return among its own best is given the artifact's leftover
-mass in equal parts.
+Both sides give, at the same positions of the same token ids, their best k tokens with log-probabilities. KL divergence
+is taken over the source's best k tokens and one bucket for all the rest (Kullback & Leibler 1951; the bucket makes it
+a lower bound of the full divergence). A token the artifact did not return among its own best is given the artifact's
+leftover mass in equal parts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Score:
 
 
 def divergence(source: Mapping[int, float], artifact: Mapping[int, float], vocabulary: int) -> float:
-    """KL(source ‖ artifact) in nats over the source's tokens and one bucket for the rest; inputs are log-probabilities."""
+    """KL(source ‖ artifact) in nats over the source's tokens and one bucket for the rest; inputs are
+    log-probabilities.
+    """
     known = [artifact[token] for token in source if token in artifact]
     absent = len(source) - len(known)
     # what the artifact's own best tokens leave for all others, spread evenly: the fairest guess for an absent token
@@ -66,11 +68,13 @@ def compare(
 ) -> Score:
     """Score an artifact against its source at the same positions.
 
-    source, artifact: one mapping token -> log-probability a position, best first. targets: the token that really follows
-    (None where there is none), for the perplexity ratio over positions where both sides know it.
+    source, artifact: one mapping token -> log-probability a position, best first. targets: the token that really
+    follows (None where there is none), for the perplexity ratio over positions where both sides know it.
     """
     if not source or len(source) != len(artifact) or len(source) != len(targets):
-        raise ValueError(f"{len(source)} source, {len(artifact)} artifact and {len(targets)} target positions do not match")
+        raise ValueError(
+            f"{len(source)} source, {len(artifact)} artifact and {len(targets)} target positions do not match"
+        )
     divergences = sorted(divergence(p, q, vocabulary) for p, q in zip(source, artifact, strict=True))
     loose = strict = 0
     excess: list[float] = []
@@ -82,11 +86,13 @@ def compare(
             excess.append(p[target] - q[target])
     count = len(divergences)
     return Score(
-        positions=count, k=max(len(p) for p in source),
+        positions=count,
+        k=max(len(p) for p in source),
         kl_mean=round(math.fsum(divergences) / count, 6),
         kl_p95=round(divergences[min(count - 1, math.ceil(0.95 * count) - 1)], 6),
         kl_max=round(divergences[-1], 6),
-        top1=round(loose / count, 4), top1_strict=round(strict / count, 4),
+        top1=round(loose / count, 4),
+        top1_strict=round(strict / count, 4),
         perplexity_ratio=round(math.exp(math.fsum(excess) / len(excess)) if excess else 1.0, 4),
     )
 
@@ -101,8 +107,10 @@ def require_equal(score: Score, what: str, max_kl: float = 0.001, min_top1: floa
     if failed:
         raise GateFailed(
             f"{what} does not compute what the checkpoint computes: {'; '.join(failed)}.",
-            why="The conversion changed the model (rope, norms, a tokenizer or a missing tensor), before any quantization.",
-            fix="Do not ship it. Report the architecture and config.json; --no-verify builds without this check.")
+            why="The conversion changed the model (rope, norms, a tokenizer or a missing tensor), before any "
+            "quantization.",
+            fix="Do not ship it. Report the architecture and config.json; --no-verify builds without this check.",
+        )
 
 
 def positions_of(scored: Mapping[str, Any]) -> list[dict[int, float]]:

@@ -1,8 +1,8 @@
 """Sole owner of llama.cpp: its converter and gguf-py (from one hash-pinned sdist) and its quantizer.
 
-The sdist of llama-cpp-python carries the converter of the very commit its quantizer is built from. The converter and the
-numpy quantizers run from there without anything being compiled; the extra ``llamacpp`` adds the compiled quantizer for the
-K- and IQ-types.
+The sdist of llama-cpp-python carries the converter of the very commit its quantizer is built from. The converter and
+the numpy quantizers run from there without anything being compiled; the extra ``llamacpp`` adds the compiled quantizer
+for the K- and IQ-types.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ WANTED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
 
 # llama_ftype numbers (include/llama.h), also written as general.file_type
 FILE_TYPES: Mapping[str, int] = {
-    "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_K_M": 17, "Q4_K_M": 15, "Q6_K": 18, "IQ4_XS": 30, "BF16": 32,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q8_0": 7,
+    "Q5_K_M": 17,
+    "Q4_K_M": 15,
+    "Q6_K": 18,
+    "IQ4_XS": 30,
+    "BF16": 32,
 }
 NUMPY_TYPES = frozenset({"F16", "BF16", "Q8_0", "Q4_0"})  # proven byte-identical to llama.cpp's in tests/real
 
@@ -65,18 +72,36 @@ def sources(progress: Progress) -> Path:
 def _download(work: Path) -> Path:
     pin = work / "pin.txt"
     pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python",
-               "--require-hashes", "-d", work, "-r", pin]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+        "--require-hashes",
+        "-d",
+        work,
+        "-r",
+        pin,
+    ]
     try:
         run(command, name="pip download")
     except ChildFailed as error:
         if "do not match the hashes" in error.output.lower():
-            raise ToolError("the llama-cpp-python sdist of the package index is not the pinned one.",
-                            why=last_words(error.output), fix="Do not use this index; ask who runs it.") from error
+            raise ToolError(
+                "the llama-cpp-python sdist of the package index is not the pinned one.",
+                why=last_words(error.output),
+                fix="Do not use this index; ask who runs it.",
+            ) from error
         raise NetworkError(
-            "the llama.cpp converter could not be fetched from the package index.", why=last_words(error.output),
+            "the llama.cpp converter could not be fetched from the package index.",
+            why=last_words(error.output),
             fix=f"Put llama_cpp_python-{VERSION}.tar.gz into a folder and set PIP_FIND_LINKS to it, or connect once: "
-                "it is kept in the cache.") from error
+            "it is kept in the cache.",
+        ) from error
     found = sorted(work.glob("llama_cpp_python-*.tar.gz"))
     if not found:
         raise ToolError("pip downloaded no llama-cpp-python sdist.")
@@ -88,7 +113,9 @@ def _unpack(archive: Path, tree: Path) -> None:
         for member in tar:
             parts = PurePosixPath(member.name).parts[3:]  # llama_cpp_python-X/vendor/llama.cpp/…
             inner = "/".join(parts)
-            if member.isfile() and any(inner == want or (want.endswith("/") and inner.startswith(want)) for want in WANTED):
+            if member.isfile() and any(
+                inner == want or (want.endswith("/") and inner.startswith(want)) for want in WANTED
+            ):
                 member.name = inner
                 tar.extract(member, tree, filter="data")
 
@@ -121,38 +148,66 @@ def convert(checkpoint: Path, name: str, kind: str, output: Path, progress: Prog
 def _conversion_error(error: ChildFailed) -> PackagerError:
     text = error.output
     if "is not supported" in text or "not supported" in last_words(text):
-        return InputError("llama.cpp's converter does not know this architecture.", why=last_words(text),
-                          fix="Choose another recipe; `packager recipes` lists them.")
+        return InputError(
+            "llama.cpp's converter does not know this architecture.",
+            why=last_words(text),
+            fix="Choose another recipe; `packager recipes` lists them.",
+        )
     if "pre-tokenizer was not recognized" in text:
         return InputError(
             "llama.cpp does not know this checkpoint's pre-tokenizer.",
-            why="The tokenizer.json differs from that of every model family llama.cpp supports, so its tokens would come out wrong.",
-            fix="Use the base model's own tokenizer files if the fine-tune did not change them.")
+            why="The tokenizer.json differs from that of every model family llama.cpp supports, so its tokens "
+            "would come out wrong.",
+            fix="Use the base model's own tokenizer files if the fine-tune did not change them.",
+        )
     return error
 
 
 def quantize(
-    source: Path, kind: str, output: Path, progress: Progress, cost: Cost, *, imatrix: Path | None = None, use_compiled: bool,
+    source: Path,
+    kind: str,
+    output: Path,
+    progress: Progress,
+    cost: Cost,
+    *,
+    imatrix: Path | None = None,
+    use_compiled: bool,
 ) -> str:
     """Write ``source`` (an unquantized GGUF) as type ``kind``; returns the name of the quantizer that did it.
 
     Raises ToolError when the quantizer fails or the type needs the compiled one.
     """
     threads = os.cpu_count() or 1
-    job: dict[str, Any] = {"source": str(source), "output": str(output), "file_type": FILE_TYPES[kind], "threads": threads}
+    job: dict[str, Any] = {
+        "source": str(source),
+        "output": str(output),
+        "file_type": FILE_TYPES[kind],
+        "threads": threads,
+    }
     if use_compiled:
         job["imatrix"] = str(imatrix) if imatrix else None
         follow(CHILDREN / "quantize_llama.py", job, f"quantizing to {kind}", progress, cost, work=output.parent)
         return f"llama.cpp ({CONVERTER})"
     if kind not in NUMPY_TYPES:
-        raise ToolError(f"{kind} needs llama.cpp's compiled quantizer.",
-                        fix='Install the extra: pip install "packager[llamacpp]", or choose quant=Q8_0.')
+        raise ToolError(
+            f"{kind} needs llama.cpp's compiled quantizer.",
+            fix='Install the extra: pip install "packager[llamacpp]", or choose quant=Q8_0.',
+        )
     tree = sources(progress)
     # llama.cpp makes the head of a Q4_0 file Q6_K, which gguf-py cannot write: Q8_0 is the nearest it can, and better
     job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind}
     total = 4.0 * source.stat().st_size / 2
-    follow(CHILDREN / "quantize_numpy.py", job, f"quantizing to {kind}", progress, cost, work=output.parent, total=total,
-           path=(tree / "gguf-py",), unit="B")
+    follow(
+        CHILDREN / "quantize_numpy.py",
+        job,
+        f"quantizing to {kind}",
+        progress,
+        cost,
+        work=output.parent,
+        total=total,
+        path=(tree / "gguf-py",),
+        unit="B",
+    )
     return f"gguf-py ({CONVERTER})"
 
 

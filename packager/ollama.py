@@ -1,8 +1,9 @@
 """For Ollama: a Modelfile, and a store that can be copied into ``~/.ollama/models`` as it is.
 
-Ollama renders prompts with Go templates, not with the GGUF's Jinja. The Go template is derived from the checkpoint's own
-template by rendering marked messages, then proven: what it yields must equal what the Jinja template yields for every
-conversation of the contract, or there is no bundle. Store layout: Ollama's ``docs`` on the registry format (schema version 2).
+Ollama renders prompts with Go templates, not with the GGUF's Jinja. The Go template is derived from the checkpoint's
+own template by rendering marked messages, then proven: what it yields must equal what the Jinja template yields for
+every conversation of the contract, or there is no bundle. Store layout: Ollama's ``docs`` on the registry format
+(schema version 2).
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from packager.recipe import Job
 from packager.store import Cost, Step, code_digest
 
 MARK = "\u2045{}\u2046"  # quill brackets: no chat template has them
-PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
+PARAMETERS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,10 @@ class TurnShape:
         """The Go template; BOS is left out where Ollama puts it itself."""
         start = self.start.removeprefix(bos) if bos else self.start
         turns = "".join(
-            f'{{{{ {"if" if role == "system" else "else if"} eq .Role "{role}" }}}}{_go(before)}{{{{ .Content }}}}{_go(after)}'
-            for role, (before, after) in (("system", self.system), ("user", self.user), ("assistant", self.assistant)))
+            f'{{{{ {"if" if role == "system" else "else if"} eq .Role "{role}" }}}}'
+            f"{_go(before)}{{{{ .Content }}}}{_go(after)}"
+            for role, (before, after) in (("system", self.system), ("user", self.user), ("assistant", self.assistant))
+        )
         default = f"{{{{ if not .System }}}}{_go(self.default_system)}{{{{ end }}}}" if self.default_system else ""
         return f"{_go(start)}{default}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{_go(self.generation)}"
 
@@ -61,10 +70,12 @@ def _go(text: str) -> str:
 
 
 def shape_of(render: Any) -> TurnShape | None:
-    """The turns of a chat template, found by rendering marked messages with ``render(messages, add_generation_prompt)``.
+    """The turns of a chat template, found by rendering marked messages with ``render(messages,
+    add_generation_prompt)``.
 
     None when the template does more than put text around each message.
     """
+
     def text(*turns: tuple[str, str], generate: bool = False) -> str:
         return str(render([{"role": role, "content": content} for role, content in turns], generate))
 
@@ -78,7 +89,9 @@ def shape_of(render: Any) -> TurnShape | None:
         end = whole.split(c)[1]
         user_close = end
         user_open = _common_tail(between_bc, before_a)
-        if user_close and user_open.startswith(user_close):  # every turn ends alike: that end belongs to the turn before
+        if user_close and user_open.startswith(
+            user_close
+        ):  # every turn ends alike: that end belongs to the turn before
             user_open = user_open.removeprefix(user_close)
         assistant_open = between_ab.removeprefix(user_close)
         assistant_close = between_bc.removesuffix(user_open)
@@ -87,8 +100,14 @@ def shape_of(render: Any) -> TurnShape | None:
         bare_head = bare.split(a)[0].removesuffix(user_open)
         start = _common_head(head, bare_head)
         system_open = head.removeprefix(start)
-        return TurnShape(start, bare_head.removeprefix(start), (system_open, system_close), (user_open, user_close),
-                         (assistant_open, assistant_close), generation)
+        return TurnShape(
+            start,
+            bare_head.removeprefix(start),
+            (system_open, system_close),
+            (user_open, user_close),
+            (assistant_open, assistant_close),
+            generation,
+        )
     except (ValueError, IndexError):
         return None
 
@@ -97,7 +116,7 @@ def _common_tail(left: str, right: str) -> str:
     count = 0
     while count < min(len(left), len(right)) and left[-1 - count] == right[-1 - count]:
         count += 1
-    return left[len(left) - count:]
+    return left[len(left) - count :]
 
 
 def _common_head(left: str, right: str) -> str:
@@ -118,8 +137,18 @@ def make(job: Job, model: Path, context: int, steps: list[Step]) -> dict[str, Pa
             template = shape.go(tokenizer.bos or "" if tokenizer.add_bos else "")
         write_store(folder / "ollama", model, job.checkpoint.name, template, _parameters(job, context))
 
-    step = job.store.step("ollama", {"model": model.parent.name, "checkpoint": job.checkpoint.digest, "context": context,
-                                     "name": job.checkpoint.name, "code": code_digest(Path(__file__))}, build, progress=job.progress)
+    step = job.store.step(
+        "ollama",
+        {
+            "model": model.parent.name,
+            "checkpoint": job.checkpoint.digest,
+            "context": context,
+            "name": job.checkpoint.name,
+            "code": code_digest(Path(__file__)),
+        },
+        build,
+        progress=job.progress,
+    )
     steps.append(step)
     return {"ollama": step.path / "ollama"}
 
@@ -132,24 +161,35 @@ def _proven_shape(job: Job) -> TurnShape:
     shape = shape_of(render)
     fix = "Build for a desktop target instead: its server runs the checkpoint's own template."
     if shape is None:
-        raise GateFailed("the chat template cannot be written as an Ollama template.",
-                         why="It does more than put text around each message.", fix=fix)
+        raise GateFailed(
+            "the chat template cannot be written as an Ollama template.",
+            why="It does more than put text around each message.",
+            fix=fix,
+        )
     for number, talk in enumerate(general().conversations, 1):
         messages = list(talk[:-1])
         if any(message["role"] == "system" and not message["content"] for message in messages):
             continue  # Ollama itself takes an empty system message for none
         expected, found = str(render(messages, True)), shape.render(messages)
         if expected != found:
-            at = next((i for i, (x, y) in enumerate(zip(expected, found, strict=False)) if x != y), min(len(expected), len(found)))
+            at = next(
+                (i for i, (x, y) in enumerate(zip(expected, found, strict=False)) if x != y),
+                min(len(expected), len(found)),
+            )
             raise GateFailed(
                 "the chat template cannot be written as an Ollama template.",
-                why=f"Conversation {number} differs at character {at}: {found[at:at + 24]!r} instead of {expected[at:at + 24]!r}.", fix=fix)
+                why=f"Conversation {number} differs at character {at}: {found[at : at + 24]!r} instead of "
+                f"{expected[at : at + 24]!r}.",
+                fix=fix,
+            )
     return shape
 
 
 def _parameters(job: Job, context: int) -> dict[str, Any]:
     tokenizer = job.checkpoint.tokenizer
-    found: dict[str, Any] = {PARAMETERS[key]: value for key, value in sorted(tokenizer.sampling.items()) if key in PARAMETERS}
+    found: dict[str, Any] = {
+        PARAMETERS[key]: value for key, value in sorted(tokenizer.sampling.items()) if key in PARAMETERS
+    }
     stops = sorted({text for text in (tokenizer.eos, tokenizer.turn_end) if text})
     return {"num_ctx": context, **found, **({"stop": stops} if stops else {})}
 
@@ -162,29 +202,48 @@ def write_store(folder: Path, model: Path, name: str, template: str, parameters:
     if template:
         layers.append(_blob(blobs, template.encode(), "application/vnd.ollama.image.template"))
     layers.append(_blob(blobs, json.dumps(parameters, sort_keys=True).encode(), "application/vnd.ollama.image.params"))
-    config = json.dumps({
-        "model_format": "gguf", "model_family": "", "model_families": None, "model_type": "", "file_type": "",
-        "architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
-    }, sort_keys=True)
+    config = json.dumps(
+        {
+            "model_format": "gguf",
+            "model_family": "",
+            "model_families": None,
+            "model_type": "",
+            "file_type": "",
+            "architecture": "amd64",
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
+        },
+        sort_keys=True,
+    )
     manifest = {
-        "schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-        "config": _blob(blobs, config.encode(), "application/vnd.docker.container.image.v1+json"), "layers": layers,
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": _blob(blobs, config.encode(), "application/vnd.docker.container.image.v1+json"),
+        "layers": layers,
     }
     place = folder / "models" / "manifests" / "registry.ollama.ai" / "library" / name / "latest"
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps(manifest, sort_keys=True), encoding="utf-8")
-    lines = ["# made by packager; beside a copy of the bundle: ollama create NAME -f ollama/Modelfile", "FROM ../model/model.gguf"]
+    lines = [
+        "# made by packager; beside a copy of the bundle: ollama create NAME -f ollama/Modelfile",
+        "FROM ../model/model.gguf",
+    ]
     if template:
         lines.append(f'TEMPLATE """{template}"""')
     for key, value in sorted(parameters.items()):
-        lines += [f"PARAMETER {key} {json.dumps(item, ensure_ascii=False)}" for item in (value if isinstance(value, list) else [value])]
+        lines += [
+            f"PARAMETER {key} {json.dumps(item, ensure_ascii=False)}"
+            for item in (value if isinstance(value, list) else [value])
+        ]
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(
         f"# {name} in Ollama\n\nWithout a network, copy the store and run it:\n\n"
         "    cp -rn ollama/models/. ~/.ollama/models/\n"
         f"    ollama run {name}\n\nOr let Ollama import it: `ollama create {name} -f ollama/Modelfile`.\n"
-        "Where Ollama runs as a service its store is the folder in OLLAMA_MODELS, often /usr/share/ollama/.ollama/models.\n",
-        encoding="utf-8")
+        "Where Ollama runs as a service its store is the folder in OLLAMA_MODELS, often "
+        "/usr/share/ollama/.ollama/models.\n",
+        encoding="utf-8",
+    )
 
 
 def _blob(blobs: Path, content: bytes, media: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -13,6 +13,9 @@ class Task(Protocol):
     def advance(self, amount: float) -> None: ...
 
 
+StepContext = AbstractContextManager[Task]
+
+
 class Progress(Protocol):
     """What long work reports to.
 
@@ -20,15 +23,9 @@ class Progress(Protocol):
     note: one line the user should see even when the step is long over.
     """
 
-    def step(self, name: str, total: float | None = None, unit: str = "") -> "StepContext": ...
+    def step(self, name: str, total: float | None = None, unit: str = "") -> StepContext: ...
 
     def note(self, text: str) -> None: ...
-
-
-class StepContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:

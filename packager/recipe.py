@@ -73,8 +73,8 @@ class Artifact:
     """What a recipe built: files (bundle-relative name under model/ -> path in the store) and what is known of them.
 
     run: how the box runs it (manifest's ``run`` object). report: measured facts (tensor types, fidelity).
-    provenance: versions, digests, options. extra: further files at the bundle's top level (an Ollama store). costs: seconds and peak
-    resident bytes of each step, which stay outside the bundle (they differ between equal builds).
+    provenance: versions, digests, options. extra: further files at the bundle's top level (an Ollama store). costs:
+    seconds and peak resident bytes of each step, which stay outside the bundle (they differ between equal builds).
     """
 
     format: str

@@ -1,7 +1,7 @@
 """The source's side of every comparison: its rendered samples, its next-token distributions, its input statistics.
 
-Owner of transformers and torch, which run in children (children/samples.py, children/reference.py), so that their memory is
-gone when the step is. Nothing here depends on the artifact's format.
+Owner of transformers and torch, which run in children (children/samples.py, children/reference.py), so that their
+memory is gone when the step is. Nothing here depends on the artifact's format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Samples:
         return [sequence["ids"][p] for sequence in self.sequences for p in sequence["positions"]]
 
 
-def contract_prompts(conversations: tuple[tuple[Message, ...], ...], own: tuple[tuple[Message, ...], ...]) -> list[list[Message]]:
+def contract_prompts(
+    conversations: tuple[tuple[Message, ...], ...], own: tuple[tuple[Message, ...], ...]
+) -> list[list[Message]]:
     """Conversations cut before their last answer: what a server is asked. Up to eight of the user's own come first."""
     talks = [*own[:8], *conversations]
     return [list(talk[:-1]) if talk[-1]["role"] == "assistant" else list(talk) for talk in talks]
@@ -51,26 +53,45 @@ def make_samples(job: Job) -> Samples:
     checkpoint, own = job.checkpoint, job.calibration
     builtin = general()
     templated = checkpoint.tokenizer.chat_template is not None
-    inputs = {"checkpoint": checkpoint.digest, "calibration": own.digest if own else None, "builtin": builtin.digest,
-              "transformers": version_of("transformers"), "templated": templated,
-              "code": code_digest(Path(__file__), CHILDREN / "samples.py", Path(calibration.__file__))}
+    inputs = {
+        "checkpoint": checkpoint.digest,
+        "calibration": own.digest if own else None,
+        "builtin": builtin.digest,
+        "transformers": version_of("transformers"),
+        "templated": templated,
+        "code": code_digest(Path(__file__), CHILDREN / "samples.py", Path(calibration.__file__)),
+    }
 
     def make(folder: Path, cost: Cost) -> None:
         talks = [*(own.conversations if own else ()), *builtin.conversations]
         prompts = contract_prompts(builtin.conversations, own.conversations if own else ())
-        follow(CHILDREN / "samples.py", {
-            "checkpoint": str(checkpoint.path), "output": str(folder / "samples.json"),
-            "conversations": [list(talk) for talk in talks] if templated else [],
-            "prompts": prompts if templated else [],
-            "texts": [*(own.texts if own else ()), *builtin.texts, *([] if templated else [plain(talk) for talk in talks])],
-        }, "rendering the samples", job.progress, cost, work=folder)
+        follow(
+            CHILDREN / "samples.py",
+            {
+                "checkpoint": str(checkpoint.path),
+                "output": str(folder / "samples.json"),
+                "conversations": [list(talk) for talk in talks] if templated else [],
+                "prompts": prompts if templated else [],
+                "texts": [
+                    *(own.texts if own else ()),
+                    *builtin.texts,
+                    *([] if templated else [plain(talk) for talk in talks]),
+                ],
+            },
+            "rendering the samples",
+            job.progress,
+            cost,
+            work=folder,
+        )
 
     step = job.store.step("samples", inputs, make, progress=job.progress)
     found = step.read_json("samples.json")
     prompts = contract_prompts(builtin.conversations, own.conversations if own else ()) if templated else []
     return Samples(
         sequences=_sequences(found, builtin, own, templated),
-        prompts=tuple({**prompt, "messages": messages} for prompt, messages in zip(found["prompts"], prompts, strict=True)),
+        prompts=tuple(
+            {**prompt, "messages": messages} for prompt, messages in zip(found["prompts"], prompts, strict=True)
+        ),
         calibration=tuple(_calibration(found, own)),
         step=step,
     )
@@ -81,22 +102,28 @@ def plain(talk: tuple[Message, ...]) -> str:
     return "\n".join(message["content"] for message in talk)
 
 
-def _sequences(found: Mapping[str, Any], builtin: Calibration, own: Calibration | None, templated: bool) -> tuple[Mapping[str, Any], ...]:
+def _sequences(
+    found: Mapping[str, Any], builtin: Calibration, own: Calibration | None, templated: bool
+) -> tuple[Mapping[str, Any], ...]:
     if templated:
         count = len(builtin.conversations)
         rendered = found["conversations"][-count:] + found["conversations"][:-count][:8]
     else:
-        rendered = found["texts"][-len(builtin.conversations):]
+        rendered = found["texts"][-len(builtin.conversations) :]
     cut = [ids[:LONGEST] for ids in rendered]
-    return tuple({"ids": ids, "positions": positions} for ids, positions in
-                 zip(cut, spread([len(ids) for ids in cut], POSITIONS), strict=True))
+    return tuple(
+        {"ids": ids, "positions": positions}
+        for ids, positions in zip(cut, spread([len(ids) for ids in cut], POSITIONS), strict=True)
+    )
 
 
 def _calibration(found: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
-    """Fine-tuning data first, then general text, until the budget of tokens is full; never less than a quarter general."""
+    """Fine-tuning data first, then general text, until the budget of tokens is full; never less than a quarter
+    general.
+    """
     general_part = split(found["texts"][len(own.texts) if own else 0], LONGEST)
     mine: list[list[int]] = []
-    for ids in [*found["conversations"], *(found["texts"][:len(own.texts)] if own else [])]:
+    for ids in [*found["conversations"], *(found["texts"][: len(own.texts)] if own else [])]:
         mine += split(ids, LONGEST)
     room = CALIBRATION_TOKENS
     chosen: list[list[int]] = []
@@ -113,20 +140,39 @@ def _calibration(found: Mapping[str, Any], own: Calibration | None) -> list[list
 
 def _run(job: Job, samples: Samples, folder: Path, cost: Cost, name: str, **outputs: str | None) -> None:
     layers = float(job.checkpoint.shape.layers)
-    follow(CHILDREN / "reference.py", {
-        "checkpoint": str(job.checkpoint.path), "sequences": list(samples.sequences), "top": TOP,
-        "calibration": list(samples.calibration), "threads": os.cpu_count() or 1, **outputs,
-    }, name, job.progress, cost, work=folder, total=layers, unit="layers")
+    follow(
+        CHILDREN / "reference.py",
+        {
+            "checkpoint": str(job.checkpoint.path),
+            "sequences": list(samples.sequences),
+            "top": TOP,
+            "calibration": list(samples.calibration),
+            "threads": os.cpu_count() or 1,
+            **outputs,
+        },
+        name,
+        job.progress,
+        cost,
+        work=folder,
+        total=layers,
+        unit="layers",
+    )
 
 
 def _inputs(job: Job, samples: Samples) -> dict[str, object]:
-    return {"checkpoint": job.checkpoint.digest, "samples": samples.step.key, "torch": version_of("torch"),
-            "transformers": version_of("transformers"), "threads": os.cpu_count() or 1,
-            "code": code_digest(CHILDREN / "reference.py")}
+    return {
+        "checkpoint": job.checkpoint.digest,
+        "samples": samples.step.key,
+        "torch": version_of("torch"),
+        "transformers": version_of("transformers"),
+        "threads": os.cpu_count() or 1,
+        "code": code_digest(CHILDREN / "reference.py"),
+    }
 
 
 def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], Step]:
     """The source's best TOP tokens at every scored position: token -> log-probability (natural), best first."""
+
     def make(folder: Path, cost: Cost) -> None:
         _run(job, samples, folder, cost, "scoring the source", scores=str(folder / "scores.npz"), imatrix=None)
 
@@ -140,8 +186,17 @@ def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], S
 
 def input_squares(job: Job, samples: Samples) -> tuple[Path, Step]:
     """The .npz of mean squared inputs per channel of every linear layer, by Hugging Face module name."""
+
     def make(folder: Path, cost: Cost) -> None:
-        _run(job, samples, folder, cost, "gathering the importance matrix", scores=None, imatrix=str(folder / "squares.npz"))
+        _run(
+            job,
+            samples,
+            folder,
+            cost,
+            "gathering the importance matrix",
+            scores=None,
+            imatrix=str(folder / "squares.npz"),
+        )
 
     step = job.store.step("input-squares", _inputs(job, samples), make, progress=job.progress)
     return step.path / "squares.npz", step

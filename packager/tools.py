@@ -1,4 +1,6 @@
-"""Sole owner of subprocess: run outside programs, watch their progress, measure their memory, report how they failed."""
+"""Sole owner of subprocess: run outside programs, watch their progress, measure their memory, report how they
+failed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ TAIL_LINES = 40
 
 @dataclass(frozen=True)
 class Ran:
-    """A finished child. output: the last lines of stdout and stderr together. peak_rss_bytes: its highest resident memory."""
+    """A finished child. output: the last lines of stdout and stderr together. peak_rss_bytes: its highest resident
+    memory.
+    """
 
     output: str
     seconds: float
@@ -39,7 +43,9 @@ class ChildFailed(ToolError):
     def __init__(self, name: str, code: int, output: str) -> None:
         reason = f"was ended by signal {-code} ({_signal_name(-code)})" if code < 0 else f"exited with status {code}"
         hint = "The machine ran out of memory." if code == -9 else ""
-        super().__init__(f"{name} {reason}.", why=hint or last_words(output), fix="The full output is in --log-file, if given.")
+        super().__init__(
+            f"{name} {reason}.", why=hint or last_words(output), fix="Set PACKAGER_DEBUG=1 and run it again to see its last lines."
+        )
         self.code = code
         self.output = output
 
@@ -72,9 +78,13 @@ def run(
     start = time.monotonic()
     merged = {**os.environ, **(env or {})}
     try:
-        child = subprocess.Popen(  # noqa: S603 - argv is a list, no shell
+        child = subprocess.Popen(
             [str(part) for part in argv],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=merged, bufsize=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=merged,
+            bufsize=0,
         )
     except OSError as error:
         raise ToolError(f"{name} could not be started: {error}.") from error
@@ -138,13 +148,22 @@ def run_python(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Ran:
-    """Run a Python script (a Path) or module (a str) in a child that ends when we do (children/shim.py), offline, UTF-8.
+    """Run a Python script (a Path) or module (a str) in a child that ends when we do (children/shim.py), offline,
+    UTF-8.
 
     path: folders put first on its module search path.
     """
-    extra = {"PYTHONPATH": os.pathsep.join(str(folder) for folder in path), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1",
-             "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-             "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", **(env or {})}
+    extra = {
+        "PYTHONPATH": os.pathsep.join(str(folder) for folder in path),
+        "PYTHONUTF8": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        **(env or {}),
+    }
     what = ["-m", script] if isinstance(script, str) else [script]
     return run([sys.executable, CHILDREN / "shim.py", *what, *arguments], name=name, env=extra, on_line=on_line)
 
@@ -172,13 +191,13 @@ def follow(
     seen = 0.0
     try:
         with progress.step(name, total, unit) as task:
+
             def on_line(line: str) -> None:
                 nonlocal seen
-                if line.startswith('{"done"'):
-                    report = json.loads(line)
-                    share = float(report["done"]) / max(float(report["total"]), 1.0) if total is not None else 0.0
-                    task.advance(share * (total or 0.0) - seen)
-                    seen = share * (total or 0.0)
+                share = _share(line)
+                if share is not None and total is not None:
+                    task.advance(share * total - seen)
+                    seen = share * total
 
             filled = [job_file if part == "{job}" else part for part in arguments]
             ran = run_python(script, filled, name=name, path=path, on_line=on_line)
@@ -186,6 +205,17 @@ def follow(
         Path(job_file).unlink(missing_ok=True)
     cost.saw(ran.peak_rss_bytes)
     return ran
+
+
+def _share(line: str) -> float | None:
+    """The part that is done (0 to 1) by a ``{"done": n, "total": m}`` line; None for any other line."""
+    if not line.startswith('{"done"'):
+        return None
+    try:
+        report = json.loads(line)
+        return float(report["done"]) / max(float(report["total"]), 1.0)
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def has_module(module: str) -> bool:

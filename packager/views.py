@@ -15,11 +15,27 @@ def targets(console: Console) -> None:
     from packager.catalog import load_target, target_names
 
     found = [load_target(name) for name in target_names()]
-    document = {"targets": [{"name": t.name, "title": t.title, "system": t.system, "machine": t.machine,
-                             "memory_bytes": t.memory_bytes, "recipe": t.recipe} for t in found]}
-    console.result(document, lambda: console.table(
-        ("target", "device", "memory", "default recipe"),
-        [(t.name, t.title, f"{t.memory_bytes / 2**30:.0f} GiB", t.recipe) for t in found], right=(2,)))
+    document = {
+        "targets": [
+            {
+                "name": t.name,
+                "title": t.title,
+                "system": t.system,
+                "machine": t.machine,
+                "memory_bytes": t.memory_bytes,
+                "recipe": t.recipe,
+            }
+            for t in found
+        ]
+    }
+    console.result(
+        document,
+        lambda: console.table(
+            ("target", "device", "memory", "default recipe"),
+            [(t.name, t.title, f"{t.memory_bytes / 2**30:.0f} GiB", t.recipe) for t in found],
+            right=(2,),
+        ),
+    )
 
 
 def target(console: Console, name: str) -> None:
@@ -31,7 +47,9 @@ def target(console: Console, name: str) -> None:
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        ]
     if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
         return [pair for number, inner in enumerate(value, 1) for pair in _flat(inner, f"{prefix}.{number}")]
     if isinstance(value, list | tuple):
@@ -43,8 +61,10 @@ def recipes(console: Console) -> None:
     from packager.catalog import load_recipe, recipe_names
 
     found = [load_recipe(name) for name in recipe_names()]
-    console.result({"recipes": [{"name": r.name, "summary": r.summary, "format": r.format} for r in found]},
-                   lambda: console.table(("recipe", "makes"), [(r.name, r.summary) for r in found]))
+    console.result(
+        {"recipes": [{"name": r.name, "summary": r.summary, "format": r.format} for r in found]},
+        lambda: console.table(("recipe", "makes"), [(r.name, r.summary) for r in found]),
+    )
 
 
 def recipe(console: Console, name: str) -> None:
@@ -53,8 +73,12 @@ def recipe(console: Console, name: str) -> None:
 
     found = load_recipe(name)
     keys = options_keys(found)
-    document = {"name": found.name, "summary": found.summary, "format": found.format,
-                "options": [{"key": k, "type": t, "default": d, "doc": doc} for k, t, d, doc in keys]}
+    document = {
+        "name": found.name,
+        "summary": found.summary,
+        "format": found.format,
+        "options": [{"key": k, "type": t, "default": d, "doc": doc} for k, t, d, doc in keys],
+    }
 
     def render() -> None:
         console.line(f"{found.name}: {found.summary}\n")
@@ -74,13 +98,20 @@ def inspect(console: Console, checkpoint: str, adapter: Path | None, revision: s
     lora = open_adapter(adapter) if adapter else None
     if lora:
         check_fit(lora, found)
-    document = {**look(found, lora).as_dict(), "targets": fit_all(found)}
+    document = {**look(found, lora), "targets": fit_all(found)}
 
     def render() -> None:
-        console.facts([(key.replace("_", " "), text) for key, text in _flat({k: v for k, v in document.items() if k != "targets"})])
+        console.facts(
+            [
+                (key.replace("_", " "), text)
+                for key, text in _flat({k: v for k, v in document.items() if k != "targets"})
+            ]
+        )
         console.line()
-        console.table(("target", "fits", "with its default recipe"),
-                      [(row["target"], "yes" if row["fits"] else "no", row["line"]) for row in document["targets"]])
+        console.table(
+            ("target", "fits", "with its default recipe"),
+            [(row["target"], "yes" if row["fits"] else "no", row["line"]) for row in document["targets"]],
+        )
 
     console.result(document, render)
 
@@ -101,15 +132,31 @@ def plan(console: Console, request: Request) -> None:
 def _show_plan(console: Console, made: Any) -> None:
     plain = made.as_dict()
     e = plain["estimate"]
-    console.facts([
-        ("checkpoint", plain["checkpoint"]), ("target", plain["target"]), ("recipe", plain["recipe"]),
-        ("options", ", ".join(f"{key}={value}" for key, value in plain["options"].items())),
-        ("artifact", size(e["artifact_bytes"])),
-        ("build", f"{size(e['build_ram_bytes'])} of memory, {size(e['build_disk_bytes'])} of disk, about {e['seconds']:.0f} s on two cores"),
-        ("on the box", f"{size(plain['box_bytes'])}: weights {size(e['load_bytes'])}, KV cache {size(e['kv_bytes'])} "
-                       f"({e['slots']} × {e['context']} tokens), runtime {size(e['overhead_bytes'])}; {size(plain['budget_bytes'])} are free for it"),
-        ("decode ceiling", f"{plain['tokens_per_second_ceiling']:.0f} tokens/s (bandwidth ÷ {size(e['read_per_token_bytes'])} read per token)"),
-    ])
+    console.facts(
+        [
+            ("checkpoint", plain["checkpoint"]),
+            ("target", plain["target"]),
+            ("recipe", plain["recipe"]),
+            ("options", ", ".join(f"{key}={value}" for key, value in plain["options"].items())),
+            ("artifact", size(e["artifact_bytes"])),
+            (
+                "build",
+                f"{size(e['build_ram_bytes'])} of memory, {size(e['build_disk_bytes'])} of disk, about "
+                f"{e['seconds']:.0f} s on two cores",
+            ),
+            (
+                "on the box",
+                f"{size(plain['box_bytes'])}: weights {size(e['load_bytes'])}, KV cache {size(e['kv_bytes'])} "
+                f"({e['slots']} × {e['context']} tokens), runtime {size(e['overhead_bytes'])}; "
+                f"{size(plain['budget_bytes'])} are free for it",
+            ),
+            (
+                "decode ceiling",
+                f"{plain['tokens_per_second_ceiling']:.0f} tokens/s (bandwidth ÷ "
+                f"{size(e['read_per_token_bytes'])} read per token)",
+            ),
+        ]
+    )
     for note in plain["notes"]:
         console.line(f"  note: {note}")
     console.line()
@@ -123,15 +170,24 @@ def build(console: Console, request: Request, out: Path) -> None:
     from packager.store import Store, default_root
 
     built = make(request, out, console, Store(default_root()))
-    document = {"bundle": str(built.path), "plan": built.plan.as_dict(), "report": dict(built.artifact.report),
-                "record": dict(built.record)}
+    document = {
+        "bundle": str(built.path),
+        "plan": built.plan.as_dict(),
+        "report": dict(built.artifact.report),
+        "record": dict(built.record),
+    }
 
     def render() -> None:
         report = built.artifact.report
         score = report.get("fidelity")
         if score:
-            console.note(f"fidelity: mean KL {score['kl_mean']:.4f}, top-1 {score['top1']:.1%} over {score['positions']} positions")
-        console.note("tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in report["tensor_types"].items()))
+            console.note(
+                f"fidelity: mean KL {score['kl_mean']:.4f}, top-1 {score['top1']:.1%} over "
+                f"{score['positions']} positions"
+            )
+        console.note(
+            "tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in report["tensor_types"].items())
+        )
         console.note(f"built in {built.record['seconds']:.0f} s, peak memory {size(built.record['peak_rss_bytes'])}")
         console.line(str(built.path))
 
@@ -146,14 +202,24 @@ def verify(console: Console, bundle: Path) -> None:
     if not report.problems:
         console.result(document, lambda: console.line(f"{bundle}: whole, {report.files} files, {size(report.bytes)}."))
         return
-    console.result(document, lambda: [console.line(f"  - {problem}") for problem in report.problems])
-    error = VerifyFailed(f"{bundle} failed verification: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}.",
-                         why=report.problems[0], fix="Copy the bundle again, or build it again; do not install it.")
+
+    def render() -> None:
+        for problem in report.problems:
+            console.line(f"  - {problem.kind}: {problem.path}: {problem.detail}")
+
+    console.result(document, render)
+    error = VerifyFailed(
+        f"{bundle} failed verification: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}.",
+        why=f"{report.problems[0].path}: {report.problems[0].detail}",
+        fix="Copy the bundle again, or build it again; do not install it.",
+    )
     error.shown = True
     raise error
 
 
-def bench(console: Console, bundle: Path, *, quick: bool, baseline: Path | None, with_baseline: bool, output: Path | None) -> None:
+def bench(
+    console: Console, bundle: Path, *, quick: bool, baseline: Path | None, with_baseline: bool, output: Path | None
+) -> None:
     from packager import report
 
     document = report.bench(bundle, quick=quick, baseline=baseline, with_baseline=with_baseline, progress=console)
@@ -163,10 +229,17 @@ def bench(console: Console, bundle: Path, *, quick: bool, baseline: Path | None,
     write_atomically(place, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
     def render() -> None:
-        console.table(("mode", "memory", "P99 inter-token", "TTFT", "decode tokens/s"), report.mode_rows(document), right=(1, 2, 3, 4))
+        console.table(
+            ("mode", "memory", "P99 inter-token", "TTFT", "decode tokens/s"),
+            report.mode_rows(document),
+            right=(1, 2, 3, 4),
+        )
         console.line()
-        console.table(("streams", "TTFT ms", "p50 ms", "p95 ms", "p99 ms", "decode tokens/s", "prefill tokens/s"),
-                      report.stream_rows(document), right=(0, 1, 2, 3, 4, 5, 6))
+        console.table(
+            ("streams", "TTFT ms", "p50 ms", "p95 ms", "p99 ms", "decode tokens/s", "prefill tokens/s"),
+            report.stream_rows(document),
+            right=(0, 1, 2, 3, 4, 5, 6),
+        )
         for line in report.remarks(document):
             console.line(line)
         console.line(f"report: {place}")

@@ -1,4 +1,6 @@
-"""GGUF for llama.cpp and Ollama: converted, checked against its source, quantized, and scored through the runtime that ships."""
+"""GGUF for llama.cpp and Ollama: converted, checked against its source, quantized, and scored through the runtime that
+ships.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,14 @@ SCORE_CACHE = 1 << 30  # bytes resident while a file is scored: the map of a lar
 @dataclass(frozen=True)
 class Options:
     quant: Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"] = field(
-        default="Q8_0", metadata={"doc": "llama.cpp's quantization type"})
+        default="Q8_0", metadata={"doc": "llama.cpp's quantization type"}
+    )
     context: int = field(default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)"})
     slots: int = field(default=4, metadata={"doc": "conversations answered at the same time"})
     kv_type: Literal["f16", "q8_0"] = field(default="f16", metadata={"doc": "type of the key/value cache"})
     imatrix: Literal["auto", "on", "off"] = field(
-        default="auto", metadata={"doc": "importance matrix from the calibration data; auto: for types below Q6"})
+        default="auto", metadata={"doc": "importance matrix from the calibration data; auto: for types below Q6"}
+    )
 
 
 def base_type(checkpoint: Checkpoint) -> str:
@@ -48,22 +52,40 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
     family = FAMILIES.get(checkpoint.architecture)
     if family is None or not family.gguf:
-        return (f"the gguf recipe serves decoder language models, and {checkpoint.architecture} is none that the pinned llama.cpp "
-                "converts; use the recipe for its kind.")
+        return (
+            f"the gguf recipe serves decoder language models, and {checkpoint.architecture} is none that the "
+            f"pinned llama.cpp "
+            "converts; use the recipe for its kind."
+        )
     if options.quant not in NUMPY_TYPES and not compiled():
-        return (f"{options.quant} needs llama.cpp's compiled quantizer, which is not installed; "
-                'install the extra with pip install "packager[llamacpp]", or set quant=Q8_0, which needs no compiler.')
+        return (
+            f"{options.quant} needs llama.cpp's compiled quantizer, which is not installed; "
+            'install the extra with pip install "packager[llamacpp]", or set quant=Q8_0, which needs no compiler.'
+        )
     if options.imatrix == "on" and not compiled():
-        return 'an importance matrix needs the compiled quantizer; install the extra "packager[llamacpp]" or set imatrix=auto.'
+        return (
+            "an importance matrix needs the compiled quantizer; "
+            'install the extra "packager[llamacpp]" or set imatrix=auto.'
+        )
     if options.context > checkpoint.shape.context:
-        return (f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model was made for; "
-                f"set context={checkpoint.shape.context} or less.")
+        return (
+            f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model "
+            f"was made for; "
+            f"set context={checkpoint.shape.context} or less."
+        )
     return None
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    return estimate_gguf(checkpoint, target, quant=options.quant, context=options.context, slots=options.slots,
-                         kv_type=options.kv_type, imatrix=with_imatrix(options))
+    return estimate_gguf(
+        checkpoint,
+        target,
+        quant=options.quant,
+        context=options.context,
+        slots=options.slots,
+        kv_type=options.kv_type,
+        imatrix=with_imatrix(options),
+    )
 
 
 def build(job: Job, options: Options) -> Artifact:
@@ -79,7 +101,7 @@ def build(job: Job, options: Options) -> Artifact:
     if job.verify and samples:
         source, step = source_scores(job, samples)
         steps += [samples.step, step]
-        found = _score(job, whole, samples, steps)
+        found = _score(job, whole, "unquantized", samples, steps)
         _require_contract(job, samples, found)
         score = compare(source, found.distributions, samples.targets, job.checkpoint.shape.vocab)
         require_equal(score, "the unquantized GGUF")
@@ -91,22 +113,32 @@ def build(job: Job, options: Options) -> Artifact:
     _require_changed(options.quant, types)
     report["tensor_types"] = types
     if job.verify and samples and source is not None:
-        found = _score(job, model, samples, steps)
+        found = _score(job, model, "quantized", samples, steps)
         score = compare(source, found.distributions, samples.targets, job.checkpoint.shape.vocab)
         report["fidelity"] = score.as_dict()
 
     files = {"model.gguf": model, **_tokenizer_files(job)}
     extra = ollama.make(job, model, options.context, steps) if job.target.name == "ollama" else {}
     return Artifact(
-        format="gguf", files=files, run=_run(job, options, model), report=report, extra=extra,
+        format="gguf",
+        files=files,
+        run=_run(job, options, model),
+        report=report,
+        extra=extra,
         provenance={
-            "quantizer": quantizer, "converter": llamacpp.CONVERTER, "checkpoint": job.checkpoint.digest,
+            "quantizer": quantizer,
+            "converter": llamacpp.CONVERTER,
+            "checkpoint": job.checkpoint.digest,
             "calibration": job.calibration.digest if job.calibration else None,
-            "imatrix": with_imatrix(options), "verified": job.verify, "options": asdict(options),
+            "imatrix": with_imatrix(options),
+            "verified": job.verify,
+            "options": asdict(options),
             "steps": {step.name: step.key for step in steps},
         },
-        costs=tuple({"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
-                    for s in steps),
+        costs=tuple(
+            {"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
+            for s in steps
+        ),
     )
 
 
@@ -118,8 +150,18 @@ def _unquantized(job: Job, steps: list[Step]) -> Path:
     def make(folder: Path, cost: Cost) -> None:
         llamacpp.convert(job.checkpoint.path, job.checkpoint.name, kind, folder / "model.gguf", job.progress, cost)
 
-    step = job.store.step("gguf-convert", {"checkpoint": job.checkpoint.digest, "name": job.checkpoint.name, "type": kind,
-                                           "converter": llamacpp.SDIST_SHA256, "code": _code()}, make, progress=job.progress)
+    step = job.store.step(
+        "gguf-convert",
+        {
+            "checkpoint": job.checkpoint.digest,
+            "name": job.checkpoint.name,
+            "type": kind,
+            "converter": llamacpp.SDIST_SHA256,
+            "code": _code(),
+        },
+        make,
+        progress=job.progress,
+    )
     steps.append(step)
     return step.path / "model.gguf"
 
@@ -132,19 +174,29 @@ def _quantized(job: Job, options: Options, whole: Path, samples: Samples | None,
     # both write the same bytes for the types that numpy can; the compiled one is faster where it is there
     by_numpy = not compiled()
     matrix = _imatrix(job, whole, samples, steps) if samples and with_imatrix(options) else None
-    inputs = {"source": whole.parent.name, "type": options.quant, "converter": llamacpp.SDIST_SHA256,
-              "imatrix": matrix.parent.name if matrix else None, "code": _code(),
-              "numpy": by_numpy and options.quant == "Q4_0"}  # only there do the two differ (the head's type)
+    inputs = {
+        "source": whole.parent.name,
+        "type": options.quant,
+        "converter": llamacpp.SDIST_SHA256,
+        "imatrix": matrix.parent.name if matrix else None,
+        "code": _code(),
+        "numpy": by_numpy and options.quant == "Q4_0",
+    }  # only there do the two differ (the head's type)
 
     def make(folder: Path, cost: Cost) -> None:
-        said = llamacpp.quantize(whole, options.quant, folder / "model.gguf", job.progress, cost, imatrix=matrix,
-                                 use_compiled=not by_numpy)
+        said = llamacpp.quantize(
+            whole, options.quant, folder / "model.gguf", job.progress, cost, imatrix=matrix, use_compiled=not by_numpy
+        )
         (folder / "quantizer.txt").write_text(said, encoding="utf-8")
 
     step = job.store.step("gguf-quantize", inputs, make, progress=job.progress)
     steps.append(step)
     said = (step.path / "quantizer.txt").read_text(encoding="utf-8")
-    return step.path / "model.gguf", "llama.cpp types, written by either quantizer" if options.quant in ("Q8_0", "F16", "BF16") else said
+    return step.path / "model.gguf", "llama.cpp types, written by either quantizer" if options.quant in (
+        "Q8_0",
+        "F16",
+        "BF16",
+    ) else said
 
 
 def _code() -> str:
@@ -184,7 +236,7 @@ class Scored:
     rendered: list[list[int]]
 
 
-def _score(job: Job, model: Path, samples: Samples, steps: list[Step]) -> Scored:
+def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
     """Score a GGUF through the box's own runtime, run from a copy of exactly what ships."""
     from packager.fidelity import positions_of
     from packager.reference import TOP
@@ -192,24 +244,58 @@ def _score(job: Job, model: Path, samples: Samples, steps: list[Step]) -> Scored
 
     runtime = _runtime(job)
     tokenizer = _tokenizer_files(job)
-    run = {**_run(job, Options(), model), "model": str(model), "context": 1024, "slots": 1,
-           **{key: str(tokenizer[Path(name).name]) for key, name in _tokenizer_paths(job.checkpoint).items()}}
+    run = {
+        **_run(job, Options(), model),
+        "model": str(model),
+        "context": 1024,
+        "slots": 1,
+        **{key: str(tokenizer[Path(name).name]) for key, name in _tokenizer_paths(job.checkpoint).items()},
+    }
     positions = sum(len(sequence["positions"]) for sequence in samples.sequences)
 
     def make(folder: Path, cost: Cost) -> None:
-        follow("runtimes", {
-            "run": run, "top": TOP, "sequences": list(samples.sequences),
-            "tokenize": [prompt["text"] for prompt in samples.prompts], "max_rss_bytes": SCORE_CACHE,
-        }, f"scoring {model.parent.parent.name.removeprefix('gguf-')}", job.progress, cost, work=folder,
-            total=float(positions), unit="positions", path=[runtime.path],
-            arguments=["score", "--input", "{job}", "--output", folder / "scores.json"])
+        follow(
+            "runtimes",
+            {
+                "run": run,
+                "top": TOP,
+                "sequences": list(samples.sequences),
+                "tokenize": [prompt["text"] for prompt in samples.prompts],
+                "max_rss_bytes": SCORE_CACHE,
+            },
+            f"scoring the {what} GGUF",
+            job.progress,
+            cost,
+            work=folder,
+            total=float(positions),
+            unit="positions",
+            path=[runtime.path],
+            arguments=["score", "--input", "{job}", "--output", folder / "scores.json"],
+        )
         if samples.prompts:
-            follow("runtimes", {"run": run, "conversations": [prompt["messages"] for prompt in samples.prompts]},
-                   "rendering as the box does", job.progress, cost, work=folder, path=[runtime.path],
-                   arguments=["render", "--input", "{job}", "--output", folder / "rendered.json"])
+            follow(
+                "runtimes",
+                {"run": run, "conversations": [prompt["messages"] for prompt in samples.prompts]},
+                "rendering as the box does",
+                job.progress,
+                cost,
+                work=folder,
+                path=[runtime.path],
+                arguments=["render", "--input", "{job}", "--output", folder / "rendered.json"],
+            )
 
-    step = job.store.step("score", {"model": model.parent.name, "samples": samples.step.key, "runtime": runtime.key, "top": TOP,
-                                    "engine": version_of("xllamacpp")}, make, progress=job.progress)
+    step = job.store.step(
+        "score",
+        {
+            "model": model.parent.name,
+            "samples": samples.step.key,
+            "runtime": runtime.key,
+            "top": TOP,
+            "engine": version_of("xllamacpp"),
+        },
+        make,
+        progress=job.progress,
+    )
     steps.append(step)
     scored = step.read_json("scores.json")
     rendered = step.read_json("rendered.json")["ids"] if samples.prompts else []
@@ -238,18 +324,30 @@ def _require_contract(job: Job, samples: Samples, found: Scored) -> None:
     from packager.contract import require_one_bos, require_same
 
     require_one_bos(samples.prompts, job.checkpoint.tokenizer.bos_id)
-    require_same(samples.prompts, found.tokenized, "the GGUF's own tokenizer",
-                 "The tokenizer.json has a pre-tokenizer or added tokens that llama.cpp reads otherwise: compare it with the base model's.")
-    require_same(samples.prompts, found.rendered, "the server on the box",
-                 "Report the chat template: the server must render it as transformers does.")
+    require_same(
+        samples.prompts,
+        found.tokenized,
+        "the GGUF's own tokenizer",
+        "The tokenizer.json has a pre-tokenizer or added tokens that llama.cpp reads otherwise: compare "
+        "it with the base model's.",
+    )
+    require_same(
+        samples.prompts,
+        found.rendered,
+        "the server on the box",
+        "Report the chat template: the server must render it as transformers does.",
+    )
 
 
 def _require_changed(quant: str, types: Mapping[str, int]) -> None:
     """A quantization that left every tensor as it was is an error, whatever the tool's exit status."""
     full = {"F32", "F16", "BF16"}
     if quant not in full and not set(types) - full:
-        raise GateFailed(f"the GGUF was to be {quant}, but no tensor of it is quantized ({', '.join(types)}).",
-                         why="No row of the model fits the type's block size.", fix="Choose another quant, or F16.")
+        raise GateFailed(
+            f"the GGUF was to be {quant}, but no tensor of it is quantized ({', '.join(types)}).",
+            why="No row of the model fits the type's block size.",
+            fix="Choose another quant, or F16.",
+        )
 
 
 def _tokenizer_paths(checkpoint: Checkpoint) -> dict[str, str]:
@@ -281,23 +379,43 @@ def _run(job: Job, options: Options, model: Path) -> dict[str, Any]:
     tokenizer = job.checkpoint.tokenizer
     size = estimate(job.checkpoint, job.target, options)
     return {
-        "engine": "llamacpp", "model": "model/model.gguf", "tokenizer": "model/tokenizer.json", "chat_template": None,
+        "engine": "llamacpp",
+        "model": "model/model.gguf",
+        "tokenizer": "model/tokenizer.json",
+        "chat_template": None,
         **_tokenizer_paths(job.checkpoint),
-        "special_tokens": dict(tokenizer.special_tokens), "bos_id": tokenizer.bos_id, "add_bos": tokenizer.add_bos,
-        "stop_ids": sorted(tokenizer.stop_ids), "sampling": dict(tokenizer.sampling),
-        "context": options.context, "slots": options.slots, "threads": 0, "flash_attention": True, "kv_type": options.kv_type,
-        "gpu_layers": 0, "read_per_token_bytes": size.read_per_token_bytes, "model_bytes": model.stat().st_size,
+        "special_tokens": dict(tokenizer.special_tokens),
+        "bos_id": tokenizer.bos_id,
+        "add_bos": tokenizer.add_bos,
+        "stop_ids": sorted(tokenizer.stop_ids),
+        "sampling": dict(tokenizer.sampling),
+        "context": options.context,
+        "slots": options.slots,
+        "threads": 0,
+        "flash_attention": True,
+        "kv_type": options.kv_type,
+        "gpu_layers": 0,
+        "read_per_token_bytes": size.read_per_token_bytes,
+        "model_bytes": model.stat().st_size,
     }
 
 
 def _needs() -> Sequence[Need]:
     return (
-        Need("torch", "packager"), Need("transformers", "packager"), Need("xllamacpp", "packager"), Need("gguf", "packager"),
+        Need("torch", "packager"),
+        Need("transformers", "packager"),
+        Need("xllamacpp", "packager"),
+        Need("gguf", "packager"),
     )
 
 
 RECIPE = Recipe(
     name="gguf",
     summary="one GGUF file for llama.cpp and Ollama, served on the CPU through xllamacpp",
-    format="gguf", options=Options, needs=tuple(_needs()), why_not=why_not, estimate=estimate, build=build,
+    format="gguf",
+    options=Options,
+    needs=tuple(_needs()),
+    why_not=why_not,
+    estimate=estimate,
+    build=build,
 )

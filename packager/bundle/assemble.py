@@ -34,9 +34,11 @@ AT_FDCWD = -100
 MTIME = 315532800
 
 # What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
-RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py")
+RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
+                  "bench_machine.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
-    "llamacpp": ("engine.py", "llamacpp.py", "chat.py", "server.py", "score.py"),
+    "llamacpp": ("api.py", "app.py", "chat.py", "engine.py", "generation.py", "llamacpp.py", "metrics.py", "outer.py",
+                 "pump.py", "render.py", "replies.py", "score.py", "server.py"),
 }
 
 

@@ -1,7 +1,7 @@
 """The row to beat: the source checkpoint in transformers, float32, one stream: ``baseline.py JOB.json``.
 
-JOB.json: {"checkpoint", "prompt": ids, "new_tokens": int, "repeats": int, "threads": int, "output"}. Writes memory (peak
-resident bytes), ttft and inter_token (seconds, one list a repeat) of greedy decoding with a KV cache.
+JOB.json: {"checkpoint", "prompt": ids, "new_tokens": int, "repeats": int, "threads": int, "output"}. Writes memory
+(peak resident bytes), ttft and inter_token (seconds, one list a repeat) of greedy decoding with a KV cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def once(model: Any, prompt: list[int], new_tokens: int) -> tuple[float, list[fl
 
 def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32, local_files_only=True)
+    model.eval()
     once(model, job["prompt"], 4)  # warm up, as the server is
     ttft, gaps = [], []
     for number in range(job["repeats"]):

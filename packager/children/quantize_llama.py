@@ -1,7 +1,7 @@
 """Quantizes a GGUF file with llama.cpp's own quantizer: ``quantize_llama.py JOB.json``.
 
-JOB.json: {"source", "output", "file_type": int, "threads": int, "imatrix": path of an .npz or null}. The .npz holds, for each
-GGUF tensor name, the mean squared activation of every input channel (float32, one value a column).
+JOB.json: {"source", "output", "file_type": int, "threads": int, "imatrix": path of an .npz or null}. The .npz holds,
+for each GGUF tensor name, the mean squared activation of every input channel (float32, one value a column).
 """
 
 from __future__ import annotations

@@ -52,8 +52,11 @@ def convert(kind: Any, values: Any) -> bytes:
         return bytes(values.tobytes())
     if kind == gguf.GGMLQuantizationType.F16:
         return bytes(values.astype(np.float16).tobytes())
-    return bytes(gguf.quants.quantize(values.reshape(1, -1), kind).tobytes()) if kind == gguf.GGMLQuantizationType.BF16 \
+    return (
+        bytes(gguf.quants.quantize(values.reshape(1, -1), kind).tobytes())
+        if kind == gguf.GGMLQuantizationType.BF16
         else blocks_of(kind, values)
+    )
 
 
 def blocks_of(kind: Any, values: Any) -> bytes:
@@ -79,10 +82,15 @@ def main(job: dict[str, Any]) -> None:
         shape = [int(n) for n in reversed(tensor.shape)]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         count = int(np.prod(shape))
-        writer.add_tensor_info(tensor.name, gguf.quants.quant_shape_to_byte_shape(shape, kind) if block > 1 else shape,
-                               np.dtype(np.uint8) if block > 1 or kind == gguf.GGMLQuantizationType.BF16
-                               else np.dtype(np.float32 if size == 4 else np.float16),
-                               count // block * size, raw_dtype=kind)
+        writer.add_tensor_info(
+            tensor.name,
+            gguf.quants.quant_shape_to_byte_shape(shape, kind) if block > 1 else shape,
+            np.dtype(np.uint8)
+            if block > 1 or kind == gguf.GGMLQuantizationType.BF16
+            else np.dtype(np.float32 if size == 4 else np.float16),
+            count // block * size,
+            raw_dtype=kind,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -96,14 +104,14 @@ def main(job: dict[str, Any]) -> None:
             count = int(np.prod(tensor.shape))
             kind = kinds[tensor.name]
             if kind == tensor.tensor_type:
-                out.write(memoryview(np.ascontiguousarray(tensor.data)).cast("B"))
+                out.write(np.ascontiguousarray(tensor.data).tobytes())
                 written = tensor.n_bytes
             else:
                 step = BLOCKS * 32
                 spans = [(start, min(start + step, count)) for start in range(0, count, step)]
                 written = 0
                 for group in range(0, len(spans), 4 * job["threads"]):  # a bounded number of chunks in memory
-                    part = spans[group:group + 4 * job["threads"]]
+                    part = spans[group : group + 4 * job["threads"]]
                     for data in pool.map(lambda s, t=tensor, k=kind: convert(k, as_float(t, *s)), part):
                         out.write(data)
                         written += len(data)

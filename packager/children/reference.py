@@ -7,8 +7,8 @@ Every decoder layer's weights are read from the safetensors files when its forwa
 (float32 arithmetic on the stored weights), so memory follows a layer. All sequences go through together, padded on the
 right: with causal attention no real token sees the padding. The head is applied in slices of the vocabulary.
 
-scores (.npz): ids and logprobs, both (positions, k), natural logarithms, best first. imatrix (.npz): GGUF-independent, by
-module name: mean of the squared inputs per channel over the calibration tokens (llama.cpp's importance matrix).
+scores (.npz): ids and logprobs, both (positions, k), natural logarithms, best first. imatrix (.npz): GGUF-independent,
+by module name: mean of the squared inputs per channel over the calibration tokens (llama.cpp's importance matrix).
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Streamed:
         return hidden
 
     def top(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k best next tokens of hidden states (positions, hidden): ids and log-probabilities, both (positions, k)."""
+        """The k best next tokens of hidden states (positions, hidden): ids and log-probabilities, both (positions,
+        k).
+        """
         rows = self.weights.files[self.head].get_slice(self.head).get_shape()[0]
         cap = getattr(self.config, "final_logit_softcapping", None)
         best_ids = torch.empty((len(hidden), 0), dtype=torch.int64)
@@ -136,7 +138,7 @@ def row_by_row(mlp: nn.Module) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([whole(row) for row in x.split(1)])
 
-    mlp.forward = forward  # type: ignore[method-assign]
+    mlp.forward = forward
 
 
 class InputSquares:
@@ -155,7 +157,7 @@ class InputSquares:
         if self.keep is None:
             return
         row = self.row.get(name, 0)
-        keep = self.keep[row:row + len(x)]  # the MLP comes one sequence at a time
+        keep = self.keep[row : row + len(x)]  # the MLP comes one sequence at a time
         self.row[name] = row + len(x)
         real = x[keep]
         squares = real.square().sum(dim=0)
@@ -191,8 +193,13 @@ def main(job: dict[str, Any]) -> None:
         ids, mask = pad([sequence["ids"] for sequence in job["sequences"]])
         hidden = source.hidden(ids, mask)
         # position p is the distribution of the token after ids[:p]: the hidden state of token p - 1
-        picked = torch.cat([hidden[row, torch.tensor(sequence["positions"]) - 1]
-                            for row, sequence in enumerate(job["sequences"]) if sequence["positions"]])
+        picked = torch.cat(
+            [
+                hidden[row, torch.tensor(sequence["positions"]) - 1]
+                for row, sequence in enumerate(job["sequences"])
+                if sequence["positions"]
+            ]
+        )
         best, logprobs = source.top(picked, job["top"])
         np.savez(job["scores"], ids=best.numpy().astype(np.int32), logprobs=logprobs.numpy().astype(np.float32))
     if job["imatrix"]:

@@ -1,8 +1,8 @@
 """Renders and tokenizes text with the checkpoint's own tokenizer, as training did: ``samples.py JOB.json``.
 
-JOB.json: {"checkpoint", "conversations": [[{"role", "content"}, …], …], "prompts": [same], "texts": [str, …], "output"}.
-Writes {"conversations": [ids, …], "prompts": [{"ids", "text"}, …], "texts": [ids, …]}: conversations whole, prompts with the
-generation prompt, both by transformers' ``apply_chat_template``.
+JOB.json: {"checkpoint", "conversations": [[{"role", "content"}, …], …], "prompts": [same], "texts": [str, …],
+"output"}. Writes {"conversations": [ids, …], "prompts": [{"ids", "text"}, …], "texts": [ids, …]}: conversations whole,
+prompts with the generation prompt, both by transformers' ``apply_chat_template``.
 """
 
 from __future__ import annotations

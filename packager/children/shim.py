@@ -1,11 +1,14 @@
-"""Runs a script or module here and ends it when the parent dies: ``shim.py SCRIPT ARGUMENTS``, ``shim.py -m MODULE ARGUMENTS``.
+"""Runs a script or module here and ends it when the parent dies: ``shim.py SCRIPT ARGUMENTS``, ``shim.py -m MODULE
+ARGUMENTS``.
 
-A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next run.
+A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next
+run.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import sys
 import threading
@@ -14,7 +17,7 @@ import time
 
 def die_with_parent() -> None:
     parent = os.getppid()
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         import ctypes
         import signal
 
