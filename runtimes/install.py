@@ -149,7 +149,7 @@ def starts(home: Path) -> bool:
             "names = [f.parts[0] for d in m.distributions() for f in (d.files or ()) "
             "if len(f.parts) == 2 and f.parts[1] == '__init__.py']\n"
             "[importlib.import_module(n) for n in sorted(set(names)) if not n.startswith('_')]\n")
-    return subprocess.run(  # noqa: S603 - our own venv's Python
+    return subprocess.run(
         [home / "venv" / BIN / "python", "-I", "-B", "-c", code], check=False, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
@@ -277,7 +277,8 @@ def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
     python = work / "venv" / BIN / "python"
     step([str(python), "-I", str(pip[-1] / "pip"), "--isolated", "install", "--quiet", "--no-index", "--no-deps",
           "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "--no-input",
-          "--no-warn-script-location", "--root-user-action=ignore", "--find-links", str(wheels), "--requirement", str(wheels / "requirements.txt")],
+          "--no-warn-script-location", "--root-user-action=ignore", "--find-links", str(wheels),
+          "--requirement", str(wheels / "requirements.txt")],
          clean, "installing the packages")
     shutil.rmtree(scratch, ignore_errors=True)
     for script in (work / "venv" / BIN).iterdir():  # they hold this temporary path; bin/ is what is used
@@ -287,7 +288,7 @@ def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
 
 def step(command: list[str], env: dict[str, str], what: str) -> None:
     """Run one child; its last words become the refusal when it fails."""
-    done = subprocess.run(command, env=env, check=False, stdin=subprocess.DEVNULL,  # noqa: S603
+    done = subprocess.run(command, env=env, check=False, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         lines = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]

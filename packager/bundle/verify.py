@@ -139,7 +139,9 @@ def _read_sums(bundle: Path, problems: list[Problem]) -> dict[str, str]:
     return sums
 
 
-def _compare_sums(bundle: Path, sums: dict[str, str], manifest: Manifest, digest: Callable[[Path], str]) -> list[Problem]:
+def _compare_sums(
+    bundle: Path, sums: dict[str, str], manifest: Manifest, digest: Callable[[Path], str]
+) -> list[Problem]:
     """Sums and manifest must name the same files with the same digests."""
     if not sums:
         return []

@@ -1,0 +1,247 @@
+"""The benchmark: start the bundle's own server, load it, and put every figure beside the memory's own speed.
+
+``bin/bench [--quick] [--output report.json] [--json]``. Progress and the table go to standard error; the report is
+JSON, written in one step. Figures are means of at least five repeats with their standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from runtimes import bench_machine as box
+from runtimes.bench_load import BenchError, Client, measure, roofline, spread, table
+from runtimes.check import read_manifest, size
+
+SCHEMA_VERSION = 1
+FAILED = 9
+STREAMS = (1, 4, 8)
+LOAD_PER_CORE = 0.5  # a machine that was busier than this before the run is named in the notes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. tokens: decoded in every answer. prompt, prefill: words of the short and long prompt."""
+
+    repeats: int
+    tokens: int
+    prompt: int
+    prefill: int
+
+    @classmethod
+    def of(cls, quick: bool, repeats: int, context: int) -> Plan:
+        """The long prompt leaves room in the context: a word is at most about two tokens."""
+        tokens, prefill = (24, 64) if quick else (96, 384)
+        return cls(max(5, repeats), tokens, 24, max(16, min(prefill, context // 4)))
+
+
+def say(text: str) -> None:
+    """One line of progress on standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes], Client, float]]:
+    """The bundle's server as a child: its process, a client, and the perf_counter time at which it was started.
+
+    Yields when /health says that the model is loaded. Raises BenchError with the server's last words when it ends.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), "--port", str(port)]
+    runtime = str(Path(__file__).resolve().parent.parent)
+    env = {**os.environ, "PYTHONPATH": runtime, "PYTHONDONTWRITEBYTECODE": "1"}
+    avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
+    with tempfile.TemporaryFile() as log:
+        started = time.perf_counter()
+        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log,
+                                 stderr=subprocess.STDOUT)
+        try:
+            client = Client(f"http://127.0.0.1:{port}", avoid=avoid)
+            while not client.ready():
+                if child.poll() is not None or time.perf_counter() - started > wait:
+                    log.seek(0)
+                    words = log.read().decode("utf-8", "replace").strip().splitlines()
+                    state = "ended" if child.poll() is not None else f"was not ready after {wait:.0f} s"
+                    raise BenchError(f"The server {state}: {words[-1][:300] if words else 'it said nothing'}")
+                time.sleep(0.01)
+            yield child, client, started
+        finally:
+            child.terminate()
+            try:
+                child.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def cold_start(bundle: Path, wait: float) -> tuple[float, float]:
+    """Seconds from starting the process until it is ready, and until the first token of a first answer."""
+    with server(bundle, wait) as (_, client, started):
+        ready = time.perf_counter() - started
+        answer = client.ask(client.words(8), 1)
+        return ready, answer.pieces[0] - started
+
+
+def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, Any]:
+    """The whole report as a dictionary. url: measure a server that already runs (no cold start, no memory)."""
+    manifest = read_manifest(bundle)
+    run_facts = manifest["run"]
+    used = int(run_facts.get("threads") or 0) or box.physical_cores()
+    before = box.load_average()
+    say(f"memory bandwidth with {used} thread(s) …")
+    speed = box.bandwidth(used)
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION, "bundle": manifest["bundle"], "name": manifest.get("name"),
+        "target": manifest.get("target"), "recipe": manifest.get("recipe"), "engine": run_facts["engine"],
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 - Python 3.10
+        "settings": {"repeats": plan.repeats, "tokens_per_answer": plan.tokens, "temperature": 0, "threads": used,
+                     "slots": run_facts.get("slots"), "context": run_facts.get("context"), "server": url or "own"},
+        "machine": box.machine(), "versions": box.versions(),
+        "model_bytes": run_facts.get("model_bytes"),
+        "read_per_token_bytes": int(run_facts.get("read_per_token_bytes") or 0),
+        "bandwidth": speed, "cold_start": None, "memory": None, "notes": [],
+    }
+    if url is None:
+        starts = []
+        for index in range(plan.repeats):
+            say(f"cold start {index + 1} of {plan.repeats} …")
+            starts.append(cold_start(bundle, wait))
+        report["cold_start"] = {
+            "ready_seconds": spread([ready for ready, _ in starts]),
+            "first_token_seconds": spread([first for _, first in starts]),
+            "page_cache": "as it was: the model file was not evicted, so all but maybe the first start find it cached",
+        }
+        with server(bundle, wait) as (child, client, _):
+            report["streams"] = rows(client, plan)
+            report["memory"] = box.process_memory(child.pid) | {
+                "method": "VmHWM and Pss of the server's process tree after the last repeat; Pss counts mapped weights "
+                          "that are in use, VmHWM the most it ever held"}
+    else:
+        client = Client(url, avoid=run_facts.get("stop_ids") or ())
+        if not client.ready():
+            raise BenchError(f"No server is ready at {url}: its /health does not answer 200.")
+        report["streams"] = rows(client, plan)
+    again = box.bandwidth(used)  # a moment of foreign load at the first try must not lower the roof
+    speed |= max(speed, again, key=lambda one: float(one["bytes_per_second"]))
+    report["load"] = {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
+    one = report["streams"][0]["decode_tokens_per_second"]["mean"]
+    report["roofline"] = roofline(one, report["read_per_token_bytes"], speed["bytes_per_second"]) | {"streams": 1}
+    report["notes"] = notes(report)
+    return report
+
+
+def rows(client: Client, plan: Plan) -> list[dict[str, Any]]:
+    """One row of figures for each number of streams, after one answer that warms the server up."""
+    client.ask(client.words(plan.prompt), 8)
+    found = []
+    for streams in STREAMS:
+        say(f"{streams} stream(s), {plan.repeats} repeats …")
+        found.append(measure(client, streams, repeats=plan.repeats, prompt_words=plan.prompt,
+                             prefill_words=plan.prefill, tokens=plan.tokens))
+    return found
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What a reader of the figures has to know."""
+    found = []
+    if report["roofline"]["note"]:
+        found.append(f"Roofline {report['roofline']['verdict']}: {report['roofline']['note']}")
+    load, cores = report["load"]["before"], report["load"]["logical_cores"] or 1
+    if load and load[0] > LOAD_PER_CORE * cores:
+        found.append(f"The machine was busy before the run (load {load[0]} on {cores} cores): figures are too low.")
+    slots = report["settings"]["slots"] or 0
+    waiting = [row["streams"] for row in report["streams"] if slots and row["streams"] > slots]
+    if waiting:
+        found.append(f"With {slots} slots, {', '.join(map(str, waiting))} streams wait for each other: their TTFT "
+                     "includes the wait.")
+    if any(row["cached_prompt_tokens"] > 4 for row in report["streams"]):
+        found.append("Some prompt tokens came from a cache; they are not counted as prefilled.")
+    return found
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write the report beside its place, then give it its name."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The table and the lines under it."""
+    lines = ["", table(report), "Figures: mean ± standard deviation; p50, p95 and p99 are of the time between tokens."]
+    if cold := report["cold_start"]:
+        first = cold["first_token_seconds"]
+        lines.append(f"cold start to first token  {first['mean']:.2f} ± {first['sd']:.2f} s")
+    if memory := report["memory"]:
+        peak, pss = memory["peak_rss_bytes"], memory["pss_bytes"]
+        lines.append(f"peak memory                {size(peak) if peak else 'unknown'}"
+                     f" (proportional {size(pss) if pss else 'unknown'})")
+    speed, roof = report["bandwidth"], report["roofline"]
+    lines.append(f"memory bandwidth           {size(speed['bytes_per_second'])}/s "
+                 f"({speed['threads']} threads, reading)")
+    if roof["percent"] is not None:
+        lines.append(f"roofline                   {roof['percent']:.0f} % of {roof['ceiling_tokens_per_second']:.0f} "
+                     f"tok/s at {size(report['read_per_token_bytes'])} a token: {roof['verdict']}")
+    return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the exit code: 0 measured, 2 usage, 9 the server or the machine failed, 130 interrupted."""
+    options = argparse.ArgumentParser(
+        prog="bench", description="Latency, throughput and memory of this bundle's server on this box.",
+        epilog="Example: bin/bench --quick --output report.json")
+    options.add_argument("--bundle", type=Path, required=True, help="the bundle's folder, or an install of it")
+    options.add_argument("--url", help="measure a server that already runs, for example http://127.0.0.1:8000")
+    options.add_argument("--output", type=Path, default=Path("report.json"), help="where the report goes")
+    options.add_argument("--json", action="store_true", help="print the report on standard output, write no file")
+    options.add_argument("--quick", action="store_true", help="short answers and prompts (five repeats all the same)")
+    options.add_argument("--repeats", type=int, default=5, help="repeats of everything, at least 5")
+    options.add_argument("--wait", type=float, default=600.0, help="seconds the server may take to load the model")
+    given = options.parse_args(argv)
+    try:
+        context = int(read_manifest(given.bundle)["run"].get("context") or 2048)
+        plan = Plan.of(given.quick, given.repeats, context)
+        report = run(given.bundle, plan, url=given.url, wait=given.wait)
+        if not given.json:
+            write(given.output, report)
+    except (BenchError, ValueError, OSError) as error:
+        say(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        say("interrupted; no report was written")
+        return 130
+    say(summary(report))
+    sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if given.json else f"{given.output}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
