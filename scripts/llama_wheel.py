@@ -2,8 +2,8 @@
 
 The package index has its source only, and compiling takes minutes, so the wheel is kept under
 ``${XDG_CACHE_HOME:-~/.cache}/packager/wheels/KEY``. Its code is made for this very processor (``-march=native``), so
-the key covers the processor's features and the compiler beside the locks. A half-made wheel is never taken for a whole one:
-the folder appears by one rename, and the wheel's digest stands beside it.
+the key covers the processor's features and the compiler beside the locks. A half-made wheel is never taken for a whole
+one: the folder appears by one rename, and the wheel's digest stands beside it.
 """
 
 from __future__ import annotations
