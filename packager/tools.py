@@ -89,7 +89,8 @@ def run(
     except OSError as error:
         raise ToolError(f"{name} could not be started: {error}.") from error
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    reader = threading.Thread(target=_read, args=(child, tail, on_line), daemon=True)
+    faults: list[Exception] = []
+    reader = threading.Thread(target=_read, args=(child, tail, on_line, faults), daemon=True)
     reader.start()
     try:
         code, peak = _wait(child)
@@ -100,10 +101,18 @@ def run(
     output = "\n".join(tail)
     if code != 0:
         raise ChildFailed(name, code, output)
+    if faults:
+        raise faults[0]
     return Ran(output, time.monotonic() - start, peak)
 
 
-def _read(child: subprocess.Popen[bytes], tail: deque[str], on_line: Callable[[str], None] | None) -> None:
+def _read(
+    child: subprocess.Popen[bytes],
+    tail: deque[str],
+    on_line: Callable[[str], None] | None,
+    faults: list[Exception],
+) -> None:
+    """Read to the end whatever ``on_line`` does: a child whose pipe nobody empties would hang for ever."""
     assert child.stdout is not None
     pending = b""
     while chunk := child.stdout.read(65536):
@@ -111,8 +120,11 @@ def _read(child: subprocess.Popen[bytes], tail: deque[str], on_line: Callable[[s
         for raw in lines:
             if line := raw.decode("utf-8", "replace"):
                 tail.append(line)
-                if on_line:
-                    on_line(line)
+                if on_line and not faults:
+                    try:
+                        on_line(line)
+                    except Exception as fault:  # raised by run() when the child has ended
+                        faults.append(fault)
     if pending:
         tail.append(pending.decode("utf-8", "replace"))
 
