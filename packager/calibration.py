@@ -61,6 +61,8 @@ def load(path: Path) -> Calibration:
             texts.append(record["text"])
         else:
             conversations.append(_conversation(path, number, record))
+    if not conversations and not texts:
+        raise InputError(f"the calibration file {path} holds no record.", fix="Give some fine-tuning pairs or a text.")
     return Calibration(tuple(conversations), tuple(texts), digest, path.name)
 
 
@@ -106,8 +108,9 @@ def _conversation(path: Path, number: int, record: Any) -> Conversation:
     messages: list[Message] = []
     if record.get("system"):
         messages.append({"role": "system", "content": str(record["system"])})
-    for pair in record.get("history") or []:
-        if not (isinstance(pair, Sequence) and len(pair) == 2):
+    history = record.get("history") or []
+    for pair in history if isinstance(history, list) else [None]:
+        if not (isinstance(pair, list) and len(pair) == 2):
             raise InputError(f"the history of {where} is not a list of [question, answer] pairs.")
         messages += [{"role": "user", "content": str(pair[0])}, {"role": "assistant", "content": str(pair[1])}]
     # LLaMA-Factory joins instruction and input with one newline
@@ -118,12 +121,12 @@ def _conversation(path: Path, number: int, record: Any) -> Conversation:
 
 def _talk(where: str, talk: Any, system: Any) -> Conversation:
     messages: list[Message] = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-    for turn in talk if isinstance(talk, list) else [None]:
+    for turn in talk if isinstance(talk, list) and talk else [None]:
         if not isinstance(turn, Mapping):
             raise InputError(f"the messages of {where} are not a list of objects.")
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if role not in SHAREGPT_ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in SHAREGPT_ROLES or not isinstance(content, str):
             raise InputError(
                 f"a message of {where} has the role {role!r}, or no text.",
                 fix="Roles are system, user and assistant (or human and gpt); content is text.",

@@ -100,9 +100,10 @@ def compare(
 def require_equal(score: Score, what: str, max_kl: float = 0.001, min_top1: float = 0.995) -> None:
     """Raise GateFailed when an unquantized form is not its source: a conversion fault, not a loss of precision."""
     failed = []
-    if score.kl_mean > max_kl:
+    # written so that a score which is not a number fails
+    if not score.kl_mean <= max_kl:
         failed.append(f"mean KL divergence is {score.kl_mean:.4g}, at most {max_kl} is allowed")
-    if score.top1 < min_top1:
+    if not score.top1 >= min_top1:
         failed.append(f"top-1 agreement is {score.top1:.2%}, at least {min_top1:.1%} is needed")
     if failed:
         raise GateFailed(
