@@ -1,7 +1,7 @@
 """Checkpoints from the Hugging Face hub and ModelScope. Sole owner of huggingface_hub and modelscope.
 
-Downloads resume where they stopped and stay in the hub's own cache; HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HOME
-(and
+A broken line is taken up again where it broke; a new run keeps every file that was complete (huggingface_hub 2 keeps
+no partial file between runs). Downloads stay in the hub's own cache; HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HOME (and
 ModelScope's MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE) are the libraries' business and keep their meaning.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.errors import InputError, NetworkError, PackagerError, ToolError
-from packager.progress import Progress
+from packager.progress import Progress, Task
 
 if TYPE_CHECKING:
     from packager.checkpoint import Origin
@@ -56,24 +56,47 @@ def _model_patterns() -> list[str]:
 def _hugging_face(name: str, revision: str | None, progress: Progress) -> tuple[Path, Origin]:
     # Read by the library when it is imported, which is here; a user's own values stay.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own retries are not news
     from huggingface_hub import snapshot_download
 
     from packager.checkpoint import Origin
 
     pinned = revision or "main"
     try:
-        with progress.step(f"Fetching {name} from {_endpoint()}"):
-            folder = snapshot_download(
-                name, revision=pinned, allow_patterns=[*_model_patterns(), *SAFE], etag_timeout=TIMEOUT_S
-            )
-            if not any(Path(folder).glob("model*.safetensors")):
+        with progress.step(f"Fetching {name} from {_endpoint()}", unit="B") as task:
+            for weights in (SAFE, PICKLED):
                 folder = snapshot_download(
-                    name, revision=pinned, allow_patterns=[*_model_patterns(), *PICKLED], etag_timeout=TIMEOUT_S
+                    name,
+                    revision=pinned,
+                    allow_patterns=[*_model_patterns(), *weights],
+                    etag_timeout=TIMEOUT_S,
+                    tqdm_class=_counter(task),
                 )
+                if any(Path(folder).glob("model*.safetensors")):
+                    break
     except Exception as error:  # the library raises its own, the HTTP client's and OSError; each is told apart below
         raise _explained(error, name, pinned) from error
     return Path(folder), Origin("hub", name, Path(folder).name)
+
+
+def _counter(task: Task) -> type[Any]:
+    """A tqdm that draws nothing and passes on the bytes that reach the disk, resumed ones included."""
+    from huggingface_hub import utils
+
+    base: Any = utils.tqdm  # type: ignore[attr-defined]  # documented, but neither typed nor exported for mypy
+
+    class Counter(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # snapshot_download makes three: the files, the bytes received and (this one) the bytes on disk
+            self.counts = str(kwargs.get("desc", "")).startswith("Reconstructing")
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.counts and n:
+                task.advance(n)
+            return None
+
+    return Counter
 
 
 def _endpoint() -> str:
@@ -116,8 +139,7 @@ def _explained(error: Exception, name: str, revision: str) -> PackagerError:
         f"{_endpoint()} did not deliver {name}.",
         why=f"{here} {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:200]}",
         fix=(
-            "Check the network or set HF_ENDPOINT to a mirror and run again: what has arrived is kept. Or give a "
-            "folder."
+            "Check the network or set HF_ENDPOINT to a mirror and run again: complete files are kept. Or give a folder."
         ),
     )
 
@@ -132,29 +154,39 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
         ) from error
     from packager.checkpoint import Origin
 
-    wanted = [*_model_patterns(), *SAFE]
+    pinned = revision or "master"
     try:
-        with progress.step(f"Fetching {name} from ModelScope"):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-            if not any(folder.glob("model*.safetensors")):
-                folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, *PICKLED]))
+        with progress.step(f"Fetching {name} from ModelScope", unit="B") as task:
+
+            class Count:
+                """modelscope's progress callback: one for each file."""
+
+                def __init__(self, filename: str, file_size: int) -> None:
+                    return None
+
+                def update(self, size: int) -> None:
+                    task.advance(size)
+
+                def end(self) -> None:
+                    return None
+
+            for weights in (SAFE, PICKLED):
+                wanted = [*_model_patterns(), *weights]
+                found = snapshot_download(name, revision=pinned, allow_patterns=wanted, progress_callbacks=[Count])
+                if any(Path(found).glob("model*.safetensors")):
+                    break
     except Exception as error:  # modelscope raises requests' errors, its own and plain ones
         raise _explained_modelscope(error, name) from error
-    return folder, Origin("modelscope", name, revision or _modelscope_commit(folder))
-
-
-def _modelscope_commit(folder: Path) -> str | None:
-    """The commit, where the snapshot's folder is named by it."""
-    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    return Path(found), Origin("modelscope", name, pinned)  # its API names no commit; the digest pins the content
 
 
 def _explained_modelscope(error: Exception, name: str) -> PackagerError:
     kind, text = type(error).__name__, (str(error).splitlines() or [""])[0][:200]
     status: Any = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if kind in ("NotExistError", "RepoNotFoundError", "NoValidRevisionError") or status == 404:
+    if "NotExistError" in (kind, type(error.__cause__).__name__) or status == 404:
         return InputError(f"ModelScope has no model {name} of that revision.", why=text, fix="Check the spelling.")
     return NetworkError(
         f"ModelScope did not deliver {name}.",
         why=f"{kind}: {text}",
-        fix="Check the network and run again: what has arrived is kept. Or give a folder.",
+        fix="Check the network and run again: complete files are kept. Or give a folder.",
     )

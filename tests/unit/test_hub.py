@@ -1,0 +1,16 @@
+"""What is neither a path nor an id never reaches a hub; the hubs themselves are asked in tests/real/test_hub.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from packager.errors import InputError
+from packager.hub import download
+from packager.progress import Silent
+
+
+@pytest.mark.parametrize("ref", ["nothing", "a/b/c", "org/..", "modelscope:x", "./x/y", "https://h/x"])
+def test_what_is_no_id_is_refused(ref: str) -> None:
+    """Paths that do not exist, addresses and ids that would climb out of a folder are refused in words."""
+    with pytest.raises(InputError, match="no hub id either"):
+        download(ref, revision=None, progress=Silent())
