@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ class TurnShape:
 
 
 def _go(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
+    """Text for Go: its own opening braces are quoted, also one at the end that would join the action behind it."""
+    return re.sub(r"\{{2,}|\{\Z", lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
 
 
 def shape_of(render: Any) -> TurnShape | None:
@@ -108,7 +110,7 @@ def shape_of(render: Any) -> TurnShape | None:
             (assistant_open, assistant_close),
             generation,
         )
-    except (ValueError, IndexError):
+    except Exception:  # a template is a program: it may refuse the probe in any way, and then has no such shape
         return None
 
 
