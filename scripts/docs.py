@@ -1,0 +1,220 @@
+"""Writes docs/reference from the code: python scripts/docs.py [--check]. With --check it says what differs, and fails.
+
+The command line comes from click and argparse, exit codes from packager/errors.py, target keys from the dataclasses
+that read them, recipe options from the recipes, the manifest from its JSON Schema: a change of any of them that is not
+in the docs stops `make test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "docs/reference"
+WIDTH = 100
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def commands(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
+    """(full name, help text) of a command and everything below it, in order."""
+    yield context.command_path, context.get_help()
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from commands(below, click.Context(below, info_name=name, parent=context, **SETTINGS))
+
+
+SETTINGS: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH, "help_option_names": ["-h", "--help"]}
+
+
+def command_line() -> str:
+    from packager.cli import cli
+
+    every = "Every verb takes `--json`: one document on standard output, progress on standard error."
+    parts = ["# Command line", "", every, ""]
+    for name, text in commands(cli, click.Context(cli, info_name="packager", **SETTINGS)):
+        parts += [f"## {name}", "", "```text", *(line.rstrip() for line in text.splitlines()), "```", ""]
+    return "\n".join(parts)
+
+
+def exit_codes() -> str:
+    from packager import errors
+
+    rows = re.findall(r"^(\d+)\s{2,}(\S.*)$", errors.__doc__ or "", re.MULTILINE)
+    kinds = {str(kind.exit_code): kind for kind in vars(errors).values()
+             if isinstance(kind, type) and issubclass(kind, errors.PackagerError) and kind is not errors.PackagerError}
+    unknown = set(kinds) - {code for code, _ in rows}
+    assert not unknown, f"packager/errors.py: its docstring says nothing of exit codes {sorted(unknown)}"
+    lines = [(code, f"`{kinds[code].kind}`" if code in kinds else "", meaning) for code, meaning in rows]
+    return "\n".join([
+        "# Exit codes", "",
+        "Part of the interface: release pipelines branch on them. Every failure is told in three lines: what, why, and",
+        'what to do. With `--json` it is `{"error": {"kind", "exit_code", "what", "why", "fix"}}` on standard output.',
+        "",
+        table(("code", "kind", "meaning"), lines),
+    ])
+
+
+def targets() -> str:
+    from packager.catalog import load_target, target_names
+    from packager.target import target_keys
+
+    shipped = [load_target(name) for name in target_names()]
+    devices = [(f"`{target.name}`", target.title, f"`{target.recipe}`") for target in shipped]
+    keys = [(f"`{key}`", kind, meaning) for key, kind, meaning in target_keys()]
+    return "\n".join([
+        "# Targets", "",
+        "One TOML file a device in `targets/`; the file name is the target's name. Unknown keys are refused.", "",
+        "## Shipped", "", table(("name", "device", "default recipe"), devices),
+        "## Keys", "", table(("key", "type", "meaning"), keys),
+        "How to add one: [how-to](../how-to/).", "",
+    ])
+
+
+def recipes() -> str:
+    from packager.catalog import load_recipe, recipe_names
+    from packager.plan import options_keys
+
+    parts = ["# Recipes", "", "One module a recipe in `recipes/`; the file name is the recipe's name.", ""]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        rows = [(f"`{key}`", values, "" if default is None else f"`{default}`", meaning)
+                for key, values, default, meaning in options_keys(recipe)]
+        parts += [f"## {name}", "", f"{recipe.summary}. Format: {recipe.format}.", "",
+                  table(("--set key", "values", "default", "meaning"), rows)]
+        if recipe.needs:
+            needs = [(f"`{need.module}`", need.brings, need.when or "always") for need in recipe.needs]
+            parts += [table(("needs", "brought by", "for"), needs)]
+    return "\n".join(parts)
+
+
+def manifest() -> str:
+    from packager import __file__ as package
+
+    schema = json.loads((Path(package).parent / "schemas/manifest.schema.json").read_text(encoding="utf-8"))
+    rows = list(schema_rows(schema, schema["$defs"], ""))
+    return "\n".join([
+        "# manifest.json", "", schema["description"], "",
+        "The JSON Schema is `packager/schemas/manifest.schema.json`. The same inputs give the same bytes: no times,",
+        "host names or absolute paths stand in any file of a bundle; what a build cost is in `<bundle>.build.json`",
+        "beside it.", "",
+        table(("key", "type", "required", "meaning"), rows),
+    ])
+
+
+def schema_rows(node: Mapping[str, Any], defs: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """Rows for the properties of one object of the schema, and of the objects below them."""
+    for name, inner in node.get("properties", {}).items():
+        key = f"{prefix}{name}"
+        required = "yes" if name in node.get("required", []) else ""
+        yield f"`{key}`", schema_type(inner, defs), required, inner.get("description", "")
+        if inner.get("type") == "array" and "properties" in inner["items"]:
+            yield from schema_rows(inner["items"], defs, f"{key}[].")
+        else:
+            yield from schema_rows(inner, defs, f"{key}.")
+
+
+NAMED = {"slug": "name", "minor": "version", "size": "integer", "count": "integer ≥ 1", "token": "token id"}
+
+
+def schema_type(node: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
+    """One or two words for a schema node's type."""
+    if "const" in node:
+        return json.dumps(node["const"])
+    if "enum" in node:
+        return ", ".join(f"`{value}`" for value in node["enum"])
+    if "anyOf" in node:
+        return " or ".join(schema_type(part, defs) for part in node["anyOf"])
+    if "$ref" in node:
+        name = str(node["$ref"]).rpartition("/")[2]
+        return NAMED.get(name, name)
+    kinds = node.get("type", "any")
+    if kinds == "array":
+        return f"list of {schema_type(node['items'], defs)}" if "properties" not in node["items"] else "list"
+    return " or ".join(kinds) if isinstance(kinds, list) else str(kinds)
+
+
+class _Parser(Exception):
+    """Carries the parser of a verb out of its main()."""
+
+
+def on_the_box() -> str:
+    """bin/check, bin/serve, bin/bench: as tables, because argparse lays its help out anew with every Python."""
+    sys.path.insert(0, str(ROOT))
+    from runtimes.__main__ import VERBS
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise _Parser(parser)
+
+    where = "`install.sh` puts three commands into `PREFIX/bin`. None of them needs a network."
+    parts = ["# On the box", "", where, ""]
+    for verb in ("check", "serve", "bench"):
+        module, summary = VERBS[verb]
+        with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
+            try:
+                importlib.import_module(f"runtimes.{module}").main([])
+            except _Parser as found:
+                parser: argparse.ArgumentParser = found.args[0]
+        options = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+        rows = [(", ".join(f"`{name}`" for name in option.option_strings), shown(option.default),
+                 (option.help or "") % {"default": option.default}) for option in options if option.dest != "bundle"]
+        sentence = f"{summary[0].upper()}{summary[1:]}."
+        parts += [f"## bin/{verb}", "", sentence, "", table(("option", "default", "meaning"), rows)]
+    return "\n".join(parts)
+
+
+def shown(default: object) -> str:
+    return "" if default in (None, False) else f"`{default}`"
+
+
+PAGES = {
+    "cli.md": command_line, "box.md": on_the_box, "exit-codes.md": exit_codes, "targets.md": targets,
+    "recipes.md": recipes, "manifest.md": manifest,
+}
+NOTE = "<!-- Written by scripts/docs.py from the code (make docs). Do not edit. -->\n\n"
+
+
+def main() -> int:
+    check = sys.argv[1:] == ["--check"]
+    stale = 0
+    for name, make in PAGES.items():
+        path = REFERENCE / name
+        wanted = NOTE + make().rstrip() + "\n"
+        found = path.read_text(encoding="utf-8") if path.exists() else ""
+        if wanted == found:
+            continue
+        stale += 1
+        if check:
+            old, new = found.splitlines(), wanted.splitlines()
+            lines = difflib.unified_diff(old, new, f"{name} (kept)", f"{name} (code)", n=1)
+            print("\n".join(line.rstrip() for line in list(lines)[:40]))
+        else:
+            REFERENCE.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+    if check and stale:
+        print(f"docs/reference differs from the code in {stale} of {len(PAGES)} pages: run `make docs` and commit it.")
+        return 1
+    print(f"docs/reference: {len(PAGES)} pages as the code has it.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
