@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import struct
 import sys
@@ -132,13 +133,13 @@ def _disk_free(prefix: Path) -> int | None:
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
-    """"3.10.2" as (3, 10, 2); stops at the first part that is no number."""
+    """"3.13.0rc1" as (3, 13, 0): the leading number of each part, up to the first part that has none."""
     parts: list[int] = []
     for part in text.split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        if not digits or not part[0].isdigit():
+        match = re.match(r"\d+", part)
+        if match is None:
             break
-        parts.append(int(digits))
+        parts.append(int(match[0]))
     return tuple(parts)
 
 
@@ -278,7 +279,7 @@ def refusal(findings: list[Finding], files: list[Finding]) -> str:
     bad = [finding for finding in findings + files if finding.ok is False]
     if not bad:
         return ""
-    others = f" (and {len(bad) - 1} more: {', '.join(item.name for item in bad[1:6])})" if len(bad) > 1 else ""
+    others = f" (and {len(bad) - 1} more: {', '.join(item.name for item in bad[1:9])})" if len(bad) > 1 else ""
     return f"{bad[0].sentence()[:-1]}{others}."
 
 

@@ -67,7 +67,8 @@ def wheel(folder: Path, name: str, tag: str, version: str = "1.0") -> Path:
             archive.writestr(zipfile.ZipInfo(file, (1980, 1, 1, 0, 0, 0)), body)
             digest = base64.urlsafe_b64encode(hashlib.sha256(body.encode()).digest()).rstrip(b"=").decode()
             rows.append(f"{file},sha256={digest},{len(body)}")
-        archive.writestr(zipfile.ZipInfo(f"{info}/RECORD", (1980, 1, 1, 0, 0, 0)), "\n".join([*rows, f"{info}/RECORD,,"]))
+        record = "\n".join([*rows, f"{info}/RECORD,,"])
+        archive.writestr(zipfile.ZipInfo(f"{info}/RECORD", (1980, 1, 1, 0, 0, 0)), record)
     return path
 
 

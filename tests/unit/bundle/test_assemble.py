@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from packager.bundle import assemble as module
 from packager.bundle.assemble import RUNTIME_COMMON, RUNTIME_ENGINES, assemble, runtime_files, sha256
 from packager.errors import InputError, MachineError, PackagerError
 from packager.progress import Silent
@@ -91,7 +90,7 @@ def test_a_different_model_replaces_the_bundle(tmp_path: Path) -> None:
 
 def test_two_renames_do_where_the_system_cannot_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Filesystems without RENAME_EXCHANGE (a failure that cannot be produced here)."""
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda *args, **kwargs: object())
+    monkeypatch.setattr("ctypes.CDLL", lambda *args, **kwargs: object())
     assemble(contents(tmp_path / "in"), tmp_path / "out", Silent())
     (tmp_path / "out" / "tiny-test_box-gguf" / "README.md").unlink()
     built = assemble(contents(tmp_path / "in"), tmp_path / "out", Silent())
@@ -164,7 +163,6 @@ def test_every_runtime_file_is_listed_by_name() -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from packager.bundle import assemble as module
 from packager.progress import Silent
 from tests.unit.bundle.parts import contents
 real = module._copy

@@ -1,4 +1,4 @@
-"""Wheels for another machine: markers, hashes, the cache, and what is said when there is no wheel. Real pip, no index."""
+"""Wheels for another machine: markers, hashes, cache, and what is said where there is no wheel. Real pip, no index."""
 
 from __future__ import annotations
 

@@ -1,0 +1,133 @@
+"""What a box gets from templates, and what install.sh refuses before it writes anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packager.bundle.assemble import assemble
+from packager.bundle.installer import box_files
+from packager.errors import PackagerError
+from packager.progress import Silent
+from tests.unit.bundle.parts import RUN, contents, needs
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle that this machine fits."""
+    here = needs(python_max=f"3.{sys.version_info.minor}", ram_bytes=1000)
+    return assemble(contents(tmp_path / "in", needs=here), tmp_path / "out", Silent()).path
+
+
+def install(bundle: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run install.sh as a person would."""
+    return subprocess.run(["/bin/sh", str(bundle / "install.sh"), *arguments], capture_output=True, text=True,
+                          check=False, env={**os.environ, **env})
+
+
+def test_every_mark_in_every_template_is_filled() -> None:
+    """Only the prefix stays open: it is known on the box."""
+    for system in ("linux", "macos", "windows"):
+        for name, text in box_files("b-x", "m", "t", needs(system=system), RUN).items():
+            assert "@PREFIX@" not in text or name.endswith(".service")
+            assert not {mark for mark in ("@BUNDLE@", "@MODEL@", "@PYTHON_MIN@", "@RAM@", "@SLOTS@") if mark in text}
+
+
+@pytest.mark.parametrize("name", ["a b", "x;rm", "$(id)", "'", "../x", ""])
+def test_a_name_that_a_shell_could_read_as_more_is_refused(name: str) -> None:
+    """Nothing is quoted, everything is refused."""
+    with pytest.raises(PackagerError):
+        box_files(name, "m", "t", needs(), RUN)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_installer_passes_shellcheck(bundle: Path) -> None:
+    """POSIX sh."""
+    done = subprocess.run(["shellcheck", "--shell=sh", str(bundle / "install.sh")], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_help_is_given_and_unknown_options_are_usage_errors(bundle: Path) -> None:
+    """Exit codes 0 and 2."""
+    assert "--prefix DIR" in install(bundle, "--help").stdout
+    assert install(bundle, "--nonsense").returncode == 2
+    assert install(bundle, "--prefix").returncode == 2
+    assert install(bundle, "--python", sys.executable, HOME="").returncode == 2
+
+
+def fake_python(folder: Path, version: str) -> str:
+    """A program that answers as an old or new Python does when it is asked for its version."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "python3"
+    path.write_text(f"#!/bin/sh\nprintf '%s' '{version}'\n", "utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.8", "3.99"])
+def test_a_wrong_python_is_refused_in_one_sentence_by_the_shell(bundle: Path, tmp_path: Path, version: str) -> None:
+    """None of our Python is run by it."""
+    done = install(bundle, "--prefix", str(tmp_path / "p"), "--python", fake_python(tmp_path / "bin", version))
+    assert done.returncode == 4 and done.stderr.count("\n") == 1 and f"found {version}" in done.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_without_any_python_the_refusal_says_what_is_needed(bundle: Path, tmp_path: Path) -> None:
+    """An empty PATH but for the tools of sh."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("dirname", "cat"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    done = install(bundle, "--prefix", str(tmp_path / "p"), PATH=str(tools))
+    assert done.returncode == 4 and "found none" in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["runtime/runtimes/install.py", "runtime/runtimes/check.py"])
+def test_the_installers_own_code_is_checked_before_it_runs(bundle: Path, tmp_path: Path, broken: str) -> None:
+    """A damaged installer never starts."""
+    (bundle / broken).write_text("raise SystemExit('ran')", "utf-8")
+    done = install(bundle, "--prefix", str(tmp_path / "p"), "--python", sys.executable)
+    assert done.returncode == 5 and done.stderr.startswith(broken) and done.stderr.count("\n") == 1
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_damaged_model_is_refused_in_one_sentence_and_nothing_is_written(bundle: Path, tmp_path: Path) -> None:
+    """Nor is the bundle touched: no bytecode appears in it."""
+    before = {path for path in bundle.rglob("*")}
+    (bundle / "model" / "model.gguf").write_bytes(b"short")
+    done = install(bundle, "--prefix", str(tmp_path / "p"), "--python", sys.executable)
+    assert done.returncode == 5 and done.stderr.splitlines()[-1].startswith("model/model.gguf: expected sha256")
+    assert not (tmp_path / "p").exists() and {path for path in bundle.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["foreign", "file", "inside", "around"])
+def test_a_prefix_that_is_not_free_is_refused_and_kept(bundle: Path, tmp_path: Path, kind: str) -> None:
+    """A folder of the user's, a file, and places that mix up bundle and install."""
+    places = {"foreign": tmp_path / "p", "file": tmp_path / "f", "inside": bundle / "p", "around": bundle.parent}
+    prefix = places[kind]
+    if kind == "foreign":
+        prefix.mkdir()
+        (prefix / "diary").write_text("mine", "utf-8")
+    if kind == "file":
+        prefix.write_text("mine", "utf-8")
+    done = install(bundle, "--prefix", str(prefix), "--python", sys.executable)
+    assert done.returncode == 4 and done.stderr.splitlines()[-1].startswith("Refused: ")
+    if kind == "foreign":
+        assert (prefix / "diary").read_text("utf-8") == "mine"
+    assert not list(tmp_path.glob(".*installing*"))
+
+
+def test_a_wrong_box_is_refused_before_the_prefix_is_made(tmp_path: Path) -> None:
+    """A bundle for another processor."""
+    other = assemble(contents(tmp_path / "in", needs=needs(machine="riscv64")), tmp_path / "out", Silent()).path
+    done = install(other, "--prefix", str(tmp_path / "deep" / "p"), "--python", sys.executable)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 4 and last.startswith("processor: expected riscv64, found ")
+    assert not (tmp_path / "deep").exists()
