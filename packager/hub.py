@@ -1,12 +1,13 @@
 """Checkpoints from the Hugging Face hub and ModelScope. Sole owner of huggingface_hub and modelscope.
 
 A broken line is taken up again where it broke; a new run keeps every file that was complete (huggingface_hub 2 keeps
-no partial file between runs). Downloads stay in the hub's own cache; HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HOME (and
-ModelScope's MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE) are the libraries' business and keep their meaning.
+no partial file between runs). Downloads stay in the hub's own cache; HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and
+HF_HOME (and ModelScope's MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE) are the libraries' business and keep their meaning.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -145,6 +146,7 @@ def _explained(error: Exception, name: str, revision: str) -> PackagerError:
 
 
 def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Path, Origin]:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # it draws bars beside the callback
     try:
         from modelscope import snapshot_download
     except ImportError as error:
@@ -155,6 +157,7 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
     from packager.checkpoint import Origin
 
     pinned = revision or "master"
+    logging.disable(logging.WARNING)  # it logs every retry; its level cannot be set: its two halves read one variable
     try:
         with progress.step(f"Fetching {name} from ModelScope", unit="B") as task:
 
@@ -177,6 +180,8 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
                     break
     except Exception as error:  # modelscope raises requests' errors, its own and plain ones
         raise _explained_modelscope(error, name) from error
+    finally:
+        logging.disable(logging.NOTSET)
     return Path(found), Origin("modelscope", name, pinned)  # its API names no commit; the digest pins the content
 
 

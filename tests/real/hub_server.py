@@ -1,4 +1,4 @@
-"""A hub on loopback: what snapshot_download needs of the Hugging Face hub's API, with a cut in the line to order."""
+"""A hub on loopback: what a download needs of Hugging Face's and ModelScope's API, and cuts in the line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -55,6 +55,14 @@ def serving(hub: Hub) -> Iterator[Hub]:
                         for name, data in hub.files.items()
                     ]
                 )
+            elif path == "/api/v1/models/org/name/repo/files":
+                listed = [
+                    {"Path": name, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
+                    for name, data in hub.files.items()
+                ]
+                self.json({"Code": 200, "Success": True, "Data": {"Files": listed}})
+            elif path == "/api/v1/models/org/name/repo":
+                self.file(parse_qs(urlsplit(self.path).query)["FilePath"][0], start, send)
             elif path.startswith("/org/name/resolve/") and path.split("/", 5)[5] in hub.files:
                 self.file(path.split("/", 5)[5], start, send)
             elif path.startswith("/api/models/org/name/revision/"):

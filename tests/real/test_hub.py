@@ -138,3 +138,25 @@ def test_modelscope_missing_names_the_extra(opened: Opener, tmp_path: Path) -> N
     path = f"{tmp_path}{os.pathsep}{opened.environment['PYTHONPATH']}"
     found = opened("modelscope:org/name", PYTHONPATH=path)
     assert found["kind"] == "tool" and "packager[modelscope]" in found["fix"]
+
+
+def test_modelscope_ids_are_fetched(hub: Hub, opened: Opener, tmp_path: Path) -> None:
+    """modelscope:org/name comes through its own library: the same model, only what a checkpoint needs."""
+    pytest.importorskip("modelscope")
+    place = {"MODELSCOPE_ENDPOINT": hub.url, "MODELSCOPE_CACHE": str(tmp_path / "ms")}
+    found = opened("modelscope:org/name", **place)
+    assert (found["kind"], found["id"], found["revision"]) == ("modelscope", "org/name", "master")
+    local = open_checkpoint(str(tmp_path / "source"), progress=Silent(), cache=tmp_path / "cache")
+    assert found["digest"] == local.digest
+    assert not any("onnx" in request for request in hub.asked)
+    missing = opened("modelscope:org/other", **place)
+    assert missing["kind"] == "input" and "no model org/other" in missing["what"]
+
+
+def test_modelscope_without_a_network_answers_soon(opened: Opener, tmp_path: Path) -> None:
+    """No ModelScope at the other end: one sentence, within seconds."""
+    pytest.importorskip("modelscope")
+    place = {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_CACHE": str(tmp_path / "ms")}
+    found = opened("modelscope:org/name", **place)
+    assert found["kind"] == "network" and "ModelScope did not deliver" in found["what"]
+    assert opened.seconds < 30
