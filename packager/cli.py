@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -21,8 +22,15 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> None:
     """Run the command line; every failure a user can meet ends in three lines and its own exit code."""
     wants_json = "--json" in sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no × gets a question mark, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python ends
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(error.format_message() + "\n")
+        code = UsageError.exit_code
     except click.exceptions.Abort:
         code = _interrupted()
     except click.ClickException as error:

@@ -1,0 +1,225 @@
+"""The house's rules that a program can check: sizes of files, directions of imports, owners, and nothing of one machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LONGEST = 400
+LONG_FOR_A_REASON = {
+    "recipes/gguf.py": "a recipe is one file, so that a user's own can be one file too",
+    "runtimes/llamacpp.py": "one engine a file: the box gets only the engines it needs",
+}
+MAY_WRITE = {"packager/console.py", "packager/cli.py"}  # cli.py: the last line of an interrupt, when no console is there
+OWNERS = {
+    "subprocess": {"packager/tools.py"},
+    "torch": {"packager/state_dict.py"},
+    "transformers": set[str](),
+    "rich": {"packager/console.py"},
+    "click": {"packager/cli.py"},
+}
+LIGHT = {"packager/cli.py", "packager/views.py", "packager/errors.py", "packager/console.py", "packager/progress.py", "packager/recipe.py",
+         "packager/catalog.py", "packager/target.py", "packager/store.py", "packager/tools.py", "packager/build.py"}
+HEAVY = {"torch", "transformers", "numpy", "rich", "fastapi", "uvicorn", "gguf", "huggingface_hub", "safetensors", "tokenizers", "jinja2",
+         "jsonschema", "psutil", "filelock", "xllamacpp", "peft", "modelscope"}
+
+
+def tracked(*suffixes: str) -> list[str]:
+    """Files that git knows or would take, as paths from the root."""
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+                            check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    return [name for name in found if name.endswith(suffixes)] if suffixes else found
+
+
+def sources(folder: str) -> list[str]:
+    return [name for name in tracked(".py") if name.startswith(folder + "/")]
+
+
+def parsed(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
+
+
+def imports(name: str, *, top_only: bool = False) -> set[str]:
+    """Modules that a file imports, as dotted names; those under TYPE_CHECKING are for the type checker only."""
+    found: set[str] = set()
+    for node in walk(parsed(name), top_only):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def walk(tree: ast.AST, top_only: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        yield node
+        yield from walk(node, top_only)
+
+
+def test_no_file_is_too_long() -> None:
+    """A file over 400 lines is two rooms in one; an exception stands in the list above, with its reason."""
+    long = {name: count for name in tracked(".py") if (count := len((ROOT / name).read_text(encoding="utf-8").splitlines())) > LONGEST}
+    assert set(long) <= set(LONG_FOR_A_REASON), long
+    assert all(count <= LONGEST + 50 for count in long.values()), long
+
+
+def test_packager_has_no_import_cycles() -> None:
+    """The modules of packager/ can be put in an order in which each imports only earlier ones (at load time)."""
+    graph: dict[str, set[str]] = {}
+    modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in sources("packager")}
+    for module, name in modules.items():
+        graph[module] = {other for other in imports(name, top_only=True) if other in modules and other != module}
+    graph = {module: {other for other in needs if not module.startswith(other + ".")} for module, needs in graph.items()}
+    while graph:
+        free = [module for module, needs in graph.items() if not needs & set(graph)]
+        assert free, f"these import each other: {', '.join(sorted(graph))}"
+        for module in free:
+            del graph[module]
+
+
+def test_the_box_shares_no_code_with_the_packager() -> None:
+    """runtimes/ imports nothing of packager/ or recipes/: it is copied to a box where they are not."""
+    for name in sources("runtimes"):
+        assert not {module for module in imports(name) if module.split(".")[0] in ("packager", "recipes")}, name
+
+
+def test_packager_names_neither_recipes_nor_runtimes() -> None:
+    """catalog.py finds them by path; an import by name could meet another package's folder."""
+    for name in sources("packager"):
+        assert not {module for module in imports(name) if module.split(".")[0] in ("recipes", "runtimes", "targets")}, name
+
+
+def test_recipes_import_nothing_of_the_box() -> None:
+    """A recipe copies the runtime as files and never runs it in its own process."""
+    for name in sources("recipes"):
+        assert not {module for module in imports(name) if module.split(".")[0] in ("runtimes", "recipes")}, name
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_an_outside_library_has_one_owner(library: str) -> None:
+    """Scripts that run in a child of their own may import what they are for."""
+    found = {name for name in sources("packager") if library in {module.split(".")[0] for module in imports(name)}
+             and not name.startswith("packager/children/")}
+    assert found <= OWNERS[library]
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_heavy_libraries_are_imported_where_they_are_needed(name: str) -> None:
+    """What `packager targets` loads imports nothing heavy at the top."""
+    assert not {module.split(".")[0] for module in imports(name, top_only=True)} & HEAVY
+
+
+@pytest.mark.parametrize("name", sources("packager"))
+def test_only_the_console_writes_to_the_terminal(name: str) -> None:
+    """No print and no sys.stdout elsewhere; children speak to their parent through a pipe."""
+    if name in MAY_WRITE or name.startswith("packager/children/"):
+        return
+    for node in ast.walk(parsed(name)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{name}:{node.lineno}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sys":
+            assert node.attr not in ("stdout", "stderr"), f"{name}:{node.lineno}"
+
+
+def test_nothing_runs_what_a_file_says() -> None:
+    """No pickle, no shell, no eval, no torch.load of anything but weights, no unsafe template environment."""
+    for name in [name for folder in ("packager", "recipes", "runtimes", "scripts", "demo") for name in sources(folder)]:
+        tree = parsed(name)
+        banned = {"pickle", "dill", "marshal", "shelve", "jinja2.Environment"} & imports(name)
+        # state_dict.py takes the name of an error from pickle, nothing else
+        assert banned <= ({"pickle"} if name == "packager/state_dict.py" else set()), name
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            where = f"{name}:{node.lineno}"
+            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert options.get("shell") != "True", where
+            assert options.get("allow_pickle") != "True", where
+            assert options.get("trust_remote_code") != "True", where
+            assert called not in ("eval", "exec", "os.system", "os.popen", "jinja2.Environment"), where
+            assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), where
+            if called == "torch.load":
+                assert options.get("weights_only") == "True", where
+
+
+# Written in pieces, or this file would find itself.
+MACHINE = re.compile(r"/(?:wo" + r"rk|ro" + r"ot)/|/tm" + r"p/w/|/ho" + r"me/[a-z]+/")
+REGISTRY = re.compile(r"https?://(?:[\w.-]*\.)?(?:pypi\.org|pythonho" + r"sted\.org|huggingface\.co/[\w-]+/[\w-]+/resolve|hf-mirror\.com)")
+
+
+def text_of(name: str) -> str:
+    try:
+        return (ROOT / name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def test_no_file_names_this_machine() -> None:
+    """Absolute paths of a developer's machine do not belong in a commit."""
+    found = [f"{name}: {match[0]}" for name in tracked() if (match := MACHINE.search(text_of(name)))]
+    assert not found, found
+
+
+def test_no_code_names_a_registry() -> None:
+    """Where packages come from is the user's configuration: pip's index, HF_ENDPOINT."""
+    names = [name for name in tracked() if not name.endswith((".md", "LICENSE", "NOTICE")) and name != "tests/unit/test_layout.py"]
+    found = [f"{name}: {match[0]}" for name in names if (match := REGISTRY.search(text_of(name)))]
+    assert not found, found
+
+
+def test_every_test_module_says_what_it_is_about() -> None:
+    """Modules, and every test, have a plain sentence."""
+    for name in sources("tests"):
+        if not Path(name).name.startswith("test_"):
+            continue
+        tree = parsed(name)
+        assert ast.get_docstring(tree), name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert ast.get_docstring(node), f"{name}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize("name", [*sources("packager"), *sources("recipes")])
+def test_public_functions_of_the_core_are_described(name: str) -> None:
+    """Every module has a docstring; so does every public function of packager/ that is not a click verb or a view."""
+    tree = parsed(name)
+    assert ast.get_docstring(tree), name
+
+
+def test_no_work_is_left_marked_as_undone() -> None:
+    """No to-do marks and no stubs in what ships."""
+    marks = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+    names = [name for folder in ("packager", "recipes", "runtimes", "scripts", "demo") for name in sources(folder)]
+    found = [f"{name}: {match[0]}" for name in names if (match := marks.search(text_of(name)))]
+    assert not found, found
+    for name in names:
+        for node in ast.walk(parsed(name)):
+            if isinstance(node, ast.ExceptHandler):
+                assert not all(isinstance(inner, ast.Pass) for inner in node.body), f"{name}:{node.lineno} swallows an exception"
+            if isinstance(node, ast.Raise) and node.exc is not None and "NotImplementedError" in ast.unparse(node.exc):
+                # a base class may leave a method to its children, never a user a feature
+                assert isinstance(node.exc, ast.Name), f"{name}:{node.lineno}"
+
+
+def test_the_box_runs_on_python_3_10() -> None:
+    """runtimes/ uses no syntax newer than 3.10."""
+    for name in sources("runtimes"):
+        ast.parse((ROOT / name).read_text(encoding="utf-8"), name, feature_version=(3, 10))
+    assert sys.version_info >= (3, 11)
