@@ -116,12 +116,21 @@ def look_at_place(bundle: Path, prefix: Path) -> bool:
     if prefix.is_dir() and os.path.ismount(prefix):
         raise Refused(f"Refused: {prefix} is a mount point and cannot be replaced in one step; "
                       f"choose a folder below it, for example --prefix {prefix / 'packager'}.")
-    if prefix.is_dir() and (prefix / check.MARKER).is_file():
+    if is_ours(prefix):
         return True
     if not prefix.is_dir() or any(prefix.iterdir()):
         raise Refused(f"Refused: expected an empty or new folder or an earlier install, found other files at {prefix}; "
                       "choose another place with --prefix, or move them away.")
     return False
+
+
+def is_ours(prefix: Path) -> bool:
+    """Whether an install of ours is at the prefix, whole or not; a file that only has the marker's name is not enough."""
+    try:
+        marker = json.loads((prefix / check.MARKER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and {"bundle", "manifest_sha256", "python"} <= marker.keys()
 
 
 def user() -> str:

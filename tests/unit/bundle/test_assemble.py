@@ -163,6 +163,7 @@ def test_every_runtime_file_is_listed_by_name() -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
+from packager.bundle import assemble as module
 from packager.progress import Silent
 from tests.unit.bundle.parts import contents
 real = module._copy

@@ -115,6 +115,7 @@ def test_a_prefix_that_is_not_free_is_refused_and_kept(bundle: Path, tmp_path: P
     if kind == "foreign":
         prefix.mkdir()
         (prefix / "diary").write_text("mine", "utf-8")
+        (prefix / "installed.json").write_text("{}", "utf-8")  # some other program's
     if kind == "file":
         prefix.write_text("mine", "utf-8")
     done = install(bundle, "--prefix", str(prefix), "--python", sys.executable)

@@ -32,6 +32,7 @@ class Model(http.server.BaseHTTPRequestHandler):
     """Streams one word every GAP seconds after FIRST, as the real server does; remembers what it was asked."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     asked: ClassVar[list[dict[str, Any]]]
     mode = "good"
 
