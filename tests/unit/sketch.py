@@ -1,4 +1,4 @@
-"""Checkpoints that are only headers: shapes of real models without a byte of weights, for whoever tests sizes and plans."""
+"""Checkpoints that are only headers: shapes of real models without weights, for tests of sizes and plans."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_an_unknown_recipe(tmp_path: Path) -> None:
         catalog.load_recipe("gfuf")
     other = tmp_path / "recipe.txt"
     other.write_text("", encoding="utf-8")
-    with pytest.raises(UsageError, match="does not end in .py"):
+    with pytest.raises(UsageError, match=r"does not end in \.py"):
         catalog.load_recipe(str(other))
 
 

@@ -74,7 +74,8 @@ def test_the_issue_s_targets_exist() -> None:
     }
     assert {"desktop_linux_x86_64", "desktop_windows_x86_64", "desktop_macos_arm64", "ollama", "t4"} < set(found)
     t4 = found["t4"]
-    assert t4.gpu is not None and (t4.gpu.architecture, t4.gpu.memory, t4.gpu.bandwidth_gb_s) == ("sm_75", "discrete", 320.0)
+    assert t4.gpu is not None
+    assert (t4.gpu.architecture, t4.gpu.memory, t4.gpu.bandwidth_gb_s) == ("sm_75", "discrete", 320.0)
     assert t4.bandwidth_for("gguf") < 320e9, "the CPU build does not read the T4's memory"
     xavier = found["jetson_xavier_nx"]
     assert xavier.python == ("3.8",) and xavier.software[0].tensorrt == "8.5.2"
@@ -83,8 +84,8 @@ def test_the_issue_s_targets_exist() -> None:
 def test_a_recipe_on_a_discrete_gpu_has_its_memory(tmp_path: Path) -> None:
     """Its budget and bandwidth are the card's; those of other recipes stay the host's."""
     card = '[gpu]\nname = "T4"\narchitecture = "sm_75"\nmemory = "discrete"\nmemory_gib = 15\nbandwidth_gb_s = 320\n'
-    text = GOOD.replace('supported = ["gguf"]', 'supported = ["gguf", "gptq_int4"]') + card + 'recipes = ["gptq_int4"]\n'
-    target = load_target(write(tmp_path, text))
+    both = GOOD.replace('supported = ["gguf"]', 'supported = ["gguf", "gptq_int4"]')
+    target = load_target(write(tmp_path, both + card + 'recipes = ["gptq_int4"]\n'))
     assert (target.budget("gptq_int4"), target.bandwidth_for("gptq_int4")) == (15 * GIB, 320e9)
     assert target.bandwidth_for("gguf") == 68e9
 
