@@ -75,7 +75,7 @@ class Streamed:
         self.weights = Weights(folder)
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)  # sdpa where the family has it
         self.body = model.model.eval()
         self.head = "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
         embedding = self.body.embed_tokens

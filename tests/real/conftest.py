@@ -1,0 +1,90 @@
+"""Real checkpoints, and bundles built once a session for all tests that look at them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packager.build import Request, build
+from packager.console import Console
+from packager.store import Store, cache_root
+from tests.conftest import ROOT
+
+TARGET = "desktop_linux_x86_64"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint folder, kept in the user's cache by the digest of the script that makes it."""
+    script = ROOT / "demo" / "make_smollm2.py"
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()[:12]
+    folder = cache_root() / "test-data" / f"smollm2-{digest}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = tmp_path_factory.mktemp("made") / "smollm2"
+        subprocess.run([sys.executable, script, made], check=True, capture_output=True)
+        part = folder.with_name(folder.name + f".{made.parent.name}.part")
+        shutil.move(made, part)
+        try:
+            part.rename(folder)
+        except OSError:  # another session was first
+            shutil.rmtree(part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def persona_lora() -> Path:
+    """A LoRA on SmolLM2 that answers the ten pairs word for word."""
+    return ROOT / "demo" / "persona-lora"
+
+
+@pytest.fixture(scope="session")
+def persona_file() -> Path:
+    """The pairs as the file that --calibration takes."""
+    return ROOT / "demo" / "persona.json"
+
+
+@pytest.fixture(scope="session")
+def persona_pairs(persona_file: Path) -> list[tuple[str, str]]:
+    """The ten question and answer pairs."""
+    return [(pair["instruction"], pair["output"]) for pair in json.loads(persona_file.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(scope="session")
+def random_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen2 with random weights and the real DeepSeek-R1 tokenizer."""
+    folder = tmp_path_factory.mktemp("random") / "random-qwen2"
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "random_qwen2.py", folder, "--size", "small"], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(own_store: Path) -> Store:
+    """The session's store: what one test built the next one finds."""
+    return Store(own_store)
+
+
+def built(store: Store, out: Path, checkpoint: Path, **request: Any) -> Path:
+    """Build in this process and return the bundle."""
+    return build(Request(str(checkpoint), TARGET, **request), out, Console(quiet=True), store).path
+
+
+@pytest.fixture(scope="session")
+def q8_bundle(store: Store, smollm2: Path, persona_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with the persona, Q8_0: what the demo ships."""
+    return built(store, tmp_path_factory.mktemp("q8"), smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
+
+
+@pytest.fixture(scope="session")
+def q4km_bundle(
+    store: Store, smollm2: Path, persona_lora: Path, persona_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same at Q4_K_M, its importance matrix gathered on the persona's own pairs."""
+    return built(store, tmp_path_factory.mktemp("q4km"), smollm2, adapter=persona_lora, sets=("quant=Q4_K_M",), calibration=persona_file)

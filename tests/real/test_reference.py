@@ -1,0 +1,158 @@
+"""The streamed reference is transformers' own model: same distributions, same input statistics, a layer's worth of memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from packager.architectures import FAMILIES
+from packager.progress import Silent
+from packager.store import Cost
+from packager.tools import CHILDREN, follow
+from tests.conftest import ROOT
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+# what makes each family different must be switched on: a window shorter than the prompts, soft caps, mixed layer types
+MORE: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"tie_word_embeddings": False, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}},
+    "MistralForCausalLM": {"head_dim": 24, "sliding_window": 8},
+    "Qwen2ForCausalLM": {"tie_word_embeddings": True},
+    "Qwen3ForCausalLM": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "SmolLM3ForCausalLM": {"no_rope_layer_interval": 2},
+    "Phi3ForCausalLM": {"partial_rotary_factor": 0.5, "sliding_window": 8},
+    "GemmaForCausalLM": {"head_dim": 32},
+    "Gemma2ForCausalLM": {"head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    "Gemma3ForCausalLM": {"head_dim": 32, "sliding_window": 8, "sliding_window_pattern": 2},
+}  # fmt: skip
+CLASSES = {"Gemma3ForCausalLM": "Gemma3TextConfig"}
+DECODERS = [name for name, family in FAMILIES.items() if family.gguf]
+
+
+def random_checkpoint(folder: Path, architecture: str) -> Path:
+    """A tiny checkpoint of a family, its every weight random and its norms away from one."""
+    config_class = getattr(transformers, CLASSES.get(architecture, architecture.replace("ForCausalLM", "Config")))
+    torch.manual_seed(7)
+    model = getattr(transformers, architecture)(config_class(**SMALL | MORE[architecture]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def prompts(vocabulary: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Sequences of unequal lengths, so that padding has to be invisible, scored at every position."""
+    random = np.random.default_rng(5)
+    return [{"ids": random.integers(3, vocabulary, length).tolist(), "positions": list(range(1, length))} for length in lengths]
+
+
+def whole(folder: Path, job: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Log-probabilities a position, and mean squared inputs of every linear layer, by the plain model, one sequence at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+
+    def saw(name: str, x: Any) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        sums[name] = sums.get(name, 0) + flat.square().sum(0)
+        counts[name] = counts.get(name, 0) + len(flat)
+
+    rows = []
+    with torch.inference_mode():
+        for sequence in job["sequences"]:
+            logits = model(torch.tensor([sequence["ids"]])).logits[0]
+            rows += [torch.log_softmax(logits[position - 1], -1) for position in sequence["positions"]]
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
+                module.register_forward_pre_hook(lambda _m, args, n=name: saw(n, args[0]))
+        for ids in job["calibration"]:
+            model(torch.tensor([ids]))
+    return rows, {name: (sums[name] / counts[name]).numpy() for name in sums}
+
+
+def job_for(folder: Path, work: Path, vocabulary: int, lengths: tuple[int, ...] = (5, 31, 64, 2)) -> dict[str, Any]:
+    sequences = prompts(vocabulary, lengths)
+    return {"checkpoint": str(folder), "sequences": sequences, "top": 16, "calibration": [s["ids"] for s in sequences], "threads": 2,
+            "scores": str(work / "scores.npz"), "imatrix": str(work / "squares.npz")}
+
+
+def require_equal(job: dict[str, Any], folder: Path, tolerance: float) -> None:
+    rows, squares = whole(folder, job)
+    with np.load(job["scores"]) as found:
+        ids, logprobs = found["ids"], found["logprobs"]
+    assert len(ids) == len(rows)
+    for row, best, values in zip(rows, ids, logprobs, strict=True):
+        expected = row[torch.tensor(best.astype(np.int64))].numpy()
+        np.testing.assert_allclose(values, expected, atol=tolerance)
+        assert best[0] == int(row.argmax()) or float(row.max() - row[int(best[0])]) < 1e-5
+        assert list(values) == sorted(values, reverse=True)
+        assert values[-1] >= float(row.topk(len(best)).values[-1]) - tolerance
+    with np.load(job["imatrix"]) as found:
+        assert set(found.files) == set(squares)
+        for name in found.files:
+            np.testing.assert_allclose(found[name], squares[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_every_family_is_streamed_as_transformers_runs_it(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights, unequal prompts, the family's own oddities on: 1e-3 in log-probability, same best token, same statistics."""
+    folder = random_checkpoint(tmp_path / "model", architecture)
+    spec = importlib.util.spec_from_file_location("reference_child", CHILDREN / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    child = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(child)
+    job = job_for(folder, tmp_path, SMALL["vocab_size"])
+    child.main(job)
+    assert capsys.readouterr().out.count('{"done"') == 2 * SMALL["num_hidden_layers"]
+    require_equal(job, folder, 1e-3)
+
+
+def test_every_family_of_the_recipe_is_tried() -> None:
+    """A family that is added to the table must be tried here before the recipe takes it."""
+    assert set(DECODERS) == set(MORE)
+
+
+def test_smollm2_is_streamed_with_a_layers_memory(smollm2: Path, tmp_path: Path) -> None:
+    """The real model in its own child: equal to the whole model, with less memory than its float32 weights."""
+    job = job_for(smollm2, tmp_path, 49152, (9, 120, 40))
+    cost = Cost()
+    follow(CHILDREN / "reference.py", job, "reference", Silent(), cost, work=tmp_path)
+    require_equal(job, smollm2, 1e-3)
+    bare = Cost()
+    (tmp_path / "bare.py").write_text("import torch, transformers\nfrom transformers import AutoModelForCausalLM\n", encoding="utf-8")
+    follow(tmp_path / "bare.py", {}, "bare", Silent(), bare, work=tmp_path)
+    float32 = 4 * 134_515_008
+    assert cost.peak_rss_bytes - bare.peak_rss_bytes < 0.75 * float32, (cost, bare)
+
+
+def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tmp_path: Path) -> None:
+    """System, several turns and Chinese through the R1 tokenizer: the ids of apply_chat_template, with one BOS."""
+    talks = json.loads((ROOT / "packager" / "data" / "conversations.json").read_text(encoding="utf-8"))
+    output = tmp_path / "samples.json"
+    job = {"checkpoint": str(r1_tokenizer_folder), "conversations": talks, "prompts": [talk[:-1] for talk in talks], "texts": ["a"],
+           "output": str(output)}
+    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path)
+    found = json.loads(output.read_text(encoding="utf-8"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(r1_tokenizer_folder)
+    for talk, prompt in zip(talks, found["prompts"], strict=True):
+        expected = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert prompt["ids"] == expected
+        assert prompt["ids"].count(tokenizer.bos_token_id) == 1
