@@ -125,7 +125,7 @@ def look_at_place(bundle: Path, prefix: Path) -> bool:
 
 
 def is_ours(prefix: Path) -> bool:
-    """Whether an install of ours is at the prefix, whole or not; a file that only has the marker's name is not enough."""
+    """Whether an install of ours is at the prefix, whole or not; a file of that name alone is not enough."""
     try:
         marker = json.loads((prefix / check.MARKER).read_text("utf-8"))
     except (OSError, ValueError):
