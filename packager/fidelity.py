@@ -1,9 +1,8 @@
 """How near an artifact's next-token distributions are to its source's, whatever the format.
 
 Both sides give, at the same positions of the same token ids, their best k tokens with log-probabilities. KL divergence
-is taken over the source's best k tokens and one bucket for all the rest (Kullback & Leibler 1951; the bucket makes it
-a lower bound of the full divergence). A token the artifact did not return among its own best is given the artifact's
-leftover mass in equal parts.
+is taken over the source's best k tokens and one bucket for all the rest (Kullback & Leibler 1951; merging outcomes
+makes it a lower bound of the full divergence).
 """
 
 from __future__ import annotations
@@ -39,23 +38,23 @@ class Score:
         return asdict(self)
 
 
-def divergence(source: Mapping[int, float], artifact: Mapping[int, float], vocabulary: int) -> float:
-    """KL(source ‖ artifact) in nats over the source's tokens and one bucket for the rest; inputs are
-    log-probabilities.
+def divergence(source: Mapping[int, float], artifact: Mapping[int, float]) -> float:
+    """KL(source ‖ artifact) in nats over the source's tokens and one bucket for the rest; inputs are log-probabilities.
+
+    A source token that is not among the artifact's best has there at most the probability of the last one that is: that
+    is what it is given, so the result stays a lower bound, and an artifact that has lost the token is still seen.
     """
-    known = [artifact[token] for token in source if token in artifact]
-    absent = len(source) - len(known)
-    # what the artifact's own best tokens leave for all others, spread evenly: the fairest guess for an absent token
+    absent = sum(token not in artifact for token in source)
     leftover = max(1.0 - math.fsum(math.exp(value) for value in artifact.values()), 1e-12)
-    fill = leftover / max(vocabulary - len(artifact), 1)
+    fill = min(min(artifact.values()), math.log(leftover / absent) if absent else 0.0)
     total, source_mass, artifact_mass = 0.0, 0.0, 0.0
     for token, logp in source.items():
-        logq = artifact.get(token, math.log(fill))
+        logq = artifact.get(token, fill)
         total += math.exp(logp) * (logp - logq)
         source_mass += math.exp(logp)
         artifact_mass += math.exp(logq)
     rest_p, rest_q = max(1.0 - source_mass, 0.0), max(1.0 - artifact_mass, 1e-12)
-    if rest_p > 1e-9 and absent < len(source):
+    if rest_p > 1e-9:
         total += rest_p * math.log(rest_p / rest_q)
     return max(total, 0.0)
 
@@ -64,7 +63,6 @@ def compare(
     source: Sequence[Mapping[int, float]],
     artifact: Sequence[Mapping[int, float]],
     targets: Sequence[int | None],
-    vocabulary: int,
 ) -> Score:
     """Score an artifact against its source at the same positions.
 
@@ -75,7 +73,7 @@ def compare(
         raise ValueError(
             f"{len(source)} source, {len(artifact)} artifact and {len(targets)} target positions do not match"
         )
-    divergences = sorted(divergence(p, q, vocabulary) for p, q in zip(source, artifact, strict=True))
+    divergences = sorted(divergence(p, q) for p, q in zip(source, artifact, strict=True))
     loose = strict = 0
     excess: list[float] = []
     for p, q, target in zip(source, artifact, targets, strict=True):

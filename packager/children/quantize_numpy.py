@@ -51,7 +51,11 @@ def convert(kind: Any, values: Any) -> bytes:
     if kind == gguf.GGMLQuantizationType.F32:
         return bytes(values.tobytes())
     if kind == gguf.GGMLQuantizationType.F16:
-        return bytes(values.astype(np.float16).tobytes())
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if not np.isfinite(halves).all():
+            raise SystemExit(f"F16 cannot hold a weight of {np.abs(values).max():.6g}; the largest it has is 65504")
+        return bytes(halves.tobytes())
     return (
         bytes(gguf.quants.quantize(values.reshape(1, -1), kind).tobytes())
         if kind == gguf.GGMLQuantizationType.BF16
