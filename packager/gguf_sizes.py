@@ -172,7 +172,7 @@ class _Chooser:
         self.gqa = gqa
         self.head = head
         self.tied = "output.weight" not in names
-        self.attn_total = sum(".attn_v." in name or ".attn_qkv." in name for name in names)
+        self.attn_total = sum(name.endswith((".attn_v.weight", ".attn_qkv.weight")) for name in names)  # no biases
         self.attn_seen = 0
         self.down_seen = 0
 
