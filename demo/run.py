@@ -107,7 +107,9 @@ class Demo:
         return f"{kept} of {len(QUESTIONS)} answers word for word, ready in {found['ready_seconds']:.1f} s"
 
     def bench(self) -> str:
-        self.run([BOX / "bin/bench", "--quick"], offline=True, shown=f"{BOX}/bin/bench --quick")
+        report = WORK / "box.report.json"
+        self.run([BOX / "bin/bench", "--quick", "--output", report], offline=True,
+                 shown=f"{BOX}/bin/bench --quick --output {report}")
         return "on the installed copy"
 
     def compare(self) -> str:
