@@ -7,7 +7,8 @@ What xllamacpp 2026.10 was found to do (each point is covered by a test in tests
 * The server always opens a listener. A host name that ends in ``.sock`` makes it a Unix socket; it is created in a
   private folder and unlinked once the model is up, so nothing can reach it. Windows gets a random loopback port with
   a random key instead.
-* The listener must exist before ``listening_address`` is read: an empty host list crashes.
+* Its constructor holds Python's lock until the model is loaded, and a destructor that comes before the first pass of its
+  loop waits for ever: so loading blocks the whole process, and one token is asked for at once.
 * A JSON Schema that llguidance cannot compile is dropped without an error, and the model answers freely. So every
   schema is probed once: a token that no JSON can begin with is forced, and only a live grammar stops it.
 * In a stream, tokens that end in the middle of a character are not reported; ``exact_ids`` takes the plain answer.
@@ -17,6 +18,7 @@ What xllamacpp 2026.10 was found to do (each point is covered by a test in tests
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ class LlamaCpp:
     """One loaded GGUF. ``slots`` requests are decoded together, each with ``context`` tokens of its own.
 
     batch: tokens a prompt is read in. extra_buffers: allow llama.cpp's repacked copies of the weights (faster, but
-    outside the mapped file). keep_listener: leave the private socket in place (score asks it to tokenize).
+    outside the mapped file). keep_listener: leave the private socket in place (score asks it to tokenize). loaded: called
+    between loading and the first token.
     Raises EngineError when the file does not load.
     """
 
@@ -56,24 +59,30 @@ class LlamaCpp:
         extra_buffers: bool = True,
         keep_listener: bool = False,
         verbose: bool = False,
+        loaded: Callable[[], None] = lambda: None,
     ) -> None:
         import xllamacpp
 
         self.context, self.slots = run.context, run.slots
         self.version = f"xllamacpp {xllamacpp.__version__}"
         self._stop_ids = frozenset(run.stop_ids)
+        self._tokenizer = run.tokenizer
         self._schemas: OrderedDict[str, bool] = OrderedDict()
         self._schemas_lock = threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="runtimes-"))
         self._key = secrets.token_urlsafe(32)
+        said: Sequence[str] = ()
         try:
             parameters = self._parameters(xllamacpp, run, batch, warmup, extra_buffers, verbose)
-            with quiet(not verbose):
+            with captured(not verbose) as said:
                 self._server: Any = xllamacpp.Server(parameters)
         except (RuntimeError, ValueError) as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise EngineError(f"llama.cpp cannot load {run.model.name}: {error} (--verbose shows its log).") from None
+            raise EngineError(f"llama.cpp cannot load {run.model.name}: {_reason(said) or error}") from None
+        loaded()
         self.address = str(self._server.listening_address)
+        # The first token also proves that llama.cpp's loop runs: a Server destroyed before that hangs for ever.
+        self._call({"prompt": [0], "n_predict": 1, "temperature": 0.0}, lambda _: False)
         if not keep_listener:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -103,7 +112,7 @@ class LlamaCpp:
             flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if run.flash_attention else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = run.threads or -1
-        parameters.verbosity = 4 if verbose else -1
+        parameters.verbosity = 4 if verbose else 1
         parameters.ui = parameters.endpoint_slots = parameters.endpoint_props = False
         parameters.api_keys = [self._key]
         parameters.port = 0
@@ -239,20 +248,33 @@ class LlamaCpp:
         All prompts are decoded in one batch, one slot each; a prompt that extends the one its slot saw before costs only
         the new tokens. Raises EngineError.
         """
-        request = {"prompt": [list(prompt) for prompt in prompts], "temperature": 0.0, "n_predict": 1, "n_probs": top}
+        # llama.cpp reports no probabilities when the token it picks ends inside a UTF-8 character: a bias makes it pick a
+        # plain letter. The bias acts on the choice only; what n_probs reports are the model's own logits.
+        request = {"prompt": [list(prompt) for prompt in prompts], "temperature": 0.0, "n_predict": 1, "n_probs": top,
+                   "logit_bias": [[self.letter, 1000.0]]}
         answers: list[dict[str, Any]] = []
         self._call(request, lambda data: answers.append(json.loads(data)) or False)
         answer = answers[-1]
         if "error" in answer:
             raise _refusal(answer["error"])
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        rows = [choice["logprobs"]["content"][0]["top_logprobs"] for choice in choices]
+        rows = [choice["logprobs"]["content"][0]["top_logprobs"] if choice["logprobs"] else [] for choice in choices]
         return [{entry["id"]: entry["logprob"] for entry in row} for row in rows]
 
     def score(self, tokens: Sequence[int], top: int) -> Iterator[Mapping[int, float]]:
         """The distribution after every prefix of ``tokens``, cut to the ``top`` likeliest tokens."""
         for end in range(1, len(tokens) + 1):
             yield self.top([tokens[:end]], top)[0]
+
+    @functools.cached_property
+    def letter(self) -> int:
+        """The id of the plain letter "a", which every vocabulary has."""
+        from tokenizers import Tokenizer
+
+        found = Tokenizer.from_file(str(self._tokenizer)).token_to_id("a")
+        if found is None:
+            raise EngineError("the tokenizer has no token for the letter a, so positions cannot be scored")
+        return int(found)
 
     def tokenize(self, text: str) -> list[int]:
         """The GGUF's own tokenizer: special tokens recognised, none added. Needs ``keep_listener``."""
@@ -372,18 +394,26 @@ def resident_bytes() -> int:
 
 
 @contextlib.contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
-    """Silence what the C++ side writes to standard error, past Python, while the model loads."""
+def captured(wanted: bool) -> Iterator[list[str]]:
+    """Collect what the C++ side writes to standard error, past Python, while the model loads."""
+    said: list[str] = []
     if not wanted:
-        yield
+        yield said
         return
     sys.stderr.flush()
     saved = os.dup(2)
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            sink.seek(0)
+            said += sink.read().decode(errors="replace").splitlines()
+
+
+def _reason(said: Sequence[str]) -> str:
+    """The first error in llama.cpp's log: "0.00.169.057 E llama_model_load: error loading model: …"."""
+    errors = [line.partition(" E ")[2] for line in said if " E " in line]
+    return errors[0].partition(": ")[2].strip() if errors else ""
