@@ -78,7 +78,7 @@ class LlamaCpp:
                 self._server: Any = xllamacpp.Server(parameters)
         except (RuntimeError, ValueError) as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise EngineError(f"llama.cpp cannot load {run.model.name}: {_reason(said) or error}") from None
+            raise EngineError(f"llama.cpp cannot load {run.model.name}: {log_reason(said) or error}") from None
         loaded()
         self.address = str(self._server.listening_address)
         # The first token also proves that llama.cpp's loop runs: a Server destroyed before that hangs for ever.
@@ -413,7 +413,7 @@ def captured(wanted: bool) -> Iterator[list[str]]:
             said += sink.read().decode(errors="replace").splitlines()
 
 
-def _reason(said: Sequence[str]) -> str:
+def log_reason(said: Sequence[str]) -> str:
     """The first error in llama.cpp's log: "0.00.169.057 E llama_model_load: error loading model: …"."""
     errors = [line.partition(" E ")[2] for line in said if " E " in line]
     return errors[0].partition(": ")[2].strip() if errors else ""
