@@ -176,6 +176,5 @@ class AnswerResponse(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "loading", "failed"]
+    status: Literal["ok", "loading", "stopping"]
     model: str
-    detail: str | None = None

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from runtimes.api import AnswerResponse, ChatRequest, CompletionRequest, Health, PredictRequest, PredictResponse
 from runtimes.chat import Prompts, TemplateRefused
-from runtimes.engine import Engine, EngineError, Piece, RequestRefused, Sampling
+from runtimes.engine import Engine, Piece, RequestRefused, Sampling
 from runtimes.generation import Streamed, Whole, refused
 from runtimes.manifest import Run
 from runtimes.metrics import Metrics
@@ -37,47 +37,29 @@ _POLICY = (
 
 
 class Service:
-    """The model behind the routes: loads in the background, is ready once it has answered a token."""
+    """The model behind the routes. The engine is loaded and has answered a token when it comes here."""
 
-    def __init__(self, run: Run, load: Callable[[], Engine], on_failure: Callable[[str], None]) -> None:
-        self.run, self._load, self._on_failure = run, load, on_failure
-        self.prompts = Prompts(run)
-        self.engine: Engine | None = None
+    def __init__(self, run: Run, prompts: Prompts, engine: Engine) -> None:
+        self.run, self.prompts, self.engine = run, prompts, engine
         self.pump: Pump | None = None
-        self.failure: str | None = None
-        self.ready = False
-        self.metrics = Metrics(lambda: 0 if self.engine is None else self.engine.memory())
+        self.metrics = Metrics(engine.memory)
 
-    async def start(self) -> None:
-        """Load the model and let it answer one token; only then is the server ready."""
-        try:
-            self.engine = await asyncio.to_thread(self._load)
-            self.pump = Pump(self.engine, self.metrics)
-            answer = await self.pump.start([self.run.bos_id or 0], Sampling(temperature=0.0, max_tokens=1))
-            pieces: list[Piece] = []
-            while new := await answer.next():
-                pieces += new
-            if not any(piece.tokens for piece in pieces):
-                raise EngineError("The model loaded but did not answer.")
-        except EngineError as error:
-            self.failure = str(error)
-            self._on_failure(self.failure)
-            return
-        self.ready = True
+    def start(self) -> None:
+        """Begin to take requests; called on the event loop."""
+        self.pump = Pump(self.engine, self.metrics)
         self.metrics.ready.set(1)
-        log.info("ready: %s (%s)", self.run.name, self.engine.version)
 
     async def stop(self) -> None:
-        self.ready = False
-        if self.pump is not None:
-            await asyncio.to_thread(self.pump.close)
-        if self.engine is not None:
-            await asyncio.to_thread(self.engine.close)
+        """Cancel what still runs and free the model."""
+        pump, self.pump = self.pump, None
+        if pump is not None:
+            await asyncio.to_thread(pump.close)
+        await asyncio.to_thread(self.engine.close)
 
     def working(self) -> Pump:
-        """The pump, or a 503 while there is none."""
-        if self.pump is None or not self.ready:
-            raise HTTPException(503, self.failure or "The model is still loading; /health tells when it is ready.")
+        """The pump, or a 503 while the server stops."""
+        if self.pump is None:
+            raise HTTPException(503, "The server is stopping.")
         return self.pump
 
     def check_model(self, name: str | None) -> None:
@@ -96,11 +78,10 @@ def make_app(service: Service, *, max_body: int, log_json: bool) -> Any:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(service.start())
+        service.start()
         try:
             yield
         finally:
-            await asyncio.wait({starting})
             await service.stop()
 
     app = FastAPI(
@@ -197,9 +178,9 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", tags=tags, response_model=Health, summary="200 once the model is loaded and has answered a token")
     async def health() -> Response:
-        status = "ok" if service.ready else "failed" if service.failure else "loading"
-        body = Health(status=status, model=service.run.name, detail=service.failure)
-        return JSONResponse(body.model_dump(exclude_none=True), 200 if service.ready else 503)
+        working = service.pump is not None
+        body = Health(status="ok" if working else "stopping", model=service.run.name)
+        return JSONResponse(body.model_dump(), 200 if working else 503)
 
     @app.get("/metrics", tags=tags, summary="For Prometheus")
     async def metrics() -> Response:

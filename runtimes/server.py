@@ -1,20 +1,18 @@
-"""``serve``: opens the port, loads the model in the background and answers until it is told to stop."""
+"""``serve``: opens the port at once, loads the model, and answers until it is told to stop."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from runtimes.chat import Prompts
 from runtimes.manifest import ManifestError, Run, read_bundle
-
-if TYPE_CHECKING:
-    from runtimes.engine import Engine
 
 USAGE, UNUSABLE, FAILED = 2, 3, 1
 MAX_BODY = 8 << 20
@@ -72,29 +70,32 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(run: Run, options: argparse.Namespace, listener: socket.socket) -> int:
+    # imported before the model, so that an incomplete install is told at once
     import uvicorn
 
     from runtimes.app import Service, make_app
+    from runtimes.engine import EngineError
+    from runtimes.llamacpp import LlamaCpp
+    from runtimes.loading import answering
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-    def load() -> Engine:
-        from runtimes.llamacpp import LlamaCpp
-
-        return LlamaCpp(run, verbose=options.verbose)
-
-    def fail(sentence: str) -> None:
-        sys.stderr.write(f"{sentence}\n")
-        server.should_exit = True
-
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    sys.stdout.write(f"{run.name} on http://{shown}:{port} (API page: /docs)\n")
+    sys.stdout.flush()
+    # llama.cpp loads with Python's lock held: a handler in Python would not run, the system's own ends the process
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        service = Service(run, load, fail)
-    except ManifestError as error:
+        with answering(listener, run.name):
+            prompts = Prompts(run)
+            engine = LlamaCpp(run, verbose=options.verbose)
+    except (ManifestError, EngineError) as error:
         sys.stderr.write(f"{error}\n")
-        return UNUSABLE
+        return FAILED if isinstance(error, EngineError) else UNUSABLE
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     config = uvicorn.Config(
-        make_app(service, max_body=options.max_body, log_json=options.log_json),
+        make_app(Service(run, prompts, engine), max_body=options.max_body, log_json=options.log_json),
         http="h11",
         loop="asyncio",
         ws="none",
@@ -104,13 +105,8 @@ def _serve(run: Run, options: argparse.Namespace, listener: socket.socket) -> in
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    server = uvicorn.Server(config)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    sys.stdout.write(f"{run.name} on http://{shown}:{port} (API page: /docs)\n")
-    sys.stdout.flush()
     try:
-        server.run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         return 0
-    return FAILED if service.failure else 0
+    return 0
