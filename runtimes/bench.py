@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -39,12 +41,13 @@ class Plan:
     tokens: int
     prompt: int
     prefill: int
+    streams: tuple[int, ...] = STREAMS
 
     @classmethod
-    def of(cls, quick: bool, repeats: int, context: int) -> Plan:
+    def of(cls, quick: bool, repeats: int, context: int, streams: tuple[int, ...] = STREAMS) -> Plan:
         """The long prompt leaves room in the context: a word is at most about two tokens."""
         tokens, prefill = (24, 64) if quick else (96, 384)
-        return cls(max(5, repeats), tokens, 24, max(16, min(prefill, context // 4)))
+        return cls(max(5, repeats), tokens, 24, max(16, min(prefill, context // 4)), streams)
 
 
 def say(text: str) -> None:
@@ -73,8 +76,8 @@ def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes],
     avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
-        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log,
-                                 stderr=subprocess.STDOUT)
+        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                 preexec_fn=die_with_parent if sys.platform == "linux" else None)
         try:
             client = Client(f"http://127.0.0.1:{port}", avoid=avoid)
             while not client.ready():
@@ -144,17 +147,23 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
     again = box.bandwidth(used)  # a moment of foreign load at the first try must not lower the roof
     speed |= max(speed, again, key=lambda one: float(one["bytes_per_second"]))
     report["load"] = {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
-    one = report["streams"][0]["decode_tokens_per_second"]["mean"]
+    one = report["streams"][0]["decode_tokens_per_second"]["mean"]  # of 1 stream: Plan always begins with it
     report["roofline"] = roofline(one, report["read_per_token_bytes"], speed["bytes_per_second"]) | {"streams": 1}
     report["notes"] = notes(report)
     return report
+
+
+def die_with_parent() -> None:
+    """In the child, before it becomes the server: end when the benchmark is killed, else it would hold the memory."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def rows(client: Client, plan: Plan) -> list[dict[str, Any]]:
     """One row of figures for each number of streams, after one answer that warms the server up."""
     client.ask(client.words(plan.prompt), 8)
     found = []
-    for streams in STREAMS:
+    for streams in plan.streams:
         say(f"{streams} stream(s), {plan.repeats} repeats …")
         found.append(measure(client, streams, repeats=plan.repeats, prompt_words=plan.prompt,
                              prefill_words=plan.prefill, tokens=plan.tokens))
@@ -213,6 +222,14 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 
 
+def stream_counts(text: str) -> tuple[int, ...]:
+    """"4,8" as (1, 4, 8): the roofline is of one stream, so 1 is always there. Raises ValueError (argparse's usage)."""
+    counts = {int(part) for part in text.split(",")}
+    if min(counts) < 1 or max(counts) > 64:
+        raise ValueError
+    return tuple(sorted({1, *counts}))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; the exit code: 0 measured, 2 usage, 9 the server or the machine failed, 130 interrupted."""
     options = argparse.ArgumentParser(
@@ -224,11 +241,14 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--json", action="store_true", help="print the report on standard output, write no file")
     options.add_argument("--quick", action="store_true", help="short answers and prompts (five repeats all the same)")
     options.add_argument("--repeats", type=int, default=5, help="repeats of everything, at least 5")
+    options.add_argument("--streams", type=stream_counts, default=STREAMS, metavar="N,N",
+                         help="answers at a time, always beginning with 1 (default: 1,4,8)")
     options.add_argument("--wait", type=float, default=600.0, help="seconds the server may take to load the model")
     given = options.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is ended, no report is written
     try:
         context = int(read_manifest(given.bundle)["run"].get("context") or 2048)
-        plan = Plan.of(given.quick, given.repeats, context)
+        plan = Plan.of(given.quick, given.repeats, context, given.streams)
         report = run(given.bundle, plan, url=given.url, wait=given.wait)
         if not given.json:
             write(given.output, report)

@@ -180,7 +180,7 @@ def test_statistics() -> None:
     """Sample deviation and linear percentiles."""
     assert spread([1.0, 2.0, 3.0])["sd"] == pytest.approx(1.0) and spread([1.0])["sd"] is None
     assert percentile([1.0, 2.0, 3.0, 4.0], 50) == 2.5 and percentile([5.0], 99) == 5.0
-    assert bench.Plan.of(True, 2, 4096).repeats == 5
+    assert bench.Plan.of(True, 2, 4096).repeats == 5 and bench.stream_counts("8,2") == (1, 2, 8)
 
 
 def test_memory_and_bandwidth_of_this_machine_are_read() -> None:
