@@ -50,7 +50,7 @@ class ResponseFormat(Strict):
 
 
 class Common(Strict):
-    """What chat and plain completions share. Fields beyond OpenAI's: top_k, min_p, repetition_penalty, return_token_ids."""
+    """What chat and plain completions share. Beyond OpenAI's: top_k, min_p, repetition_penalty, return_token_ids."""
 
     model: str | None = None
     stream: bool = False

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from enum import Enum
 from importlib import resources
 from typing import Any
 
@@ -101,7 +102,7 @@ def make_app(service: Service, *, max_body: int, log_json: bool) -> Any:
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     run = service.run
-    tags = ["answers"]
+    tags: list[str | Enum] = ["answers"]
 
     def reply(request: ChatRequest | CompletionRequest, prompt: list[int], chat: bool) -> Response:
         pump = service.working()
@@ -163,7 +164,7 @@ def _prompt_ids(service: Service, prompt: str | list[int] | list[str]) -> list[i
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
-    tags = ["status"]
+    tags: list[str | Enum] = ["status"]
 
     @app.get("/v1/models", tags=tags, summary="The one model served here")
     async def models() -> dict[str, Any]:
@@ -176,7 +177,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
         }
         return {"object": "list", "data": [card]}
 
-    @app.get("/health", tags=tags, response_model=Health, summary="200 once the model is loaded and has answered a token")
+    @app.get("/health", tags=tags, response_model=Health, summary="200 once the model has answered a token")
     async def health() -> Response:
         working = service.pump is not None
         body = Health(status="ok" if working else "stopping", model=service.run.name)

@@ -150,7 +150,7 @@ class Prompts:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of a text for plain completion: as transformers' ``tokenizer(text)``, with BOS where it adds one."""
+        """Token ids of a text to continue: as transformers' ``tokenizer(text)``, with BOS where it adds one."""
         ids = self.encode(text)
         return ids if self._bos is None else [self._bos, *ids]
 
@@ -158,7 +158,7 @@ class Prompts:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def token_ids(self) -> Callable[[str], int | None]:
-        return self._tokenizer.token_to_id  # type: ignore[no-any-return]
+        return self._tokenizer.token_to_id
 
 
 def _read(path: Path) -> str:

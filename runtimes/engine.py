@@ -26,8 +26,8 @@ class RequestRefused(EngineError):
 class Sampling:
     """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
 
-    max_tokens: None means until the context is full. seed: None means a fresh one. stop: strings that end the answer and
-    are not part of it. logprobs: None for none, else how many alternatives beside the chosen token (0 to 20).
+    max_tokens: None means until the context is full. seed: None means a fresh one. stop: strings that end the answer
+    and are not part of it. logprobs: None for none, else how many alternatives beside the chosen token (0 to 20).
     schema: a JSON Schema as JSON text that the answer must follow. exact_ids: the ids of all tokens are needed, also
     of those that hold only part of a character (then nothing arrives before the end, and cancelling waits for it).
     """
@@ -107,7 +107,7 @@ class Engine(Protocol):
 
 
 def iterate(stream: Callable[[Emit], None]) -> Iterator[Piece]:
-    """Turn a callback-style generation into an iterator. Closing the iterator cancels the generation and waits for it."""
+    """Turn a callback-style generation into an iterator. Closing the iterator cancels and waits for the end."""
     pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
     cancelled = threading.Event()
 

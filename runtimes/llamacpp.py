@@ -7,8 +7,8 @@ What xllamacpp 2026.10 was found to do (each point is covered by a test in tests
 * The server always opens a listener. A host name that ends in ``.sock`` makes it a Unix socket; it is created in a
   private folder and unlinked once the model is up, so nothing can reach it. Windows gets a random loopback port with
   a random key instead.
-* Its constructor holds Python's lock until the model is loaded, and a destructor that comes before the first pass of its
-  loop waits for ever: so loading blocks the whole process, and one token is asked for at once.
+* Its constructor holds Python's lock until the model is loaded, and a destructor that comes before the first pass of
+  its loop waits for ever: so loading blocks the whole process, and one token is asked for at once.
 * A JSON Schema that llguidance cannot compile is dropped without an error, and the model answers freely. So every
   schema is probed once: a token that no JSON can begin with is forced, and only a live grammar stops it.
 * In a stream, tokens that end in the middle of a character are not reported; ``exact_ids`` takes the plain answer.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.client
 import json
 import os
 import secrets
@@ -29,7 +28,7 @@ import sys
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,7 @@ class LlamaCpp:
     """One loaded GGUF. ``slots`` requests are decoded together, each with ``context`` tokens of its own.
 
     batch: tokens a prompt is read in. extra_buffers: allow llama.cpp's repacked copies of the weights (faster, but
-    outside the mapped file). keep_listener: leave the private socket in place (score asks it to tokenize). loaded: called
-    between loading and the first token.
+    outside the mapped file). keep_listener: leave the private socket in place (benchmarks ask it).
     Raises EngineError when the file does not load.
     """
 
@@ -59,7 +57,6 @@ class LlamaCpp:
         extra_buffers: bool = True,
         keep_listener: bool = False,
         verbose: bool = False,
-        loaded: Callable[[], None] = lambda: None,
     ) -> None:
         import xllamacpp
 
@@ -79,7 +76,6 @@ class LlamaCpp:
         except (RuntimeError, ValueError) as error:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise EngineError(f"llama.cpp cannot load {run.model.name}: {log_reason(said) or error}") from None
-        loaded()
         self.address = str(self._server.listening_address)
         # The first token also proves that llama.cpp's loop runs: a Server destroyed before that hangs for ever.
         self._call({"prompt": [0], "n_predict": 1, "temperature": 0.0}, lambda _: False)
@@ -211,8 +207,8 @@ class LlamaCpp:
             raise RequestRefused("The prompt is empty.", code="empty_prompt")
         if len(prompt) >= self.context:
             raise RequestRefused(
-                f"The prompt has {len(prompt)} tokens, but this model is served with a context of {self.context} tokens, "
-                "the answer included. Shorten the prompt.",
+                f"The prompt has {len(prompt)} tokens, but this model is served with a context of {self.context} "
+                "tokens, the answer included. Shorten the prompt.",
                 code="context_length_exceeded",
             )
 
@@ -237,7 +233,7 @@ class LlamaCpp:
         request = self._request([0], Sampling(temperature=0.0, max_tokens=1, schema=schema))
         request |= {"stream": False, "cache_prompt": False, "logit_bias": [["~", 1000.0]]}
         answers: list[dict[str, Any]] = []
-        self._call(request, lambda data: answers.append(json.loads(data)) or False)
+        self._call(request, lambda data: answers.append(json.loads(data)))
         return "error" not in answers[-1] and "~" not in answers[-1]["choices"][0]["text"]
 
     # -- the rest of the protocol -------------------------------------------------------------------------------
@@ -245,15 +241,15 @@ class LlamaCpp:
     def top(self, prompts: Sequence[Sequence[int]], top: int) -> list[dict[int, float]]:
         """The ``top`` likeliest next tokens of each prompt with their log-probabilities, as the model gives them.
 
-        All prompts are decoded in one batch, one slot each; a prompt that extends the one its slot saw before costs only
-        the new tokens. Raises EngineError.
+        All prompts are decoded in one batch, one slot each; a prompt that extends the one its slot saw before costs
+        only the new tokens. Raises EngineError. (logits.Scorer does this faster, without a Server.)
         """
-        # llama.cpp reports no probabilities when the token it picks ends inside a UTF-8 character: a bias makes it pick a
-        # plain letter. The bias acts on the choice only; what n_probs reports are the model's own logits.
+        # llama.cpp reports no probabilities when the token it picks ends inside a UTF-8 character: a bias makes it
+        # pick a plain letter. The bias acts on the choice only; what n_probs reports are the model's own logits.
         request = {"prompt": [list(prompt) for prompt in prompts], "temperature": 0.0, "n_predict": 1, "n_probs": top,
                    "logit_bias": [[self.letter, 1000.0]]}
         answers: list[dict[str, Any]] = []
-        self._call(request, lambda data: answers.append(json.loads(data)) or False)
+        self._call(request, lambda data: answers.append(json.loads(data)))
         answer = answers[-1]
         if "error" in answer:
             raise _refusal(answer["error"])
@@ -276,20 +272,6 @@ class LlamaCpp:
             raise EngineError("the tokenizer has no token for the letter a, so positions cannot be scored")
         return int(found)
 
-    def tokenize(self, text: str) -> list[int]:
-        """The GGUF's own tokenizer: special tokens recognised, none added. Needs ``keep_listener``."""
-        scheme, _, rest = self.address.partition("://")
-        connection = _Unix(rest) if scheme == "unix" else http.client.HTTPConnection(rest, timeout=60)
-        body = json.dumps({"content": text, "add_special": False, "parse_special": True})
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        with contextlib.closing(connection):
-            connection.request("POST", "/tokenize", body.encode(), headers)
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        if response.status != 200:
-            raise EngineError(f"llama.cpp did not tokenize: {answer}")
-        return [int(token) for token in answer["tokens"]]
-
     def memory(self) -> int:
         """Resident bytes of this process; the model runs in it."""
         return resident_bytes()
@@ -298,17 +280,6 @@ class LlamaCpp:
         """Stop llama.cpp's threads and free the model. Running generations must have ended."""
         self._server = None
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _Unix(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=60)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(60)
-        self.sock.connect(self._path)
 
 
 class _Stream:

@@ -1,8 +1,8 @@
 """Answers on the server's port while the model loads: 503, and /health says "loading".
 
-llama.cpp's constructor holds Python's lock until the model is up, so the server process itself cannot answer meanwhile.
-This small process can: it inherits the listening socket, and ends when its standard input closes, which also happens when
-the server dies. Standard library only, to be there at once.
+llama.cpp's constructor holds Python's lock until the model is up, so the server process itself cannot answer
+meanwhile. This small process can: it inherits the listening socket, and ends when its standard input closes, which
+also happens when the server dies. Standard library only, to be there at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import socket
-import subprocess  # noqa: S404 - starts this very file, no shell
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def answering(listener: socket.socket, model: str) -> Iterator[None]:
         yield
         return
     listener.setblocking(False)  # two processes may wake for one connection; the loser must not wait in accept
-    child = subprocess.Popen(  # noqa: S603 - our own interpreter and file
+    child = subprocess.Popen(
         [sys.executable, "-E", "-s", __file__, str(listener.fileno()), model],
         stdin=subprocess.PIPE,
         pass_fds=(listener.fileno(),),
@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = answer  # noqa: N815 - http.server's names
+    do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = answer
 
     def log_message(self, *_: object) -> None:
         return None

@@ -4,8 +4,8 @@ xllamacpp has no Python call for logits, and its Server gives one position a req
 Python's lock, and hides positions whose greedy token ends inside a character. The shared library exports the C
 functions; called through ctypes they free the lock, and one pass over a sequence answers all of its positions.
 
-The two parameter structs below are those of llama.h as xllamacpp 2026.10 bundles it. They are filled by the library's own
-``*_default_params`` and compared with the known defaults before use, so another layout is refused, not misread.
+The two parameter structs below are those of llama.h as xllamacpp 2026.10 bundles it. They are filled by the library's
+own ``*_default_params`` and compared with the known defaults before use, so another layout is refused, not misread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import ctypes
 import heapq
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from typing import Any
@@ -69,11 +68,15 @@ class _Batch(Structure):
     )
 
 
-_MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "kv_overrides": None,
-                   "check_tensors": False, "use_extra_bufts": True, "no_alloc": False}  # fmt: skip
-_CONTEXT_DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1,
-                     "flash_attention": -1, "yarn_slow": -1.0, "defrag": -1.0, "eval_callback": None, "type_k": 1, "type_v": 1,
-                     "abort_data": None, "offload_kqv": True, "no_perf": True, "kv_unified": False, "other": None}  # fmt: skip
+_MODEL_DEFAULTS: dict[str, Any] = {
+    **{"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "kv_overrides": None},
+    **{"check_tensors": False, "use_extra_bufts": True, "no_alloc": False},
+}
+_CONTEXT_DEFAULTS: dict[str, Any] = {
+    **{"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1},
+    **{"flash_attention": -1, "yarn_slow": -1.0, "defrag": -1.0, "eval_callback": None, "type_k": 1, "type_v": 1},
+    **{"abort_data": None, "offload_kqv": True, "no_perf": True, "kv_unified": False, "other": None},
+}
 
 
 class Scorer:
@@ -118,7 +121,7 @@ class Scorer:
         self.size = int(library.llama_vocab_n_tokens(self._vocabulary))
 
     def top(self, ids: Sequence[int], positions: Sequence[int], top: int) -> Iterator[tuple[int, dict[int, float]]]:
-        """For each position p, ascending: p and the ``top`` likeliest tokens after ids[:p] with their log-probabilities."""
+        """For each position p, ascending: p and the ``top`` likeliest tokens after ids[:p], with log-probabilities."""
         wanted = sorted(set(positions))
         if not wanted:
             return
@@ -149,7 +152,7 @@ class Scorer:
             token=(c_int32 * count)(*part),
             pos=(c_int32 * count)(*range(start, start + count)),
             n_seq_id=(c_int32 * count)(*([1] * count)),
-            seq_id=(POINTER(c_int32) * count)(*([sequence] * count)),
+            seq_id=(POINTER(c_int32) * count)(*([ctypes.cast(sequence, POINTER(c_int32))] * count)),
             logits=(c_int8 * count)(*(int(at in kept) for at in range(count))),
         )
         code = self._library.llama_decode(self._context, batch)
@@ -191,7 +194,10 @@ def top_logprobs(logits: Any, top: int) -> dict[int, float]:
         near = numpy.flatnonzero(values >= edge)
         best = near[numpy.argsort(-values[near], kind="stable")][:count]
         return {int(token): float(values[token]) - total for token in best}
-    values = list(logits)
+    return _plain_top(list(logits), top)
+
+
+def _plain_top(values: list[float], top: int) -> dict[int, float]:
     highest = max(values)
     total = highest + math.log(math.fsum(math.exp(value - highest) for value in values))
     best = heapq.nsmallest(top, range(len(values)), key=lambda token: (-values[token], token))
@@ -221,7 +227,7 @@ def _library(path: str) -> Any:
         try:
             function = getattr(library, name)
         except AttributeError:
-            raise EngineError(f"this xllamacpp does not export {name}; install the version that the bundle names") from None
+            raise EngineError(f"this xllamacpp does not export {name}; install the bundle's version") from None
         function.restype, function.argtypes = result, arguments
     return library
 
@@ -229,7 +235,7 @@ def _library(path: str) -> Any:
 def _check(parameters: Structure, defaults: dict[str, Any], version: str) -> None:
     found = {name: getattr(parameters, name) for name in defaults}
     if found != defaults:
-        raise EngineError(f"{version} lays out llama.cpp's parameters in a way not known here; install the bundle's version.")
+        raise EngineError(f"{version} lays out llama.cpp's parameters in an unknown way; install the bundle's version.")
 
 
 def _reason(said: Sequence[str]) -> str:
@@ -238,7 +244,6 @@ def _reason(said: Sequence[str]) -> str:
 
 
 def _cores() -> int:
-    if sys.platform.startswith("linux"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 

@@ -15,7 +15,7 @@ class ManifestError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """How to run the model: paths are resolved, everything else is as in the manifest. context is per slot, in tokens."""
+    """How to run the model: paths resolved, everything else as in the manifest. context is per slot, in tokens."""
 
     engine: str
     model: Path
@@ -42,7 +42,7 @@ def inside(folder: Path, relative: str) -> Path:
     if Path(relative).is_absolute() or not path.is_relative_to(root):
         raise ManifestError(f"manifest.json names {relative!r}, which lies outside the bundle; it is not read.")
     if not path.is_file():
-        raise ManifestError(f"{relative} is missing from the bundle {folder}; copy the bundle again and check SHA256SUMS.")
+        raise ManifestError(f"{relative} is missing from {folder}; copy the bundle again and check SHA256SUMS.")
     return path
 
 

@@ -1,9 +1,9 @@
 """Keeps resident memory low while a large mapped model is read: its pages go back to the page cache. Linux only.
 
-llama.cpp maps the file with MAP_POPULATE, so all of it is resident the moment it is loaded, and the loading call holds
-Python's lock, so nothing here could run meanwhile. ``mlockall(MCL_FUTURE | MCL_ONFAULT)`` makes the kernel skip the
-populating (mm/gup.c: a VM_LOCKONFAULT mapping is never faulted in ahead); it is taken back right after. That needs
-CAP_IPC_LOCK or a memory lock limit above the file's size; without it the peak includes the file's clean, shared pages once.
+llama.cpp maps the file with MAP_POPULATE, so all of it is resident the moment it is loaded.
+``mlockall(MCL_FUTURE | MCL_ONFAULT)`` makes the kernel skip the populating (mm/gup.c: a VM_LOCKONFAULT mapping is never
+faulted in ahead); it is taken back right after. That needs CAP_IPC_LOCK or a memory lock limit above the file's size;
+without it the watcher runs a race with the populating, and the pages are clean and shared in any case.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MCL_FUTURE, MCL_ONFAULT = 2, 4
 def bounded(model: Path, ceiling: int | None) -> Iterator[Callable[[], None]]:
     """Keep resident memory near ``ceiling`` bytes. Yields what must be called once the model is mapped.
 
-    Elsewhere than on Linux, and without a ceiling, nothing is done. Touching a dropped page again costs a minor fault and,
-    while the page cache holds the file, no disk read.
+    Elsewhere than on Linux, and without a ceiling, nothing is done. Touching a dropped page again costs a
+    minor fault and, while the page cache holds the file, no disk read.
     """
     if ceiling is None or not sys.platform.startswith("linux"):
         yield lambda: None

@@ -88,7 +88,7 @@ class Reply:
         """The finish reason, the usage when it was asked for, and the end mark."""
         out = self.chunk(last)
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": last.finish}
-        choice |= {"delta": {}} if self.chat else {"text": ""}
+        choice["delta" if self.chat else "text"] = {} if self.chat else ""
         out += self._event([choice])
         if self.usage:
             out += b"data: " + dumps({**self._chunk, "choices": [], "usage": usage_of(last)}).encode() + b"\n\n"

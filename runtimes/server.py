@@ -37,9 +37,9 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m runtimes serve", description="Serve a bundle's model over HTTP.")
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the unpacked bundle")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for any free one (default: %(default)s)")
-    parser.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES", help="largest request (default: 8 MiB)")
+    parser.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES", help="largest request (8 MiB)")
     parser.add_argument("--log-json", action="store_true", help="one JSON line a request on standard output")
     parser.add_argument("--verbose", action="store_true", help="show llama.cpp's own log")
     return parser
