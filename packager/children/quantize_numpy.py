@@ -86,12 +86,11 @@ def main(job: dict[str, Any]) -> None:
         shape = [int(n) for n in reversed(tensor.shape)]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         count = int(np.prod(shape))
+        in_bytes = kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)  # numpy has no such type
         writer.add_tensor_info(
             tensor.name,
-            gguf.quants.quant_shape_to_byte_shape(shape, kind) if block > 1 else shape,
-            np.dtype(np.uint8)
-            if block > 1 or kind == gguf.GGMLQuantizationType.BF16
-            else np.dtype(np.float32 if size == 4 else np.float16),
+            gguf.quants.quant_shape_to_byte_shape(shape, kind) if in_bytes else shape,
+            np.dtype(np.uint8) if in_bytes else np.dtype(np.float32 if size == 4 else np.float16),
             count // block * size,
             raw_dtype=kind,
         )
