@@ -24,7 +24,7 @@ Options = TypeVar("Options")
 class Need:
     """A module or program a recipe cannot work without, and what brings it.
 
-    when: the option values it is needed for, in words ("" means always).
+    when: "" (always), or the option values it is needed for: "option=value|value".
     """
 
     module: str

@@ -29,8 +29,10 @@ class Options:
     quant: Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"] = field(
         default="Q8_0", metadata={"doc": "llama.cpp's quantization type"}
     )
-    context: int = field(default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)"})
-    slots: int = field(default=4, metadata={"doc": "conversations answered at the same time"})
+    context: int = field(
+        default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 256}
+    )
+    slots: int = field(default=4, metadata={"doc": "conversations answered at the same time", "min": 1})
     kv_type: Literal["f16", "q8_0"] = field(default="f16", metadata={"doc": "type of the key/value cache"})
     imatrix: Literal["auto", "on", "off"] = field(
         default="auto", metadata={"doc": "importance matrix from the calibration data; auto: for types below Q6"}
@@ -90,6 +92,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         slots=options.slots,
         kv_type=options.kv_type,
         imatrix=with_imatrix(options),
+        head="Q8_0" if options.quant == "Q4_0" and not compiled() else None,  # as quantize_numpy.py writes it
     )
 
 
