@@ -239,7 +239,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         kinds = {404: "not_found_error", 503: "overloaded_error"}
-        codes = {404: "not_found", 405: "method_not_allowed", 503: "not_ready"}
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 503: "not_ready"}
         kind = kinds.get(error.status_code, "invalid_request_error")
         body = error_body(str(error.detail), kind, code=codes.get(error.status_code))
         return JSONResponse(body, error.status_code, error.headers)

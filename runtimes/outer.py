@@ -6,6 +6,7 @@ import json
 import sys
 import time
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,10 +16,6 @@ from runtimes.replies import error_body
 PATHS = frozenset(
     ["/v1/chat/completions", "/v1/completions", "/v1/models", "/predict", "/answer", "/health", "/metrics", "/docs"]
 )
-
-
-class _TooLarge(Exception):
-    pass
 
 
 class Outer:
@@ -32,6 +29,7 @@ class Outer:
             await self.app(scope, receive, send)
             return
         begun, status, received = time.perf_counter(), 0, 0
+        too_large = f"The request is larger than {self.max_body} bytes."
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -45,18 +43,15 @@ class Outer:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self.max_body:
-                    raise _TooLarge
+                    raise HTTPException(413, too_large, {"Connection": "close"})
             return message
 
         try:
             if self._declared(scope) > self.max_body:
-                raise _TooLarge
-            await self.app(scope, limited, counted)
-        except _TooLarge:
-            if status == 0:
-                text = f"The request is larger than {self.max_body} bytes."
-                body = error_body(text, "invalid_request_error", code="request_too_large")
+                body = error_body(too_large, "invalid_request_error", code="request_too_large")
                 await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, counted)
+            else:
+                await self.app(scope, limited, counted)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             # 499, as proxies have it: the client went away before the first byte
