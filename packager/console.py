@@ -62,8 +62,11 @@ class Console:
             )
         for row in rows:
             table.add_row(*row)
-        width = None if sys.stdout.isatty() else 200
-        Rich(file=sys.stdout, highlight=False, markup=False, width=width).print(table)
+        terminal = sys.stdout.isatty()
+        rich = Rich(file=sys.stdout, highlight=False, markup=False, width=None if terminal else 200)
+        with rich.capture() as drawn:
+            rich.print(table)
+        self.line("\n".join(line.rstrip() for line in drawn.get().rstrip("\n").split("\n")))
 
     def facts(self, pairs: Iterable[tuple[str, str]], title: str = "") -> None:
         """Two columns: what, and its value."""

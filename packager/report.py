@@ -128,8 +128,8 @@ def percentile(ordered: list[float], p: float) -> float:
 
 
 def mode_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The rows of "mode, memory, P99 inter-token, TTFT, decode tokens/s" at one stream: the baseline, then the bundle."""
-    rows = []
+    """The rows of "mode, memory, P99 inter-token, TTFT, decode tokens/s" at one stream: baseline first."""
+    rows: list[tuple[str, ...]] = []
     if base := document.get("baseline"):
         rows.append(
             (

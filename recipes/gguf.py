@@ -30,7 +30,7 @@ class Options:
         default="Q8_0", metadata={"doc": "llama.cpp's quantization type"}
     )
     context: int = field(
-        default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 256}
+        default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 1}
     )
     slots: int = field(default=4, metadata={"doc": "conversations answered at the same time", "min": 1})
     kv_type: Literal["f16", "q8_0"] = field(default="f16", metadata={"doc": "type of the key/value cache"})

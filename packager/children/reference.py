@@ -33,7 +33,7 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            handle = safe_open(file, framework="pt")
+            handle: Any = safe_open(file, framework="pt")
             self.files.update(dict.fromkeys(handle.keys(), handle))
 
     def __contains__(self, name: str) -> bool:
@@ -136,7 +136,7 @@ def row_by_row(mlp: nn.Module) -> None:
     whole = mlp.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([whole(row) for row in x.split(1)])
+        return torch.cat([whole(row) for row in torch.split(x, 1)])
 
     mlp.forward = forward
 
