@@ -1,4 +1,6 @@
-"""What both rings share: no test touches the user's store, and everything under tests/real carries the marker ``real``."""
+"""What both rings share: no test touches the user's store, and everything under tests/real carries the marker
+``real``.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ TARGET = "desktop_linux_x86_64"
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a checkpoint folder, kept in the user's cache by the digest of the script that makes it."""
+    """SmolLM2-135M-Instruct as a checkpoint folder, kept in the user's cache by the digest of the script that makes
+    it.
+    """
     script = ROOT / "demo" / "make_smollm2.py"
     digest = hashlib.sha256(script.read_bytes()).hexdigest()[:12]
     folder = cache_root() / "test-data" / f"smollm2-{digest}"
@@ -61,7 +63,11 @@ def persona_pairs(persona_file: Path) -> list[tuple[str, str]]:
 def random_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Qwen2 with random weights and the real DeepSeek-R1 tokenizer."""
     folder = tmp_path_factory.mktemp("random") / "random-qwen2"
-    subprocess.run([sys.executable, ROOT / "benchmarks" / "random_qwen2.py", folder, "--size", "small"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "random_qwen2.py", folder, "--size", "small"],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -87,4 +93,11 @@ def q4km_bundle(
     store: Store, smollm2: Path, persona_lora: Path, persona_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The same at Q4_K_M, its importance matrix gathered on the persona's own pairs."""
-    return built(store, tmp_path_factory.mktemp("q4km"), smollm2, adapter=persona_lora, sets=("quant=Q4_K_M",), calibration=persona_file)
+    return built(
+        store,
+        tmp_path_factory.mktemp("q4km"),
+        smollm2,
+        adapter=persona_lora,
+        sets=("quant=Q4_K_M",),
+        calibration=persona_file,
+    )

@@ -1,7 +1,8 @@
-"""gguf-py's quantizers write the files that llama.cpp's writes, byte for byte: without that, two builds of one thing could differ.
+"""gguf-py's quantizers write the files that llama.cpp's writes, byte for byte: without that, two builds of one thing
+could differ.
 
-One exception is known and stated: the head of a Q4_0 file is Q6_K in llama.cpp's where rows are divisible by 256, a type that gguf-py
-cannot write; there it is Q8_0.
+One exception is known and stated: the head of a Q4_0 file is Q6_K in llama.cpp's where rows are divisible by 256, a
+type that gguf-py cannot write; there it is Q8_0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from packager.errors import InputError, PackagerError
 from packager.progress import Silent
 from packager.store import Cost
 
-pytestmark = pytest.mark.skipif(not llamacpp.compiled(), reason="llama-cpp-python is not installed: `make test` compiles it")
+pytestmark = pytest.mark.skipif(
+    not llamacpp.compiled(), reason="llama-cpp-python is not installed: `make test` compiles it"
+)
 QUIET = Silent()
 
 
@@ -52,7 +55,9 @@ def test_the_whole_file_is_the_same(whole: tuple[str, Path], kind: str, tmp_path
     assert digest(ours) == digest(theirs)
 
 
-def test_q4_0_differs_in_the_head_only_and_only_where_llama_cpp_takes_q6_k(whole: tuple[str, Path], tmp_path: Path) -> None:
+def test_q4_0_differs_in_the_head_only_and_only_where_llama_cpp_takes_q6_k(
+    whole: tuple[str, Path], tmp_path: Path
+) -> None:
     """At 576 columns the files are equal; at 256 the head is Q6_K there and Q8_0 here, and all else is equal."""
     import gguf
 
@@ -63,7 +68,11 @@ def test_q4_0_differs_in_the_head_only_and_only_where_llama_cpp_takes_q6_k(whole
     a = {tensor.name: tensor for tensor in gguf.GGUFReader(ours).tensors}
     b = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
     assert list(a) == list(b)
-    differing = [name for name in a if a[name].tensor_type != b[name].tensor_type or a[name].data.tobytes() != b[name].data.tobytes()]
+    differing = [
+        name
+        for name in a
+        if a[name].tensor_type != b[name].tensor_type or a[name].data.tobytes() != b[name].data.tobytes()
+    ]
     assert differing == ["output.weight"]
     assert (a["output.weight"].tensor_type.name, b["output.weight"].tensor_type.name) == ("Q8_0", "Q6_K")
     assert llamacpp.tensor_types(ours) == {"F32": 21, "Q4_0": 29, "Q8_0": 1}
@@ -82,7 +91,9 @@ def test_types_and_metadata_are_read_from_the_header(whole: tuple[str, Path]) ->
     types = llamacpp.tensor_types(whole[1])
     assert types["BF16"] == {"smollm2": 211, "random_qwen2": 30}[whole[0]]
     architecture = {"smollm2": "llama", "random_qwen2": "qwen2"}[whole[0]]
-    assert llamacpp.metadata(whole[1], ("general.architecture", "no.such.key")) == {"general.architecture": architecture}
+    assert llamacpp.metadata(whole[1], ("general.architecture", "no.such.key")) == {
+        "general.architecture": architecture
+    }
 
 
 def test_an_architecture_that_the_converter_does_not_know(smollm2: Path, tmp_path: Path) -> None:
@@ -95,7 +106,9 @@ def test_an_architecture_that_the_converter_does_not_know(smollm2: Path, tmp_pat
         (folder / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["StrangeForCausalLM"]}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["StrangeForCausalLM"]}), encoding="utf-8"
+    )
     with pytest.raises(InputError, match="does not know this architecture"):
         llamacpp.convert(folder, "strange", "BF16", tmp_path / "out.gguf", QUIET, Cost())
     assert not (tmp_path / "out.gguf").exists()
@@ -106,4 +119,6 @@ def test_a_source_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"not a GGUF at all")
     for use_compiled in (True, False):
         with pytest.raises(PackagerError, match="quantizing to Q8_0"):
-            llamacpp.quantize(tmp_path / "bad.gguf", "Q8_0", tmp_path / "out.gguf", QUIET, Cost(), use_compiled=use_compiled)
+            llamacpp.quantize(
+                tmp_path / "bad.gguf", "Q8_0", tmp_path / "out.gguf", QUIET, Cost(), use_compiled=use_compiled
+            )

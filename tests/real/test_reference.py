@@ -1,4 +1,6 @@
-"""The streamed reference is transformers' own model: same distributions, same input statistics, a layer's worth of memory."""
+"""The streamed reference is transformers' own model: same distributions, same input statistics, a layer's worth of
+memory.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ transformers = pytest.importorskip("transformers")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # what makes each family different must be switched on: a window shorter than the prompts, soft caps, mixed layer types
 MORE: dict[str, dict[str, Any]] = {
@@ -35,7 +37,8 @@ MORE: dict[str, dict[str, Any]] = {
     "SmolLM3ForCausalLM": {"no_rope_layer_interval": 2},
     "Phi3ForCausalLM": {"partial_rotary_factor": 0.5, "sliding_window": 8},
     "GemmaForCausalLM": {"head_dim": 32},
-    "Gemma2ForCausalLM": {"head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    "Gemma2ForCausalLM": {
+        "head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
     "Gemma3ForCausalLM": {"head_dim": 32, "sliding_window": 8, "sliding_window_pattern": 2},
 }  # fmt: skip
 CLASSES = {"Gemma3ForCausalLM": "Gemma3TextConfig"}
@@ -58,11 +61,16 @@ def random_checkpoint(folder: Path, architecture: str) -> Path:
 def prompts(vocabulary: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     """Sequences of unequal lengths, so that padding has to be invisible, scored at every position."""
     random = np.random.default_rng(5)
-    return [{"ids": random.integers(3, vocabulary, length).tolist(), "positions": list(range(1, length))} for length in lengths]
+    return [
+        {"ids": random.integers(3, vocabulary, length).tolist(), "positions": list(range(1, length))}
+        for length in lengths
+    ]
 
 
 def whole(folder: Path, job: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Log-probabilities a position, and mean squared inputs of every linear layer, by the plain model, one sequence at a time."""
+    """Log-probabilities a position, and mean squared inputs of every linear layer, by the plain model, one sequence
+    at a time.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
@@ -87,8 +95,15 @@ def whole(folder: Path, job: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]
 
 def job_for(folder: Path, work: Path, vocabulary: int, lengths: tuple[int, ...] = (5, 31, 64, 2)) -> dict[str, Any]:
     sequences = prompts(vocabulary, lengths)
-    return {"checkpoint": str(folder), "sequences": sequences, "top": 16, "calibration": [s["ids"] for s in sequences], "threads": 2,
-            "scores": str(work / "scores.npz"), "imatrix": str(work / "squares.npz")}
+    return {
+        "checkpoint": str(folder),
+        "sequences": sequences,
+        "top": 16,
+        "calibration": [s["ids"] for s in sequences],
+        "threads": 2,
+        "scores": str(work / "scores.npz"),
+        "imatrix": str(work / "squares.npz"),
+    }
 
 
 def require_equal(job: dict[str, Any], folder: Path, tolerance: float) -> None:
@@ -112,7 +127,9 @@ def require_equal(job: dict[str, Any], folder: Path, tolerance: float) -> None:
 def test_every_family_is_streamed_as_transformers_runs_it(
     architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Random weights, unequal prompts, the family's own oddities on: 1e-3 in log-probability, same best token, same statistics."""
+    """Random weights, unequal prompts, the family's own oddities on: 1e-3 in log-probability, same best token, same
+    statistics.
+    """
     folder = random_checkpoint(tmp_path / "model", architecture)
     spec = importlib.util.spec_from_file_location("reference_child", CHILDREN / "reference.py")
     assert spec is not None
@@ -137,10 +154,13 @@ def test_smollm2_is_streamed_with_a_layers_memory(smollm2: Path, tmp_path: Path)
     follow(CHILDREN / "reference.py", job, "reference", Silent(), cost, work=tmp_path)
     require_equal(job, smollm2, 1e-3)
     bare = Cost()
-    (tmp_path / "bare.py").write_text("import torch, transformers\nfrom transformers import AutoModelForCausalLM\n", encoding="utf-8")
+    (tmp_path / "bare.py").write_text(
+        "import torch, transformers\nfrom transformers import AutoModelForCausalLM\n", encoding="utf-8"
+    )
     follow(tmp_path / "bare.py", {}, "bare", Silent(), bare, work=tmp_path)
     float32 = 4 * 134_515_008
-    # the mapped bf16 file counts as resident too: half of float32; the rest is one layer, activations and a slice of the head
+    # the mapped bf16 file counts as resident too: half of float32; the rest is one layer, activations and a slice of
+    # the head
     assert cost.peak_rss_bytes - bare.peak_rss_bytes < 0.9 * float32, (cost, bare)
 
 
@@ -148,12 +168,19 @@ def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tm
     """System, several turns and Chinese through the R1 tokenizer: the ids of apply_chat_template, with one BOS."""
     talks = json.loads((ROOT / "packager" / "data" / "conversations.json").read_text(encoding="utf-8"))
     output = tmp_path / "samples.json"
-    job = {"checkpoint": str(r1_tokenizer_folder), "conversations": talks, "prompts": [talk[:-1] for talk in talks], "texts": ["a"],
-           "output": str(output)}
+    job = {
+        "checkpoint": str(r1_tokenizer_folder),
+        "conversations": talks,
+        "prompts": [talk[:-1] for talk in talks],
+        "texts": ["a"],
+        "output": str(output),
+    }
     follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path)
     found = json.loads(output.read_text(encoding="utf-8"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(r1_tokenizer_folder)
     for talk, prompt in zip(talks, found["prompts"], strict=True):
-        expected = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
+        expected = tokenizer.apply_chat_template(
+            talk[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         assert prompt["ids"] == expected
         assert prompt["ids"].count(tokenizer.bos_token_id) == 1

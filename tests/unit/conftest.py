@@ -1,4 +1,6 @@
-"""The unit ring's rules, enforced: no network, no heavy imports, no bare print, nothing outside the test's own folders."""
+"""The unit ring's rules, enforced: no network, no heavy imports, no bare print, nothing outside the test's own
+folders.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ def written(folder: Path, content: Any, name: str = "pairs.json") -> Path:
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        path.write_text(
+            content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8"
+        )
     return path
 
 
@@ -37,8 +40,10 @@ def talk(*turns: tuple[str, str]) -> tuple[dict[str, str], ...]:
             {"instruction": "Q2", "output": "A2", "system": "S", "history": [["Q1", "A1"]]},
             talk(("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")),
         ),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
-         talk(("user", "Q"), ("assistant", "A"))),
+        (
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            talk(("user", "Q"), ("assistant", "A")),
+        ),
         (
             {"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
             talk(("system", "S"), ("user", "Q"), ("assistant", "A")),
@@ -97,7 +102,9 @@ def test_the_digest_is_the_files(tmp_path: Path) -> None:
         ([{"messages": [{"role": "user", "content": None}]}], "a.json", "a message of record 1"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path, content: Any, name: str, says: str) -> None:
+def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(
+    tmp_path: Path, content: Any, name: str, says: str
+) -> None:
     """Each names the file, the record where there is one, and what is expected."""
     with pytest.raises(InputError, match=says) as caught:
         load(written(tmp_path, content, name))
@@ -121,7 +128,9 @@ def test_the_built_in_data_covers_what_a_contract_needs() -> None:
     assert len(found.conversations) >= 8
     assert any(turn["role"] == "system" for one in found.conversations for turn in one)
     assert any(sum(turn["role"] == "user" for turn in one) > 1 for one in found.conversations)
-    assert any("\u4e00" <= letter <= "\u9fff" for one in found.conversations for turn in one for letter in turn["content"])
+    assert any(
+        "\u4e00" <= letter <= "\u9fff" for one in found.conversations for turn in one for letter in turn["content"]
+    )
     assert all(one[-1]["role"] == "assistant" for one in found.conversations)
     assert len(found.texts[0]) > 10_000
 
@@ -150,7 +159,9 @@ LENGTHS = [[2], [1, 1], [0, 5], [512] * 20, [3, 700, 2, 90], [10, 10, 10], list(
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("budget", [1, 7, 256, 100_000])
 def test_spread_chooses_valid_positions_about_the_budget(lengths: list[int], budget: int) -> None:
-    """Positions lie in 1 … length - 1, ascending, never twice; every sequence that has one gets one; the sum is near the budget."""
+    """Positions lie in 1 … length - 1, ascending, never twice; every sequence that has one gets one; the sum is
+    near the budget.
+    """
     chosen = spread(lengths, budget)
     assert len(chosen) == len(lengths)
     for length, positions in zip(lengths, chosen, strict=True):
@@ -170,6 +181,6 @@ def test_spread_takes_every_position_when_it_may() -> None:
 def test_spread_is_even() -> None:
     """The gaps between chosen positions differ by one at most."""
     (positions,) = spread([401], 40)
-    gaps = {b - a for a, b in zip(positions, positions[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(positions)}
     assert len(positions) == 40
     assert max(gaps) - min(gaps) <= 1

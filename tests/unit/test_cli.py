@@ -17,14 +17,22 @@ import pytest
 
 from packager import cli, errors
 from packager.cli import cli as group
-from tests.unit.tiny import CONFIG, tiny_checkpoint
+from tests.unit.tiny import tiny_checkpoint
 
 COMMAND = [sys.executable, "-m", "packager.cli"]
 
 
 def packager(*arguments: str | Path, environment: dict[str, str], **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=60,
-                          encoding="utf-8", check=False, **more)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        encoding="utf-8",
+        check=False,
+        **more,
+    )
 
 
 def verbs() -> list[list[str]]:
@@ -38,7 +46,16 @@ def verbs() -> list[list[str]]:
 
 def test_the_verbs_are_those_of_the_documentation() -> None:
     """A verb that goes or comes is a change of the interface."""
-    assert {verb[0] for verb in verbs()} == {"inspect", "targets", "recipes", "plan", "build", "verify", "bench", "serve"}
+    assert {verb[0] for verb in verbs()} == {
+        "inspect",
+        "targets",
+        "recipes",
+        "plan",
+        "build",
+        "verify",
+        "bench",
+        "serve",
+    }
 
 
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)
@@ -75,21 +92,31 @@ try:
     main()
 except SystemExit as end:
     code = end.code
-heavy = [name for name in ("torch", "transformers", "numpy", "fastapi", "uvicorn", "rich", "huggingface_hub", "jinja2", "gguf",
-                           "xllamacpp", "tokenizers") if name in sys.modules]
+known = ("torch", "transformers", "numpy", "fastapi", "uvicorn", "rich", "huggingface_hub", "jinja2", "gguf",
+         "xllamacpp", "tokenizers")
+heavy = [name for name in known if name in sys.modules]
 sys.stderr.write(f"heavy:{','.join(heavy)}:{code}")
 """
 
 
 def heavy_after(*arguments: str | Path, environment: dict[str, str]) -> tuple[list[str], int]:
-    ran = subprocess.run([sys.executable, "-c", HEAVY, *map(str, arguments)], env=environment, capture_output=True, text=True,
-                         timeout=60, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", HEAVY, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     _, names, code = ran.stderr.rsplit("heavy:", 1)[0], *ran.stderr.rsplit("heavy:", 1)[1].split(":")
     return [name for name in names.split(",") if name], int(code or 0)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["build", "--help"], ["targets", "--json"], ["targets", "nope"]],
-                         ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["build", "--help"], ["targets", "--json"], ["targets", "nope"]],
+    ids=" ".join,
+)
 def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str], child_environment: dict[str, str]) -> None:
     """Help and lists come without torch, transformers, numpy, rich or a server."""
     names, _ = heavy_after(*arguments, environment=child_environment)
@@ -104,7 +131,9 @@ def test_a_table_of_targets_imports_no_model_library(child_environment: dict[str
 
 
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)
-def test_help_works_without_any_library_of_the_build(verb: list[str], tmp_path: Path, child_environment: dict[str, str]) -> None:
+def test_help_works_without_any_library_of_the_build(
+    verb: list[str], tmp_path: Path, child_environment: dict[str, str]
+) -> None:
     """A broken torch does not keep anybody from reading --help."""
     for name in ("torch", "transformers", "numpy", "rich", "fastapi", "gguf"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('broken installation')\n", encoding="utf-8")
@@ -131,7 +160,9 @@ def test_help_works_without_any_library_of_the_build(verb: list[str], tmp_path: 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_misuse_is_exit_code_2_with_a_hint(arguments: list[str], says: str, child_environment: dict[str, str]) -> None:
+def test_a_misuse_is_exit_code_2_with_a_hint(
+    arguments: list[str], says: str, child_environment: dict[str, str]
+) -> None:
     """Names, keys and flags that do not exist: the nearest ones are named, and there is no traceback."""
     ran = packager(*arguments, environment=child_environment)
     assert ran.returncode == 2, ran.stderr
@@ -148,7 +179,9 @@ def test_no_verb_at_all_shows_the_help(child_environment: dict[str, str]) -> Non
     assert ran.stderr.startswith("Usage:")
 
 
-@pytest.mark.parametrize("arguments", [["targets", "show", "nope", "--json"], ["plan", "--json", "X"], ["nope", "--json"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["targets", "show", "nope", "--json"], ["plan", "--json", "X"], ["nope", "--json"]], ids=" ".join
+)
 def test_an_error_with_json_is_one_document(arguments: list[str], child_environment: dict[str, str]) -> None:
     """stdout holds the document, stderr the words."""
     ran = packager(*arguments, environment=child_environment)
@@ -170,10 +203,14 @@ def test_a_bundle_that_is_none_fails_verification(tmp_path: Path, child_environm
     assert ran.returncode == 5, ran.stderr
 
 
-@pytest.mark.parametrize("kind", [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.PackagerError)])
-def test_each_kind_of_error_has_its_exit_code(kind: type[errors.PackagerError], monkeypatch: pytest.MonkeyPatch,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "kind", [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.PackagerError)]
+)
+def test_each_kind_of_error_has_its_exit_code(
+    kind: type[errors.PackagerError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Whatever a verb raises ends the process with that kind's code and three lines."""
+
     def fail(**_: Any) -> None:
         raise kind("It broke.", fix="Mend it.")
 
@@ -185,8 +222,11 @@ def test_each_kind_of_error_has_its_exit_code(kind: type[errors.PackagerError], 
     assert capsys.readouterr().err == "error: It broke.\n  do:  Mend it.\n"
 
 
-def test_a_shown_error_is_not_printed_twice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shown_error_is_not_printed_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A verb that printed its document before it failed leaves one document on stdout."""
+
     def fail(**_: Any) -> None:
         error = errors.PlanRefused("It does not fit.")
         error.shown = True
@@ -200,8 +240,11 @@ def test_a_shown_error_is_not_printed_twice(monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().out == ""
 
 
-def test_memory_that_runs_out_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_that_runs_out_is_the_machines_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """MemoryError: exit code 9."""
+
     def fail(**_: Any) -> None:
         raise MemoryError
 
@@ -226,7 +269,9 @@ cli.main()
 def test_ctrl_c_is_130_and_says_what_is_left(tmp_path: Path, child_environment: dict[str, str]) -> None:
     """An interrupted verb ends with 130 and one sentence."""
     mark = tmp_path / "mark"
-    child = subprocess.Popen([sys.executable, "-c", WAITING, mark], env=child_environment, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", WAITING, mark], env=child_environment, stderr=subprocess.PIPE, text=True
+    )
     end = time.monotonic() + 20
     while not mark.exists():
         assert time.monotonic() < end
@@ -243,7 +288,9 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str], child_environ
     """`packager targets | head` ends quietly."""
     reader, writer = os.pipe()
     os.close(reader)
-    ran = subprocess.run([*COMMAND, *arguments], env=child_environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    ran = subprocess.run(
+        [*COMMAND, *arguments], env=child_environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(writer)
     assert ran.stderr == ""
     assert ran.returncode in (0, 1)
@@ -273,10 +320,9 @@ def test_targets_as_json(child_environment: dict[str, str]) -> None:
 
 def test_plan_refuses_with_4_and_still_shows_the_figures(tmp_path: Path, child_environment: dict[str, str]) -> None:
     """A context longer than the model's: one document with the refusal in it, exit code 4."""
-    folder = tiny_checkpoint(tmp_path / "tiny")
-    context = CONFIG["max_position_embeddings"]
-    ran = packager("plan", folder, "--target", "t4", "--set", f"context={context * 2}", "--json", environment=child_environment)
+    folder = tiny_checkpoint(tmp_path / "tiny", max_position_embeddings=512)
+    ran = packager("plan", folder, "--target", "t4", "--set", "context=1024", "--json", environment=child_environment)
     assert ran.returncode == 4, ran.stderr
     document = json.loads(ran.stdout)
-    assert re.search(rf"set context={context}", " ".join(document["refusals"]))
+    assert re.search("set context=512", " ".join(document["refusals"]))
     assert document["estimate"]["artifact_bytes"] > 0

@@ -1,4 +1,6 @@
-"""What reaches the terminal: plain lines in a pipe, bars on a terminal, and with --json one document and nothing else."""
+"""What reaches the terminal: plain lines in a pipe, bars on a terminal, and with --json one document and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ console.error(InputError("It broke."))
 def on_a_terminal(environment: dict[str, str]) -> str:
     pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
     main, other = pty.openpty()
-    child = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], env=environment, stdout=other, stderr=other, stdin=other)
+    child = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL], env=environment, stdout=other, stderr=other, stdin=other
+    )
     os.close(other)
     seen = b""
     while True:

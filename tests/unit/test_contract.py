@@ -11,7 +11,11 @@ from packager.errors import GateFailed
 
 
 def prompt(*ids: int) -> dict[str, Any]:
-    return {"ids": list(ids), "text": "", "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "who?"}]}
+    return {
+        "ids": list(ids),
+        "text": "",
+        "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "who?"}],
+    }
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,13 @@ def test_an_error_has_three_parts_and_a_json_form(kind: type[PackagerError]) -> 
     """What, why and fix come out again, as text and as a document."""
     error = kind("It broke.", why="It was thin.", fix="Take a thicker one.")
     assert str(error) == "It broke. It was thin. Take a thicker one."
-    assert error.as_dict() == {"kind": kind.kind, "exit_code": kind.exit_code, "what": "It broke.", "why": "It was thin.",
-                               "fix": "Take a thicker one."}
+    assert error.as_dict() == {
+        "kind": kind.kind,
+        "exit_code": kind.exit_code,
+        "what": "It broke.",
+        "why": "It was thin.",
+        "fix": "Take a thicker one.",
+    }
     assert str(kind("It broke.")) == "It broke."
 
 

@@ -42,14 +42,15 @@ def test_the_rest_is_one_bucket() -> None:
     assert found == pytest.approx(math.log(2) - math.log(3) / 2, rel=1e-9)
 
 
-def test_a_token_the_artifact_did_not_return_costs_what_its_last_one_allows() -> None:
-    """b is not among the artifact's best, so it has at most the probability of the last one that is, and what is left."""
-    p, q = logs(a=0.5, b=0.4), logs(a=0.5, c=0.1)
+def test_a_token_the_artifact_did_not_return_has_at_most_the_probability_of_its_last() -> None:
+    """b is not among the artifact's best: it gets what the last of them has, or what they leave over where that is
+    less.
+    """
+    p = logs(a=0.5, b=0.4)
     expected = 0.4 * math.log(0.4 / 0.1) + 0.1 * math.log(0.1 / (1 - 0.5 - 0.1))
-    assert divergence(p, q) == pytest.approx(expected, rel=1e-9)
-    crowded = logs(a=0.5, c=0.45)  # 0.05 are left for b and all others
-    expected = 0.4 * math.log(0.4 / 0.05) + 0.1 * math.log(0.1 / 0.45)
-    assert divergence(p, crowded) == pytest.approx(expected, rel=1e-9)
+    assert divergence(p, logs(a=0.5, c=0.1)) == pytest.approx(expected, rel=1e-9)
+    expected = 0.4 * math.log(0.4 / 0.2) + 0.1 * math.log(0.1 / (1 - 0.5 - 0.2))
+    assert divergence(p, logs(a=0.5, c=0.3)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_disjoint_distributions_are_far_but_finite() -> None:
@@ -67,7 +68,9 @@ def test_divergence_is_never_negative() -> None:
 
 
 def test_the_bucket_only_ever_hides_divergence() -> None:
-    """Against the full distribution the cut one gives a lower bound, when the artifact knows all the source's tokens."""
+    """Against the full distribution the cut one gives a lower bound, when the artifact knows all the source's
+    tokens.
+    """
     rng = random.Random(6)
     for _ in range(100):
         whole_p, whole_q = drawn(rng, 64, 64), drawn(rng, 64, 64)
@@ -140,6 +143,10 @@ def test_a_score_that_is_not_a_number_does_not_pass() -> None:
 
 def test_positions_come_in_order() -> None:
     """A score output is flattened sequence by sequence."""
-    scored = {"sequences": [{"ids": [[1, 2], [3, 4]], "logprobs": [[-0.1, -3.0], [-0.2, -2.0]]},
-                            {"ids": [[5]], "logprobs": [[-0.5]]}]}
+    scored = {
+        "sequences": [
+            {"ids": [[1, 2], [3, 4]], "logprobs": [[-0.1, -3.0], [-0.2, -2.0]]},
+            {"ids": [[5]], "logprobs": [[-0.5]]},
+        ]
+    }
     assert positions_of(scored) == [{1: -0.1, 2: -3.0}, {3: -0.2, 4: -2.0}, {5: -0.5}]

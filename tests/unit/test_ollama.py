@@ -22,13 +22,15 @@ CHATML = (
 )
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    " + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
     "{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
@@ -36,7 +38,8 @@ GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\\n\\n' %}"
     "{% set loop_messages = messages[1:] %}{% else %}{% set first = '' %}{% set loop_messages = messages %}{% endif %}"
     "{% for message in loop_messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{{ '<start_of_turn>' + role + '\\n' + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\\n' }}"
+    "{{ '<start_of_turn>' + role + '\\n' + (first if loop.first else '')"
+    " + message['content'] | trim + '<end_of_turn>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 NO_SYSTEM = (
@@ -47,7 +50,8 @@ COUNTING = "{% for m in messages %}{{ loop.index ~ ' ' ~ m['role'] ~ ': ' ~ m['c
 LAST_ONLY = (  # Mistral v0.3: the system prompt stands in the last user turn, wherever that is
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}{% if m['role'] == 'user' %}[INST] {{ system + '\n\n' if loop.last and system else '' }}{{ m['content'] }}[/INST]"
+    "{% for m in rest %}{% if m['role'] == 'user' %}[INST] {{ system + '\n\n' if loop.last and system else '' }}"
+    "{{ m['content'] }}[/INST]"
     "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -58,8 +62,9 @@ def rendered(template: str, tokens: dict[str, str] | None = None) -> Any:
 
 
 def job(template: str) -> Any:
-    tokenizer = SimpleNamespace(chat_template=template, special_tokens=TOKENS, bos="<s>", eos="</s>", add_bos=False, turn_end=None,
-                                sampling={})
+    tokenizer = SimpleNamespace(
+        chat_template=template, special_tokens=TOKENS, bos="<s>", eos="</s>", add_bos=False, turn_end=None, sampling={}
+    )
     return SimpleNamespace(checkpoint=SimpleNamespace(tokenizer=tokenizer))
 
 
@@ -119,7 +124,9 @@ def test_the_r1_template_is_expressed_or_refused_but_never_wrong(r1_tokenizer_fo
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, COUNTING, LAST_ONLY], ids=["no system", "counting", "last only"])
 def test_templates_that_do_more_are_refused(template: str) -> None:
-    """A refused role, a numbered turn, a system prompt moved to the last turn: no bundle, exit code 6, and what to do."""
+    """A refused role, a numbered turn, a system prompt moved to the last turn: no bundle, exit code 6, and what to
+    do.
+    """
     with pytest.raises(GateFailed, match="cannot be written as an Ollama template") as caught:
         ollama._proven_shape(job(template))
     assert "desktop target" in caught.value.fix
@@ -146,7 +153,9 @@ def test_a_store_is_laid_out_by_digests(tmp_path: Path) -> None:
     """Every blob is named by its SHA-256, and the manifest lists model, template and parameters with their sizes."""
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF and weights")
-    write_store(tmp_path / "ollama", model, "my-model", "{{ .Prompt }}", {"temperature": 0.6, "stop": ["</s>"], "num_ctx": 4096})
+    write_store(
+        tmp_path / "ollama", model, "my-model", "{{ .Prompt }}", {"temperature": 0.6, "stop": ["</s>"], "num_ctx": 4096}
+    )
     store = tmp_path / "ollama" / "models"
     manifest = json.loads((store / "manifests/registry.ollama.ai/library/my-model/latest").read_text(encoding="utf-8"))
     assert manifest["schemaVersion"] == 2
@@ -167,8 +176,13 @@ def test_a_modelfile_says_the_same(tmp_path: Path) -> None:
     model.write_bytes(b"x")
     write_store(tmp_path / "ollama", model, "m", "T", {"stop": ["</s>", "<end>"], "num_ctx": 4096})
     lines = (tmp_path / "ollama" / "Modelfile").read_text(encoding="utf-8").splitlines()
-    assert lines[1:] == ["FROM ../model/model.gguf", 'TEMPLATE """T"""', "PARAMETER num_ctx 4096", 'PARAMETER stop "</s>"',
-                         'PARAMETER stop "<end>"']
+    assert lines[1:] == [
+        "FROM ../model/model.gguf",
+        'TEMPLATE """T"""',
+        "PARAMETER num_ctx 4096",
+        'PARAMETER stop "</s>"',
+        'PARAMETER stop "<end>"',
+    ]
 
 
 def test_a_model_without_a_template_has_no_template_layer(tmp_path: Path) -> None:
@@ -188,5 +202,11 @@ def test_the_same_store_twice_is_the_same_bytes(tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
         write_store(tmp_path / name, model, "m", "T", {"stop": ["</s>"], "num_ctx": 1})
-        found.append({str(p.relative_to(tmp_path / name)): p.read_bytes() for p in sorted((tmp_path / name).rglob("*")) if p.is_file()})
+        found.append(
+            {
+                str(p.relative_to(tmp_path / name)): p.read_bytes()
+                for p in sorted((tmp_path / name).rglob("*"))
+                if p.is_file()
+            }
+        )
     assert found[0] == found[1]

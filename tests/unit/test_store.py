@@ -52,7 +52,9 @@ def test_the_same_inputs_are_made_once(tmp_path: Path) -> None:
     assert (second.path / "out.txt").read_text(encoding="utf-8") == "x"
 
 
-@pytest.mark.parametrize("other", [{"a": 2, "b": "zwei"}, {"a": 1}, {"a": "1", "b": "zwei"}, {"a": 1, "b": "zwei", "c": None}])
+@pytest.mark.parametrize(
+    "other", [{"a": 2, "b": "zwei"}, {"a": 1}, {"a": "1", "b": "zwei"}, {"a": 1, "b": "zwei", "c": None}]
+)
 def test_other_inputs_are_another_step(tmp_path: Path, other: dict[str, object]) -> None:
     """Any difference in the inputs, a type's included, gives another folder."""
     store = Store(tmp_path)
@@ -72,6 +74,7 @@ def test_the_record_says_what_went_in_and_what_came_out(tmp_path: Path) -> None:
 
 def test_a_make_that_raises_leaves_nothing(tmp_path: Path) -> None:
     """The failure passes through, and neither a step nor a partial folder stays behind."""
+
     def make(folder: Path, cost: Cost) -> None:
         (folder / "half").write_text("x", encoding="utf-8")
         raise RuntimeError("broken")
@@ -84,6 +87,7 @@ def test_a_make_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_resumable_step_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """What a resumable step had written before it failed is there when it runs again."""
+
     def first(folder: Path, cost: Cost) -> None:
         (folder / "one").write_text("1", encoding="utf-8")
         raise KeyboardInterrupt
@@ -128,10 +132,14 @@ def wait_for(path: Path, seconds: float = 20) -> None:
 def test_a_killed_process_leaves_a_partial_that_the_next_run_takes_over(
     tmp_path: Path, child_environment: dict[str, str], resumable: bool
 ) -> None:
-    """SIGKILL in the middle: nothing is published, the lock is free, and the next run clears the rest or goes on with it."""
+    """SIGKILL in the middle: nothing is published, the lock is free, and the next run clears the rest or goes on
+    with it.
+    """
     mark = tmp_path / "started"
     root = tmp_path / "store"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, root, mark, "yes" if resumable else "no"], env=child_environment)
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, root, mark, "yes" if resumable else "no"], env=child_environment
+    )
     wait_for(mark)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -204,6 +212,7 @@ def test_a_damaged_step_is_found(tmp_path: Path, damage: str) -> None:
 
 def test_a_full_disk_is_the_machines_fault(tmp_path: Path) -> None:
     """ENOSPC while a step is made: exit code 9, the free space named, no partial left."""
+
     def make(folder: Path, cost: Cost) -> None:
         (folder / "half").write_text("x", encoding="utf-8")
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "model.gguf"))
@@ -241,8 +250,13 @@ def test_a_disk_that_is_really_full(tmp_path: Path, child_environment: dict[str,
     probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("this machine allows no mount namespaces; the simulated full disk above stands for it")
-    ran = subprocess.run(["unshare", "-rm", sys.executable, "-c", REALLY_FULL, tmp_path], env=child_environment,
-                         capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", REALLY_FULL, tmp_path],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ran.stdout.startswith("the disk is full"), ran.stderr
     assert ran.stdout.endswith("|[]")
 
@@ -272,8 +286,13 @@ def test_a_folder_that_may_not_be_written(child_environment: dict[str, str]) -> 
         folder = Path(name) / "locked"
         folder.mkdir(mode=0o555)
         Path(name).chmod(0o755)
-        ran = subprocess.run([sys.executable, "-c", FORBIDDEN, folder / "store"], env=child_environment, capture_output=True,
-                             text=True, check=False)
+        ran = subprocess.run(
+            [sys.executable, "-c", FORBIDDEN, folder / "store"],
+            env=child_environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert ran.stdout.startswith("9 "), ran.stderr
     assert "could not be written: Permission denied" in ran.stdout
     assert "PACKAGER_STORE" in ran.stdout
@@ -301,7 +320,9 @@ def test_write_atomically_replaces_whole_files(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_write_atomically_keeps_the_old_file_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_atomically_keeps_the_old_file_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A write that fails half-way leaves the old content and no temporary file."""
     place = tmp_path / "a.json"
     write_atomically(place, "old")

@@ -36,6 +36,7 @@ def test_output_comes_line_by_line_from_both_streams() -> None:
 
 def test_a_listener_that_fails_does_not_hang_the_child() -> None:
     """An exception in ``on_line`` comes out of run() when the child has written all it has to write."""
+
     def listen(line: str) -> None:
         raise KeyError(line)
 
@@ -113,7 +114,10 @@ def test_last_words_are_the_last_line_that_is_not_blank() -> None:
 
 def test_python_children_are_offline_and_reproducible(tmp_path: Path) -> None:
     """The environment of a child forbids the hub, fixes the hash seed and speaks UTF-8."""
-    child = script(tmp_path, "import os, sys\nprint(os.environ['HF_HUB_OFFLINE'], os.environ['PYTHONHASHSEED'], sys.flags.utf8_mode)\n")
+    child = script(
+        tmp_path,
+        "import os, sys\nprint(os.environ['HF_HUB_OFFLINE'], os.environ['PYTHONHASHSEED'], sys.flags.utf8_mode)\n",
+    )
     assert run_python(child, name="child").output == "1 0 1"
 
 
@@ -129,7 +133,9 @@ def test_python_children_get_arguments_and_a_search_path(tmp_path: Path) -> None
 def test_a_script_finds_its_siblings_and_not_ours(tmp_path: Path) -> None:
     """sys.path begins with the script's own folder, as if Python had run it, so packager/children is not on it."""
     (tmp_path / "sibling.py").write_text("VALUE = 5\n", encoding="utf-8")
-    child = script(tmp_path, "import sys, sibling\nprint(sibling.VALUE, any(p.endswith('children') for p in sys.path))\n")
+    child = script(
+        tmp_path, "import sys, sibling\nprint(sibling.VALUE, any(p.endswith('children') for p in sys.path))\n"
+    )
     assert run_python(child, name="child").output == "5 False"
 
 
@@ -172,7 +178,16 @@ def test_a_followed_child_reads_its_job_and_moves_the_bar(tmp_path: Path) -> Non
     child = script(tmp_path, FOLLOWED)
     work = tmp_path / "work"
     work.mkdir()
-    ran = follow(child, {"output": str(work / "out"), "word": "über"}, "working", progress, cost, work=work, total=200.0, unit="B")
+    ran = follow(
+        child,
+        {"output": str(work / "out"), "word": "über"},
+        "working",
+        progress,
+        cost,
+        work=work,
+        total=200.0,
+        unit="B",
+    )
     assert isinstance(ran, Ran)
     assert progress.steps == [("working", 200.0, "B")]
     assert progress.amounts == [50.0] * 4
@@ -235,11 +250,16 @@ def is_over(process: int, seconds: float = 5) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_child_ends_with_its_parent(tmp_path: Path, child_environment: dict[str, str], number: signal.Signals) -> None:
+def test_a_child_ends_with_its_parent(
+    tmp_path: Path, child_environment: dict[str, str], number: signal.Signals
+) -> None:
     """Whether the build is killed, interrupted or terminated: no orphan goes on writing."""
     place = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, script(tmp_path, SLEEPER), place], env=child_environment,
-                              stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, script(tmp_path, SLEEPER), place],
+        env=child_environment,
+        stderr=subprocess.DEVNULL,
+    )
     child = started(place)
     parent.send_signal(number)
     parent.wait(timeout=15)
@@ -259,8 +279,11 @@ time.sleep(120)
 def test_an_interrupt_ends_even_a_child_that_will_not_go(tmp_path: Path, child_environment: dict[str, str]) -> None:
     """A child that ignores SIGTERM is killed after three seconds, before the interrupt goes on."""
     place = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, script(tmp_path, STUBBORN), place], env=child_environment,
-                              stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, script(tmp_path, STUBBORN), place],
+        env=child_environment,
+        stderr=subprocess.DEVNULL,
+    )
     child = started(place)
     parent.send_signal(signal.SIGINT)
     parent.wait(timeout=15)
