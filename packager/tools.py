@@ -45,7 +45,7 @@ class ChildFailed(ToolError):
         hint = "The machine ran out of memory." if code == -9 else ""
         super().__init__(
             f"{name} {reason}.", why=hint or last_words(output), fix="Set PACKAGER_DEBUG=1 and run it again "
-            f"to see its last lines."
+            "to see its last lines."
         )
         self.code = code
         self.output = output
