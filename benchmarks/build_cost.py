@@ -1,0 +1,128 @@
+"""What a build costs beside the converter and llama.cpp's quantizer alone: peak resident memory and wall time.
+
+    .venv/bin/python benchmarks/build_cost.py .demo/smollm2 --quant Q8_0 --repeats 3
+    .venv/bin/python benchmarks/random_qwen2.py big --size 1.5b && .venv/bin/python benchmarks/build_cost.py big
+
+Three rows: the two tools as bare processes; our build without importance matrix and verification; our build with them.
+The store is empty for every run; the llama.cpp sources and the box's wheels are fetched before. Memory is the highest
+sum of resident sets over the process tree, sampled every 20 ms, so pages of mapped files count on both sides. The rows
+of one repeat run one after the other on the same machine; needs the extra ``llamacpp``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def measured(commands: Sequence[Sequence[str]], env: dict[str, str]) -> tuple[float, int]:
+    """Wall seconds of the commands one after the other, and the peak memory in bytes of the one that took most."""
+    peak = 0
+    start = time.monotonic()
+    for command in commands:
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - closed below, after the child
+        child = psutil.Popen(command, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT)
+        over = threading.Event()
+        seen: list[int] = [0]
+
+        def watch(process: psutil.Popen = child, over: threading.Event = over, seen: list[int] = seen) -> None:
+            while not over.wait(0.02):
+                try:
+                    tree = [process, *process.children(recursive=True)]
+                except psutil.Error:
+                    return
+                total = 0
+                for one in tree:
+                    try:
+                        total += one.memory_info().rss
+                    except psutil.Error:
+                        continue  # it ended between the listing and the look
+                seen[0] = max(seen[0], total)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        code = child.wait()
+        over.set()
+        watcher.join()
+        if code:
+            log.seek(0)
+            sys.exit(f"{' '.join(command)[:200]} ended with {code}:\n{log.read().decode(errors='replace')[-2000:]}")
+        log.close()
+        peak = max(peak, seen[0])
+    return time.monotonic() - start, peak
+
+
+def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
+    """The two tools alone, as a user of llama.cpp's scripts would run them."""
+    from packager.console import Console
+    from packager.llamacpp import FILE_TYPES, sources
+
+    tree = sources(Console())
+    job = work / "job.json"
+    job.write_text(json.dumps({"source": str(work / "whole.gguf"), "output": str(work / "small.gguf"),
+                               "file_type": FILE_TYPES[quant], "threads": os.cpu_count(), "imatrix": None}))
+    return [
+        [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(checkpoint), "--outfile", str(work / "whole.gguf"),
+         "--outtype", "auto"],
+        [sys.executable, str(ROOT / "packager" / "children" / "quantize_llama.py"), str(job)],
+    ]
+
+
+def ours(checkpoint: Path, quant: str, work: Path, *extra: str) -> list[list[str]]:
+    return [[sys.executable, "-m", "packager.cli", "build", str(checkpoint), "--target", "desktop_linux_x86_64",
+             "--set", f"quant={quant}", *extra, "-o", str(work / "out"), "--json"]]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("checkpoint", type=Path)
+    options.add_argument("--quant", default="Q8_0")
+    options.add_argument("--repeats", type=int, default=1)
+    options.add_argument("--json", type=Path, help="write the figures here as well")
+    given = options.parse_args()
+    checkpoint = given.checkpoint.resolve()
+    rows: dict[str, list[tuple[float, int]]] = {"bare": [], "plain": [], "full": []}
+    load = os.getloadavg()
+    for _ in range(given.repeats):
+        for row in rows:
+            with tempfile.TemporaryDirectory(prefix="build-cost-", dir=checkpoint.parent) as folder:
+                work = Path(folder)
+                env = {"PACKAGER_STORE": str(work / "store"), "PYTHONPATH": str(ROOT)}
+                commands = {
+                    "bare": lambda work=work: bare(checkpoint, given.quant, work),
+                    "plain": lambda work=work: ours(
+                        checkpoint, given.quant, work, "--no-verify", "--set", "imatrix=off"
+                    ),
+                    "full": lambda work=work: ours(checkpoint, given.quant, work, "--set", "imatrix=on"),
+                }[row]()
+                rows[row].append(measured(commands, {} if row == "bare" else env))
+                print(f"{row}: {rows[row][-1][0]:.1f} s, {rows[row][-1][1] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    wall = {row: statistics.median(seconds for seconds, _ in found) for row, found in rows.items()}
+    peak = {row: statistics.median(memory for _, memory in found) for row, found in rows.items()}
+    names = {"bare": "converter + quantizer alone", "plain": "packager build, no imatrix, no verification",
+             "full": "packager build with both"}
+    print(f"{checkpoint.name}, {given.quant}, {given.repeats} repeats (median), load before {load[0]:.1f} on "
+          f"{os.cpu_count()} cores")
+    for row, name in names.items():
+        print(f"  {name:<46}{wall[row]:8.1f} s ({wall[row] / wall['bare']:.2f} ×){peak[row] / 1e6:9.0f} MB "
+              f"({peak[row] / peak['bare']:.2f} ×)")
+    if given.json:
+        given.json.write_text(json.dumps({"quant": given.quant, "load": load, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
