@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,13 +51,17 @@ class Demo:
         if offline and not self.why_online:
             words = [sys.executable, "demo/offline.py", "--", *words]
         env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUTF8": "1"}
-        done = subprocess.run(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True, check=False,
-                              stdout=subprocess.PIPE if take else None)
-        if done.returncode:
-            if done.stdout:
-                console.print(done.stdout, markup=False)
-            raise Failed(f"`{text}` ended with exit code {done.returncode}")
-        return done.stdout or ""
+        with subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.PIPE if take else None) as child:
+            try:
+                output = child.communicate()[0] or ""
+            except BaseException:
+                child.terminate()  # it ends its own children: no server is left behind
+                raise
+        if child.returncode:
+            console.print(output, markup=False, end="")
+            raise Failed(f"`{text}` ended with exit code {child.returncode}")
+        return output
 
     def python(self, script: str, *arguments: str | Path, offline: bool = False) -> None:
         shown = shlex.join(["python", script, *map(str, arguments)])
@@ -153,7 +158,12 @@ Next:
 """, markup=False)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, interrupt)
     os.chdir(ROOT)
     WORK.mkdir(exist_ok=True)
     demo = Demo()

@@ -8,7 +8,6 @@ one: the folder appears by one rename, and the wheel's digest stands beside it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -20,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from steps import Step, Stopped, run
+from steps import Step, Stopped, locked, run
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = [ROOT / "locks/llama-cpp-python.lock", ROOT / "locks/llama-cpp-python-build.lock"]
@@ -100,8 +99,7 @@ def wheel_for_this_machine(log: Path) -> Path:
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / cache_key()
-    with (cache / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second checkout waits here instead of compiling the same
+    with locked(cache / f"{folder.name}.lock"):  # a second checkout waits here instead of compiling the same
         if wheel := kept_wheel(folder):
             return wheel
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,13 +6,13 @@ compares keys, an interrupted one goes on with the first step that has none, and
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_wheel import cache_key, wheel_for_this_machine
-from steps import Step, Stopped, run
+from steps import Step, Stopped, locked, run
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -166,17 +166,21 @@ def prepare(stage: str) -> None:
     print(f"set-up done in {time.monotonic() - start:.0f} s", flush=True)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     stage = sys.argv[1] if len(sys.argv) == 2 else ""
     if stage not in ("build", "demo", "test"):
         print("usage: python scripts/prepare.py build | demo | test", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, interrupt)
     # A virtual environment or PYTHONPATH of the caller must not leak into this one.
     for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV"):
         os.environ.pop(name, None)
     try:
-        with Path(__file__).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two set-ups at once: the second waits, then finds everything done
+        with locked(Path(__file__)):  # two set-ups at once: the second waits, then finds everything done
             prepare(stage)
     except Stopped as reason:
         reason.show()

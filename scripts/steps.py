@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+HELD: list[int] = []  # descriptors of the locks that are held; children inherit them
 
 
 class Stopped(Exception):
@@ -47,6 +52,20 @@ class Step:
         self._write(f"{text}, {time.monotonic() - self.start:.0f} s", end="\n")
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file. A second holder waits, also for children that outlive a killed set-up."""
+    handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        HELD.append(handle)
+        yield
+    finally:
+        if handle in HELD:
+            HELD.remove(handle)
+        os.close(handle)
+
+
 def run(
     argv: Sequence[str | Path],
     *,
@@ -58,7 +77,7 @@ def run(
     tail: deque[str] = deque(maxlen=30)
     with subprocess.Popen(
         [str(part) for part in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", env=env,
+        text=True, errors="replace", env=env, pass_fds=HELD,
     ) as child:
         assert child.stdout is not None
         try:
