@@ -50,6 +50,11 @@ class Service:
         self.pump = Pump(self.engine, self.metrics)
         self.metrics.ready.set(1)
 
+    def cancel_all(self) -> None:
+        """End every running answer; called on the event loop."""
+        if self.pump is not None:
+            self.pump.cancel_all()
+
     async def stop(self) -> None:
         """Cancel what still runs and free the model."""
         pump, self.pump = self.pump, None

@@ -13,6 +13,8 @@ from runtimes.engine import EngineError, Piece, RequestRefused, Sampling
 from runtimes.pump import Answer, Busy, Pump, Stopwatch
 from runtimes.replies import Reply, error_body
 
+CUT_OFF = "The server is stopping; the answer was cut off."
+
 
 def refused(error: Exception) -> JSONResponse:
     """The HTTP answer to an engine's or queue's refusal."""
@@ -80,7 +82,7 @@ class Whole(Generation):
                 collected += pieces
                 pieces = await answer.next()
             if not collected or collected[-1].finish is None:
-                raise EngineError("the answer was cut off")
+                raise EngineError(CUT_OFF)
         except EngineError as error:
             await refused(error)(scope, receive, send)
             return
@@ -102,16 +104,19 @@ class Streamed(Generation):
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        data = reply.opening()
+        data, finished = reply.opening(), False
         try:
             while pieces:
                 for piece in pieces:
                     take(piece)
+                    finished = piece.finish is not None
                     data += reply.chunk(piece) if piece.finish is None else reply.closing(piece)
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                     data = b""
                 pieces = await answer.next()
+            if not finished:
+                raise EngineError(CUT_OFF)
         except EngineError as error:
             data += reply.failure(error_body(str(error), "server_error", code="engine_failed"))
         await send({"type": "http.response.body", "body": data, "more_body": False})

@@ -88,10 +88,14 @@ class Pump:
             answer.cancelled.set()
             self.metrics.cancelled.inc()
 
-    def close(self) -> None:
-        """Cancel everything and wait for the engine's threads."""
+    def cancel_all(self) -> None:
+        """End every running answer at its next piece."""
         for answer in list(self.running):
             answer.cancelled.set()
+
+    def close(self) -> None:
+        """Cancel everything and wait for the engine's threads."""
+        self.cancel_all()
         self.threads.shutdown(wait=True)
 
     # -- on the engine's threads --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from runtimes.manifest import ManifestError, Run, read_bundle
 
 USAGE, UNUSABLE, FAILED = 2, 3, 1
 MAX_BODY = 8 << 20
-GRACE_SECONDS = 10
+GRACE_SECONDS = 5
 
 
 def main(argv: Sequence[str]) -> int:
@@ -94,8 +95,16 @@ def _serve(run: Run, options: argparse.Namespace, listener: socket.socket) -> in
         return FAILED if isinstance(error, EngineError) else UNUSABLE
     finally:
         signal.signal(signal.SIGINT, interrupt)
+    service = Service(run, prompts, engine)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """Let answers end for a while, then end them: uvicorn itself would cut them with a traceback."""
+            asyncio.get_running_loop().call_later(GRACE_SECONDS, service.cancel_all)
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
-        make_app(Service(run, prompts, engine), max_body=options.max_body, log_json=options.log_json),
+        make_app(service, max_body=options.max_body, log_json=options.log_json),
         http="h11",
         loop="asyncio",
         ws="none",
@@ -103,10 +112,10 @@ def _serve(run: Run, options: argparse.Namespace, listener: socket.socket) -> in
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=3 * GRACE_SECONDS,
     )
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         return 0
     return 0

@@ -60,7 +60,9 @@ class Scripted:
 
     version = "scripted 1"
 
-    def __init__(self, words: Sequence[str] = ("Hello", ",", " wörld", " 🌍"), delay: float = 0.0, slots: int = 2) -> None:
+    def __init__(
+        self, words: Sequence[str] = ("Hello", ",", " wörld", " 🌍"), delay: float = 0.0, slots: int = 2
+    ) -> None:
         self.words, self.delay, self.slots, self.context = list(words), delay, slots, 64
         self.asked: list[tuple[list[int], Sampling]] = []
         self.said = 0

@@ -56,7 +56,7 @@ def test_a_template_cannot_leave_the_sandbox(template: str, tmp_path: Path) -> N
 
 def test_a_refusal_carries_the_templates_words(tmp_path: Path) -> None:
     prompts = Prompts(make_run(tmp_path))
-    with pytest.raises(TemplateRefused, match="^System message must be first$"):
+    with pytest.raises(TemplateRefused, match=r"^System message must be first$"):
         prompts.chat([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}])
 
 

@@ -106,7 +106,7 @@ def test_a_manifest_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
             read_bundle(tmp_path)
     for name in ("model.gguf", "tokenizer.json"):
         (tmp_path / name).write_text("")
-    run = {"engine": "llamacpp", "model": "model.gguf", "tokenizer": "tokenizer.json", "chat_template": None, "slots": 2}
+    run = {"engine": "llamacpp", "model": "model.gguf", "tokenizer": "tokenizer.json", "slots": 2}
     (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 1, "name": "m", "run": run}))
     read = read_bundle(tmp_path)
     assert (read.name, read.slots, read.context, read.chat_template) == ("m", 2, 4096, None)

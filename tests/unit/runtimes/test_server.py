@@ -42,7 +42,8 @@ def test_the_prompt_is_rendered_once_by_the_template(client: Client) -> None:
 
 
 def make_prompts_ids(text: str, client: Client) -> list[int]:
-    status, body, _ = client.send("POST", "/v1/completions", {"prompt": text, "return_token_ids": True, "max_tokens": 1})
+    ask = {"prompt": text, "return_token_ids": True, "max_tokens": 1}
+    status, body, _ = client.send("POST", "/v1/completions", ask)
     assert status == 200
     ids = body["prompt_token_ids"]
     assert isinstance(ids, list)
