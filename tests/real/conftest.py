@@ -27,7 +27,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     script = ROOT / "demo" / "make_smollm2.py"
     digest = hashlib.sha256(script.read_bytes()).hexdigest()[:12]
-    folder = cache_root() / "test-data" / f"smollm2-{digest}"
+    folder = cache_root() / "test-data" / digest / "smollm2"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = tmp_path_factory.mktemp("made") / "smollm2"
@@ -101,3 +101,9 @@ def q4km_bundle(
         sets=("quant=Q4_K_M",),
         calibration=persona_file,
     )
+
+
+@pytest.fixture(scope="session")
+def random_bundle(store: Store, random_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Qwen2 at Q8_0, verified: the R1 tokenizer in a bundle, built without being disturbed."""
+    return built(store, tmp_path_factory.mktemp("random-bundle"), random_qwen2)

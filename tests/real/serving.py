@@ -1,0 +1,78 @@
+"""Runs a bundle with the runtime that it carries, from the bundle's own folder, and asks it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def environment(bundle: Path) -> dict[str, str]:
+    """What the box sets: the bundle's copy of runtimes/ and nothing of the checkout on the path."""
+    return {**os.environ, "PYTHONPATH": str(bundle / "runtime"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@contextlib.contextmanager
+def served(bundle: Path, log: Path) -> Iterator[str]:
+    """The base address of a server on a free port; ended with SIGTERM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "runtimes", "serve", "--bundle", bundle, "--port", str(port)],
+            env=environment(bundle),
+            stdout=output,
+            stderr=output,
+            cwd=bundle.parent,
+        )
+        base = f"http://127.0.0.1:{port}"
+        try:
+            end = time.monotonic() + 120
+            while True:
+                assert child.poll() is None, log.read_text(encoding="utf-8", errors="replace")
+                assert time.monotonic() < end, "the server did not become ready"
+                with contextlib.suppress(OSError), urllib.request.urlopen(base + "/health", timeout=2) as answer:
+                    if answer.status == 200:
+                        break
+                time.sleep(0.2)
+            yield base
+        finally:
+            child.send_signal(signal.SIGTERM)
+            child.wait(timeout=30)
+
+
+def ask(base: str, question: str, **more: Any) -> str:
+    """One greedy answer of the chat endpoint."""
+    body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 160, **more}
+    request = urllib.request.Request(
+        base + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
+
+
+def rendered(bundle: Path, conversations: list[list[dict[str, str]]], work: Path) -> list[list[int]]:
+    """The ids that the bundle's server feeds its model."""
+    run = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["run"]
+    for key in ("model", "tokenizer", "chat_template"):
+        run[key] = run[key] and str(bundle / run[key])
+    job, output = work / "render.json", work / "rendered.json"
+    job.write_text(json.dumps({"run": run, "conversations": conversations}), encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-m", "runtimes", "render", "--input", job, "--output", output],
+        env=environment(bundle),
+        check=True,
+    )
+    found: list[list[int]] = json.loads(output.read_text(encoding="utf-8"))["ids"]
+    return found
