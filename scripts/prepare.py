@@ -1,7 +1,8 @@
 """Makes .venv in this checkout from the locks: python scripts/prepare.py build | demo | test. Standard library only.
 
 Every step leaves its key (the digest of what it was made from) in .venv/prepared.json after it is done: a warm run only
-compares keys, an interrupted one goes on with the first step that has none, and a changed lock redoes its own step.
+compares keys, a failed one goes on with the step that failed, and a changed lock redoes its own step. A step that was
+killed may have left half a package, which pip takes for a whole one, so then .venv is made anew (downloads are cached).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_wheel import cache_key, wheel_for_this_machine
 from steps import Step, Stopped, locked, run
@@ -89,22 +90,37 @@ def install_llama() -> None:
     install("llama-cpp-python", ["install", "--no-deps", "--no-compile", "--no-index", "--force-reinstall", wheel])
 
 
-def steps(stage: str) -> list[tuple[str, str, Callable[[], None]]]:
-    """(name, key, action) of a stage, in order. A step is due when its key differs from the recorded one."""
-    build = ROOT / "locks/build.lock"
-    found: list[tuple[str, str, Callable[[], None]]] = [
-        ("torch", digest("locks/torch-cpu.lock"), install_torch),
-        ("packages", digest("locks/build.lock"), lambda: install("packages", [*LOCKED, "-r", build])),
-        ("project", digest("setup.cfg", "pyproject.toml", "packager/__init__.py"), lambda: install(
-            "packager itself", ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT])),
+class Due(NamedTuple):
+    """One step. It is due when its key differs from the recorded one. installs: whether it changes .venv."""
+
+    name: str
+    key: str
+    action: Callable[[], object]
+    installs: bool = True
+
+
+def from_lock(name: str, title: str) -> Due:
+    """Install a whole lock."""
+    path = f"locks/{name}.lock"
+    return Due(name, digest(path), lambda: install(title, [*LOCKED, "-r", ROOT / path]))
+
+
+def steps(stage: str) -> list[Due]:
+    """The steps of a stage, in order."""
+    editable: list[str | Path] = ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT]
+    project = digest("setup.cfg", "pyproject.toml", "packager/__init__.py")
+    found = [
+        Due("torch", digest("locks/torch-cpu.lock"), install_torch),
+        from_lock("build", "packages"),
+        Due("project", project, lambda: install("packager itself", editable)),
     ]
     if stage in ("demo", "test"):
-        found.append(("smollm2", digest("locks/demo.lock"), lambda: install(
-            "SmolLM2, the demo's model", [*LOCKED, "-r", ROOT / "locks/demo.lock"])))
+        found.append(from_lock("demo", "SmolLM2, the demo's model"))
     if stage == "test":
-        found.append(("test", digest("locks/test.lock"), lambda: install(
-            "test tools", [*LOCKED, "-r", ROOT / "locks/test.lock"])))
-        found.append(("llama-cpp-python", cache_key(), install_llama))
+        key = cache_key()
+        found.append(from_lock("test", "test tools"))
+        found.append(Due("compile", key, lambda: wheel_for_this_machine(LOG), installs=False))
+        found.append(Due("llama-cpp-python", key, install_llama))
     return found
 
 
@@ -114,7 +130,9 @@ def read_record() -> dict[str, Any] | None:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = isinstance(record, dict) and (record.get("root"), record.get("python")) == (str(ROOT), sys.version)
+    if not isinstance(record, dict) or not {"root", "python", "steps", "unfinished"} <= record.keys():
+        return None
+    same = (record["root"], record["python"]) == (str(ROOT), sys.version)
     return record if same and PYTHON.exists() else None
 
 
@@ -131,11 +149,14 @@ def create() -> dict[str, Any]:
             f"{VENV} is there already and was not made by this set-up.", "it may be yours, so it is not touched.",
             "rename or remove it, then run the same command again.",
         )
-    if VENV.exists():
-        shutil.rmtree(VENV)
-    VENV.mkdir()
-    record: dict[str, Any] = {"root": str(ROOT), "python": sys.version, "steps": {}}
-    write_record(record)  # first of all: so that the folder is known as ours even when the next line is interrupted
+    VENV.mkdir(exist_ok=True)
+    record: dict[str, Any] = {"root": str(ROOT), "python": sys.version, "steps": {}, "unfinished": "environment"}
+    write_record(record)  # first of all: so that the folder is known as ours whenever the rest is interrupted
+    for old in VENV.iterdir():
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif old != RECORD:
+            old.unlink()
     step = Step(f"environment for Python {platform.python_version()}")
     code, tail = run([sys.executable, "-m", "venv", VENV], log=LOG)
     if code:
@@ -144,25 +165,33 @@ def create() -> dict[str, Any]:
             "Debian and Ubuntu keep this part of Python in a package of its own: apt install python3-venv.",
         )
     step.done()
+    record["unfinished"] = ""
+    write_record(record)
     return record
 
 
 def prepare(stage: str) -> None:
     record = read_record()
     made = record["steps"] if record else {}
-    due = [step for step in steps(stage) if made.get(step[0]) != step[1]]
+    broken = record is None or bool(record["unfinished"])
+    due = [step for step in steps(stage) if broken or made.get(step.name) != step.key]
     if not due:
         return
     start = time.monotonic()
     print(f"set-up for `make {stage}` (the first time takes minutes, later runs none):", flush=True)
-    if record is None or (not made and run([*PIP, "--version"])[0] != 0):  # cut off before it had its pip
+    if record is None or broken:
         record = create()
-    for name, key, action in due:
-        record["steps"].pop(name, None)
+    for step in due:
+        record["steps"].pop(step.name, None)
+        record["unfinished"] = step.name if step.installs else ""
         write_record(record)
-        action()
-        record["steps"][name] = key
-        write_record(record)
+        try:
+            step.action()
+            record["steps"][step.name] = step.key
+        finally:
+            if not isinstance(sys.exception(), KeyboardInterrupt):
+                record["unfinished"] = ""
+                write_record(record)
     print(f"set-up done in {time.monotonic() - start:.0f} s", flush=True)
 
 
