@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -10,8 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,8 @@ def served(bundle: Path, log: Path) -> Iterator[str]:
             while True:
                 assert child.poll() is None, log.read_text(encoding="utf-8", errors="replace")
                 assert time.monotonic() < end, "the server did not become ready"
-                with contextlib.suppress(OSError), urllib.request.urlopen(base + "/health", timeout=2) as answer:
-                    if answer.status == 200:
+                with contextlib.suppress(OSError, ValueError):
+                    if call(base, "/health", timeout=2)[0] == 200:
                         break
                 time.sleep(0.2)
             yield base
@@ -52,14 +51,31 @@ def served(bundle: Path, log: Path) -> Iterator[str]:
             child.wait(timeout=30)
 
 
+def call(base: str, path: str, body: dict[str, Any] | None = None, timeout: float = 300) -> tuple[int, Any]:
+    """Status and parsed JSON of one request: POST with a body, else GET."""
+    connection = http.client.HTTPConnection(base.removeprefix("http://"), timeout=timeout)
+    try:
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def chat(base: str, messages: list[dict[str, str]], **more: Any) -> Any:
+    """The document of one greedy chat completion."""
+    status, document = call(base, "/v1/chat/completions", {"messages": messages, "temperature": 0, **more})
+    assert status == 200, document
+    return document
+
+
 def ask(base: str, question: str, **more: Any) -> str:
-    """One greedy answer of the chat endpoint."""
-    body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 160, **more}
-    request = urllib.request.Request(
-        base + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return str(json.load(answer)["choices"][0]["message"]["content"])
+    """One greedy answer to one question."""
+    document = chat(base, [{"role": "user", "content": question}], **{"max_tokens": 160, **more})
+    return str(document["choices"][0]["message"]["content"])
 
 
 def rendered(bundle: Path, conversations: list[list[dict[str, str]]], work: Path) -> list[list[int]]:

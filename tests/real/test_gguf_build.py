@@ -49,9 +49,9 @@ def manifest(bundle: Path) -> dict[str, Any]:
 
 
 def packager(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "packager.cli", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "packager.cli", *map(str, arguments)], env=environment, capture_output=True,
-                          text=True, encoding="utf-8", check=False)  # fmt: skip
+    return subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
 
 
 def test_the_bundle_is_whole_and_verifies(q8_bundle: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from packager.bundle.verify import verify
 from packager.progress import Silent
-from tests.real.serving import ask, rendered, served
+from tests.real.serving import ask, chat, rendered, served
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,17 +57,10 @@ def test_the_server_answers_and_counts_the_same_prompt(random_bundle: Path, rand
     """Random weights say nonsense, but the same nonsense each time, for a prompt of as many tokens as transformers
     counts.
     """
-    import urllib.request
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(random_qwen2)
     with served(random_bundle, tmp_path / "log") as base:
         assert ask(base, "你好", max_tokens=12) == ask(base, "你好", max_tokens=12)
-        body = {"messages": CONVERSATIONS[1], "temperature": 0, "max_tokens": 4}
-        request = urllib.request.Request(
-            base + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            usage = json.load(answer)["usage"]
+        usage = chat(base, CONVERSATIONS[1], max_tokens=4)["usage"]
     expected = tokenizer.apply_chat_template(
         CONVERSATIONS[1], add_generation_prompt=True, tokenize=True, return_dict=False
     )
