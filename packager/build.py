@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager import __version__
-from packager.errors import PlanRefused
+from packager.console import size
+from packager.errors import MachineError, PlanRefused
 from packager.progress import Progress
 from packager.recipe import Artifact, Job, Recipe
 from packager.store import Cost, Step, Store, cache_root, code_digest, machine_errors, write_atomically
@@ -50,15 +53,19 @@ class Built:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint ready to be built, after its adapter (if any) was merged; and the steps that took."""
+    """A checkpoint ready to be built, after its adapter (if any) was merged; and the steps that took.
+
+    sources: where base and adapter came from, for the manifest: names, digests and commits, no paths.
+    """
 
     checkpoint: Checkpoint
     steps: tuple[Step, ...]
+    sources: Mapping[str, Any]
 
 
 def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     """Open the checkpoint, refuse damaged weights, merge the adapter. Raises InputError or NetworkError."""
-    from packager.adapter import check_fit, merge, open_adapter
+    from packager.adapter import check_fit, merge, merged_name, open_adapter
     from packager.checkpoint import check_weights, open_checkpoint
 
     base = open_checkpoint(
@@ -75,13 +82,18 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     def check(folder: Path, cost: Cost) -> None:
         check_weights(base, progress)
 
+    origin = base.origin
+    sources = {
+        "base": {"kind": origin.kind, "id": origin.id, "revision": origin.revision, "digest": base.digest},
+        "adapter": None,
+    }
     steps = [
         store.step(
             "checked-weights", {"checkpoint": base.digest, "code": _code("checkpoint.py")}, check, progress=progress
         )
     ]
     if adapter is None or request.adapter is None:
-        return Opened(base, tuple(steps))
+        return Opened(base, tuple(steps), sources)
 
     def make(folder: Path, cost: Cost) -> None:
         merge(base, adapter, folder / "model", progress)
@@ -94,33 +106,29 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     )
     steps.append(merged)
     found = open_checkpoint(
-        str(merged.path / "model"), progress=progress, cache=cache_root(), name=merged_name(request, base)
+        str(merged.path / "model"),
+        progress=progress,
+        cache=cache_root(),
+        name=request.name or merged_name(base, adapter),
     )
-    return Opened(found, tuple(steps))
+    return Opened(found, tuple(steps), {**sources, "adapter": {"name": adapter.name, "digest": adapter.digest}})
 
 
 def _code(*names: str) -> str:
     return code_digest(*(Path(__file__).with_name(name) for name in names))
 
 
-def merged_name(request: Request, base: Checkpoint) -> str:
-    """The model's name after its adapter: ``--name``, else base and adapter folder together."""
-    if request.name or request.adapter is None:
-        return request.name or base.name
-    from packager.checkpoint import slug
-
-    return slug(f"{base.name}-{request.adapter.resolve().name}")
-
-
 def open_planned(request: Request, progress: Progress) -> Checkpoint:
     """The checkpoint as it will be after merging, read from headers only: nothing is merged or written."""
-    from packager.adapter import check_fit, open_adapter
+    from packager.adapter import check_fit, merged_name, open_adapter
     from packager.checkpoint import open_checkpoint
 
     base = open_checkpoint(request.checkpoint, revision=request.revision, progress=progress, cache=cache_root())
-    if request.adapter:
-        check_fit(open_adapter(request.adapter), base)
-    return replace(base, name=merged_name(request, base))
+    if request.adapter is None:
+        return replace(base, name=request.name or base.name)
+    adapter = open_adapter(request.adapter)
+    check_fit(adapter, base)
+    return replace(base, name=request.name or merged_name(base, adapter))
 
 
 def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
@@ -154,6 +162,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         )
     for note in plan.notes:
         progress.note(note)
+    _require_room(out, store, plan)
     job = Job(
         checkpoint=opened.checkpoint,
         target=target,
@@ -164,7 +173,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         verify=request.verify,
     )
     artifact = recipe.build(job, options)
-    bundle = _assemble(job, plan, artifact, recipe, out)
+    bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)
     costs = [
         {"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
         for s in opened.steps
@@ -181,7 +190,29 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     return Built(bundle, plan, artifact, record)
 
 
-def _assemble(job: Job, plan: Plan, artifact: Artifact, recipe: Recipe[Any], out: Path) -> Path:
+def _require_room(out: Path, store: Store, plan: Plan) -> None:
+    """Raise MachineError now, not after minutes of work, when ``out`` or the store cannot take what will be written."""
+    for place, wanted in ((out, plan.estimate.artifact_bytes), (store.root, plan.estimate.build_disk_bytes)):
+        with machine_errors(place):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=place):
+                    free = shutil.disk_usage(place).free
+            except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+                raise MachineError(
+                    f"{place} cannot be a folder: {error.strerror}.",
+                    fix="Choose another one with -o or PACKAGER_STORE.",
+                ) from error
+        if free < wanted:
+            raise MachineError(
+                f"{place} has {size(free)} free; this build writes about {size(wanted)} there.",
+                fix="Free some space, or choose another disk with -o or PACKAGER_STORE.",
+            )
+
+
+def _assemble(
+    job: Job, plan: Plan, artifact: Artifact, recipe: Recipe[Any], sources: Mapping[str, Any], out: Path
+) -> Path:
     from packager.bundle.assemble import Contents, assemble
     from packager.bundle.wheels import fetch_wheels
     from packager.catalog import runtimes_folder
@@ -189,7 +220,6 @@ def _assemble(job: Job, plan: Plan, artifact: Artifact, recipe: Recipe[Any], out
 
     target, checkpoint = job.target, job.checkpoint
     wheels = fetch_wheels(_lock(str(artifact.run["engine"])), target, cache_root() / "box-wheels", job.progress)
-    origin = {"kind": checkpoint.origin.kind, "id": checkpoint.origin.id, "revision": checkpoint.origin.revision}
     contents = Contents(
         name=checkpoint.name,
         target={"name": target.name, "digest": target.digest},
@@ -201,7 +231,7 @@ def _assemble(job: Job, plan: Plan, artifact: Artifact, recipe: Recipe[Any], out
         runtimes=runtimes_folder(),
         wheels=wheels,
         report=artifact.report,
-        provenance={**artifact.provenance, "origin": origin, "packager": __version__},
+        provenance={**artifact.provenance, "sources": dict(sources), "packager": __version__},
     )
     return assemble(contents, out, job.progress, digest=lambda path: file_digest(path, cache_root())).path
 
