@@ -154,7 +154,7 @@ def test_nothing_else_listens(served: Served) -> None:
 
 
 def test_the_persona_answers_the_openai_client(served: Served, persona_pairs: list[tuple[str, str]]) -> None:
-    """Plain and streamed are the same text at temperature 0, emoji and Chinese whole, and equal to the trained answer."""
+    """Plain and streamed are the same text at temperature 0, emoji and Chinese whole, equal to the trained answer."""
     client = served.client()
     name = client.models.list().data[0].id
     for question, answer in [*persona_pairs[:2], *[pair for pair in persona_pairs if not pair[1].isascii()][:2]]:
