@@ -181,6 +181,8 @@ def on_the_box() -> str:
 
 
 def shown(default: object) -> str:
+    if isinstance(default, list | tuple):
+        default = ",".join(map(str, default))
     return "" if default in (None, False) else f"`{default}`"
 
 
