@@ -20,7 +20,7 @@ from packager.store import Store
 def bundle(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """SmolLM2 (a default system prompt) and R1's template (BOS, no newline after a role)."""
     made = build(
-        Request(str(request.getfixturevalue(request.param)), "ollama", verify=False),
+        Request(str(request.getfixturevalue(request.param)), "ollama", sets=("quant=Q8_0",), verify=False),
         tmp_path_factory.mktemp("ollama"),
         Console(quiet=True),
         store,
