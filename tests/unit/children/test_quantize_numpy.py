@@ -1,0 +1,75 @@
+"""gguf-py's side of quantization: which type each tensor gets, in which order, and what cannot be held is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+gguf = pytest.importorskip("gguf")
+
+from packager.children import quantize_numpy as child  # noqa: E402 - it imports gguf at once, as scripts may
+
+TYPES = gguf.GGMLQuantizationType
+
+
+def tensor(name: str, *shape: int, kind: str = "BF16") -> Any:
+    return SimpleNamespace(name=name, shape=shape, tensor_type=TYPES[kind])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("blk.0.attn_q.weight", (576, 576), "Q4_0"),
+        ("blk.0.ffn_down.weight", (1536, 576), "Q4_0"),
+        ("token_embd.weight", (576, 49152), "Q4_0"),
+        ("output.weight", (576, 49152), "Q8_0"),
+        ("blk.0.attn_norm.weight", (576,), "F32"),
+        ("blk.0.attn_q_norm.weight", (64, 2), "F32"),
+        ("blk.0.attn_q.bias", (576,), "F32"),
+        ("blk.0.attn_k.weight", (40, 576), "F16"),
+    ],
+)
+def test_each_tensor_gets_llama_cpps_type(name: str, shape: tuple[int, ...], expected: str) -> None:
+    """Matrices are quantized, norms and biases stay, the head has its own type, rows no block divides stay F16."""
+    kind = "F32" if "norm" in name or "bias" in name else "BF16"
+    assert child.wanted_type(tensor(name, *shape, kind=kind), "Q4_0", "Q8_0", tied=False).name == expected
+
+
+def test_a_tied_embedding_is_the_head() -> None:
+    """Where there is no output tensor the embedding does its work, and is given the head's type."""
+    assert child.wanted_type(tensor("token_embd.weight", 576, 100), "Q4_0", "Q8_0", tied=True).name == "Q8_0"
+
+
+def test_the_order_is_by_layer_then_name() -> None:
+    """Layer 10 comes after layer 2, and what belongs to no layer comes first."""
+    names = ["blk.10.a.weight", "blk.2.b.weight", "token_embd.weight", "blk.2.a.weight", "output_norm.weight"]
+    assert sorted(names, key=child.order) == [
+        "output_norm.weight", "token_embd.weight", "blk.2.a.weight", "blk.2.b.weight", "blk.10.a.weight",
+    ]  # fmt: skip
+
+
+def test_bf16_is_read_as_float32() -> None:
+    """The sixteen bits are the upper half of a float32."""
+    values = np.array([1.0, -2.5, 3.140625, 0.0], dtype=np.float32)
+    halves = (values.view(np.uint32) >> 16).astype(np.uint16)
+    found = child.as_float(SimpleNamespace(tensor_type=TYPES.BF16, data=halves.view(np.uint8)), 1, 3)
+    assert found.tolist() == [-2.5, 3.140625]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("Q8_0", 34), ("Q4_0", 18)])
+def test_blocks_have_their_size_and_stay_near(kind: str, size: int) -> None:
+    """32 values a block; what comes back differs by at most half a step."""
+    values = np.random.default_rng(1).standard_normal(64).astype(np.float32)
+    data = child.convert(TYPES[kind], values)
+    assert len(data) == 2 * size
+    back = gguf.quants.dequantize(np.frombuffer(data, np.uint8).reshape(1, -1), TYPES[kind])
+    assert np.abs(back.reshape(-1) - values).max() < np.abs(values).max() / (127 if kind == "Q8_0" else 7)
+
+
+def test_a_weight_that_f16_cannot_hold_is_refused() -> None:
+    """Infinity would be written without a word; it is an error that names the weight."""
+    with pytest.raises(SystemExit, match="70000"):
+        child.convert(TYPES.F16, np.array([1.0, 70000.0], dtype=np.float32))
