@@ -1,10 +1,10 @@
 """Runs the source checkpoint in transformers, one decoder layer in memory at a time: ``reference.py JOB.json``.
 
-JOB.json: {"checkpoint", "sequences": [{"ids", "positions"}, …], "top": k, "calibration": [ids, …], "batch_tokens": int,
+JOB.json: {"checkpoint", "sequences": [{"ids", "positions"}, …], "top": k, "calibration": [ids, …],
 "threads": int, "scores": path or null, "imatrix": path or null}.
 
 Every decoder layer's weights are read from the safetensors files when its forward begins and dropped when it ends
-(float32 arithmetic on the stored weights), so memory follows a layer. All sequences go through together, padded on the
+(float32 arithmetic on the stored weights), so memory follows a layer. Sequences go through in batches, padded on the
 right: with causal attention no real token sees the padding. The head is applied in slices of the vocabulary.
 
 scores (.npz): ids and logprobs, both (positions, k), natural logarithms, best first. imatrix (.npz): GGUF-independent,
@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB_SLICE = 4096
+BATCH_TOKENS = 2048  # through a layer at once, padding counted: what bounds memory beside the layer's own weights
 
 
 class Weights:
@@ -153,6 +154,10 @@ class InputSquares:
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(lambda _m, args, n=f"model.{name}": self._saw(n, args[0]))
 
+    def begin(self, keep: torch.Tensor) -> None:
+        """Take the mask of the next batch, (sequences, tokens): true where a token is real."""
+        self.keep, self.row = keep, {}
+
     def _saw(self, name: str, x: torch.Tensor) -> None:
         if self.keep is None:
             return
@@ -175,6 +180,17 @@ def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+def batches(lengths: list[int]) -> list[list[int]]:
+    """Indices of sequences that go through together: longest first, so that little is padding and memory is bounded."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= BATCH_TOKENS:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 @torch.inference_mode()
 def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
@@ -187,26 +203,25 @@ def main(job: dict[str, Any]) -> None:
         print(json.dumps({"done": done, "total": total}), flush=True)
 
     source = Streamed(Path(job["checkpoint"]), layer_done)
-    layers = len(source.body.layers)
-    total = layers * (bool(job["scores"]) + bool(job["imatrix"]))
+    sequences = [sequence["ids"] for sequence in job["sequences"]] if job["scores"] else []
+    calibration = job["calibration"] if job["imatrix"] else []
+    groups = batches([len(ids) for ids in sequences]), batches([len(ids) for ids in calibration])
+    total = len(source.body.layers) * (len(groups[0]) + len(groups[1]))
     if job["scores"]:
-        ids, mask = pad([sequence["ids"] for sequence in job["sequences"]])
-        hidden = source.hidden(ids, mask)
-        # position p is the distribution of the token after ids[:p]: the hidden state of token p - 1
-        picked = torch.cat(
-            [
-                hidden[row, torch.tensor(sequence["positions"]) - 1]
-                for row, sequence in enumerate(job["sequences"])
-                if sequence["positions"]
-            ]
-        )
-        best, logprobs = source.top(picked, job["top"])
+        picked: dict[int, torch.Tensor] = {}
+        for group in groups[0]:
+            hidden = source.hidden(*pad([sequences[index] for index in group]))
+            for row, index in enumerate(group):
+                # position p is the distribution of the token after ids[:p]: the hidden state of token p - 1
+                picked[index] = hidden[row, torch.tensor(job["sequences"][index]["positions"], dtype=torch.int64) - 1]
+        best, logprobs = source.top(torch.cat([picked[index] for index in sorted(picked)]), job["top"])
         np.savez(job["scores"], ids=best.numpy().astype(np.int32), logprobs=logprobs.numpy().astype(np.float32))
     if job["imatrix"]:
         squares = InputSquares(source.body)
-        ids, mask = pad(job["calibration"])
-        squares.keep = mask.bool()
-        source.hidden(ids, mask)
+        for group in groups[1]:
+            ids, mask = pad([calibration[index] for index in group])
+            squares.begin(mask.bool())
+            source.hidden(ids, mask)
         np.savez(job["imatrix"], **squares.means())
 
 
