@@ -63,6 +63,15 @@ def test_box_and_build_machine_run_the_same_versions() -> None:
     assert build.items() <= test.items()
 
 
+def test_a_wheel_asks_for_all_that_its_runtime_imports() -> None:
+    """What the box gets is also run on the build machine, so whoever installs the wheel gets it too."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    asked = {Requirement(line).name for line in config["options"]["install_requires"].splitlines() if line.strip()}
+    lines = (LOCKS / "box-llamacpp.in").read_text(encoding="utf-8").splitlines()
+    assert {Requirement(line.split("#")[0]).name for line in lines if line.split("#")[0].strip()} <= asked
+
+
 def test_the_locks_hold_what_setup_cfg_asks_for() -> None:
     """Every range in setup.cfg is met by the pin that was tested."""
     config = configparser.ConfigParser()
