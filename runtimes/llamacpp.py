@@ -143,7 +143,8 @@ class LlamaCpp:
             "prompt": list(prompt),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
+            # greedy: the same choice, but without a softmax over the whole vocabulary (5 % of a small model's time)
+            "top_k": sampling.top_k if sampling.temperature > 0 else 1,
             "min_p": sampling.min_p,
             "repeat_penalty": sampling.repetition_penalty,
             "presence_penalty": sampling.presence_penalty,

@@ -61,7 +61,6 @@ class Pump:
         self.threads = ThreadPoolExecutor(engine.slots, thread_name_prefix="slot")
         self.mail: deque[tuple[Answer, Piece | None]] = deque()
         self.posted = False
-        self.lock = threading.Lock()
         self.waiting = 0
         self.running: set[Answer] = set()
 
@@ -120,17 +119,16 @@ class Pump:
             self._post()
 
     def _post(self) -> None:
-        with self.lock:
-            if self.posted:
-                return
+        # No lock: _deliver takes the flag back before it empties the box, so whoever finds it set is still served;
+        # two threads that find it unset at once only wake the loop twice.
+        if not self.posted:
             self.posted = True
-        self.loop.call_soon_threadsafe(self._deliver)
+            self.loop.call_soon_threadsafe(self._deliver)
 
     # -- on the event loop --------------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
-        with self.lock:
-            self.posted = False
+        self.posted = False
         mail, woken = self.mail, set()
         while mail:
             answer, piece = mail.popleft()
