@@ -7,6 +7,7 @@ from __future__ import annotations
 import lzma
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ if str(ROOT) not in sys.path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # a runner started in the background has SIGINT ignored, and children would inherit that: tests of Ctrl-C need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "real: runs real tools on real checkpoints (minutes)")
 
 

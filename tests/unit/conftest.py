@@ -19,7 +19,7 @@ HEAVY = ("torch", "transformers")
 TALKERS = ("packager.console", "packager.children")  # the console's owner, and scripts that run in a child of their own
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # not the session: it would outlast the ring and blind the real one
 def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches of a unit test lie in the session's folder, and children have no package index."""
     patch = pytest.MonkeyPatch()
