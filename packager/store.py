@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packager.digests import write_atomic
 from packager.errors import MachineError
 from packager.progress import Progress
 
@@ -223,14 +224,6 @@ def flush_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with machine_errors(path.parent):
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(path, text.encode("utf-8"))
         flush_folder(path.parent)
