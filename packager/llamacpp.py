@@ -7,6 +7,7 @@ for the K- and IQ-types.
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import sys
@@ -59,6 +60,7 @@ def sources(progress: Progress) -> Path:
         try:
             with progress.step("fetching the llama.cpp converter (76 MB, once)"):
                 _unpack(_download(work), work / "tree")
+                compileall.compile_dir(work / "tree", quiet=2)  # where PYTHONDONTWRITEBYTECODE is set: once, not a run
             try:
                 (work / "tree").rename(final)
             except OSError:

@@ -39,6 +39,7 @@ def bench(
                 ["bench", "--bundle", bundle.resolve(), "--output", place, *(["--quick"] if quick else [])],
                 name="the bundle's benchmark",
                 path=[bundle.resolve() / "runtime"],
+                env={"PYTHONDONTWRITEBYTECODE": "1"},  # a bundle holds nothing that its manifest does not list
             )
         document: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
         source = baseline or _built_from(bundle)

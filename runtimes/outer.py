@@ -6,6 +6,7 @@ import json
 import sys
 import time
 
+import anyio
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,9 @@ from runtimes.replies import error_body
 PATHS = frozenset(
     ["/v1/chat/completions", "/v1/completions", "/v1/models", "/predict", "/answer", "/health", "/metrics", "/docs"]
 )
+
+LINGER_S = 2.0  # a connection closed on bytes that nobody read is reset, and the refusal lost with it
+LINGER_BYTES = 64 * 2**20
 
 
 class Outer:
@@ -43,11 +47,15 @@ class Outer:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self.max_body:
+                    if message.get("more_body"):
+                        await drop_rest(receive)
                     raise HTTPException(413, too_large, {"Connection": "close"})
             return message
 
         try:
             if self._declared(scope) > self.max_body:
+                if not any(name == b"expect" for name, _ in scope["headers"]):  # who asks first has sent nothing yet
+                    await drop_rest(receive)
                 body = error_body(too_large, "invalid_request_error", code="request_too_large")
                 await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, counted)
             else:
@@ -80,3 +88,14 @@ class Outer:
         }
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
+
+
+async def drop_rest(receive: Receive) -> None:
+    """Read what a client still sends, for a short while, so that it comes to reading why it was refused."""
+    dropped = 0
+    with anyio.move_on_after(LINGER_S):
+        while dropped < LINGER_BYTES:
+            message = await receive()
+            dropped += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return

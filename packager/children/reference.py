@@ -13,8 +13,10 @@ by module name: mean of the squared inputs per channel over the calibration toke
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,38 @@ BATCH_TOKENS = 2048  # through a layer at once, padding counted: what bounds mem
 
 
 class Weights:
-    """Tensors by name out of one or many safetensors files, through their memory maps."""
+    """Tensors by name out of one or many safetensors files.
+
+    A file is mapped only while something is read from it: pages of a map that stays count as this process's memory,
+    and after the last layer that would be the whole checkpoint.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Any] = {}
+        self.files: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            handle: Any = safe_open(file, framework="pt")
-            self.files.update(dict.fromkeys(handle.keys(), handle))
+            with safe_open(file, framework="pt") as handle:
+                self.files.update(dict.fromkeys(handle.keys(), file))
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def raw(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self.files[name].get_tensor(name)
-        return tensor
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in float32."""
+        with safe_open(self.files[name], framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+            return tensor.to(torch.float32, copy=True)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        tensor: torch.Tensor = self.files[name].get_slice(name)[start:stop]
-        return tensor.float()
+    def rows(self, name: str, picked: Iterable[slice]) -> Iterator[torch.Tensor]:
+        """Rows of one tensor, a slice at a time, in float32."""
+        with safe_open(self.files[name], framework="pt") as handle:
+            tensor = handle.get_slice(name)
+            for part in picked:
+                yield tensor[part].to(torch.float32, copy=True)
+
+    def height(self, name: str) -> int:
+        """The first dimension of one tensor."""
+        with safe_open(self.files[name], framework="pt") as handle:
+            return int(handle.get_slice(name).get_shape()[0])
 
 
 class RowEmbedding(nn.Module):
@@ -58,8 +74,16 @@ class RowEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         unique, inverse = torch.unique(ids, return_inverse=True)
-        table = torch.cat([self.weights.rows(self.name, int(row), int(row) + 1) for row in unique])
+        table = torch.cat(list(self.weights.rows(self.name, (slice(row, row + 1) for row in unique.tolist()))))
         return table[inverse] * self.scale
+
+
+def free_memory_back() -> None:
+    """Return freed memory to the system. glibc keeps what layer after layer leaves behind: 2.8 GB against 0.9 GB for
+    1.5 B parameters.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)
 
 
 def place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -84,7 +108,7 @@ class Streamed:
         self.body.embed_tokens = RowEmbedding(self.weights, "model.embed_tokens.weight", scale)
         for name, _ in list(self.body.named_parameters()):
             if not name.startswith("layers."):
-                place(self.body, name, self.weights.raw(f"model.{name}").float())
+                place(self.body, name, self.weights.read(f"model.{name}"))
         for name, module in list(self.body.named_children()):
             if any(buffer.is_meta for buffer in module.buffers()) and name != "layers":
                 setattr(self.body, name, type(module)(self.config))  # rotary tables: computed, not stored
@@ -99,11 +123,12 @@ class Streamed:
 
     def _load(self, layer: nn.Module, index: int) -> None:
         for name, _ in list(layer.named_parameters()):
-            place(layer, name, self.weights.raw(f"model.layers.{index}.{name}").float())
+            place(layer, name, self.weights.read(f"model.layers.{index}.{name}"))
 
     def _drop(self, layer: nn.Module, index: int, on_layer: Any) -> None:
         for name, parameter in list(layer.named_parameters()):
             place(layer, name, torch.empty_like(parameter, device="meta"))
+        free_memory_back()
         on_layer(index)
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -116,13 +141,14 @@ class Streamed:
         """The k best next tokens of hidden states (positions, hidden): ids and log-probabilities, both (positions,
         k).
         """
-        rows = self.weights.files[self.head].get_slice(self.head).get_shape()[0]
         cap = getattr(self.config, "final_logit_softcapping", None)
         best_ids = torch.empty((len(hidden), 0), dtype=torch.int64)
         best = torch.empty((len(hidden), 0))
         total = torch.full((len(hidden),), -torch.inf)
-        for start in range(0, rows, VOCAB_SLICE):
-            logits = hidden @ self.weights.rows(self.head, start, min(start + VOCAB_SLICE, rows)).T
+        starts = range(0, self.weights.height(self.head), VOCAB_SLICE)
+        parts = self.weights.rows(self.head, (slice(start, start + VOCAB_SLICE) for start in starts))
+        for start, rows in zip(starts, parts, strict=True):
+            logits = hidden @ rows.T
             if cap:
                 logits = torch.tanh(logits / cap) * cap
             total = torch.logaddexp(total, torch.logsumexp(logits, dim=1))

@@ -159,9 +159,8 @@ def test_smollm2_is_streamed_with_a_layers_memory(smollm2: Path, tmp_path: Path)
     )
     follow(tmp_path / "bare.py", {}, "bare", Silent(), bare, work=tmp_path)
     float32 = 4 * 134_515_008
-    # the mapped bf16 file counts as resident too: half of float32; the rest is one layer, activations and a slice of
-    # the head
-    assert cost.peak_rss_bytes - bare.peak_rss_bytes < 0.9 * float32, (cost, bare)
+    # one layer, activations, a slice of the head: neither the mapped file nor what malloc keeps may pile up
+    assert cost.peak_rss_bytes - bare.peak_rss_bytes < 0.5 * float32, (cost, bare)
 
 
 def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tmp_path: Path) -> None:
