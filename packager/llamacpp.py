@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from packager.errors import InputError, NetworkError, PackagerError, ToolError
+from packager.gguf_header import BadHeader, Header, read_header
 from packager.progress import Progress
 from packager.store import Cost, cache_root, machine_errors
 from packager.tools import CHILDREN, ChildFailed, follow, has_module, last_words, run, run_python, version_of
@@ -38,6 +39,7 @@ FILE_TYPES: Mapping[str, int] = {
     "IQ4_XS": 30,
     "BF16": 32,
 }
+REPLACED = ("general.quantization_version", "general.file_type")  # by a quantizer, as the last pairs
 NUMPY_TYPES = frozenset({"F16", "BF16", "Q8_0", "Q4_0"})  # proven byte-identical to llama.cpp's in tests/real
 
 
@@ -196,6 +198,12 @@ def quantize(
             fix='Install the extra: pip install "packager[llamacpp]", or choose quant=Q8_0.',
         )
     tree = sources(progress)
+    header = _header(source)
+    job["pairs"] = [list(span) for key, span in header.spans.items() if key not in REPLACED]
+    job["tensors"] = [
+        {"name": t.name, "shape": t.shape, "type": t.type, "start": header.data_start + t.offset, "bytes": t.nbytes}
+        for t in header.tensors
+    ]
     # llama.cpp makes the head of a Q4_0 file Q6_K, which gguf-py cannot write: Q8_0 is the nearest it can, and better
     job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind}
     total = 4.0 * source.stat().st_size / 2
@@ -215,27 +223,26 @@ def quantize(
 
 def tensor_types(path: Path) -> dict[str, int]:
     """How many tensors of each GGML type a GGUF file really has, read from its header."""
-    import gguf
-
-    counts: dict[str, int] = {}
-    for tensor in gguf.GGUFReader(str(path)).tensors:
-        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
-    return dict(sorted(counts.items()))
+    return _header(path).type_counts()
 
 
-def metadata(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Metadata values of a GGUF file by key; a key that is not there is left out."""
-    import gguf
-
-    fields = gguf.GGUFReader(str(path)).fields
-    return {key: fields[key].contents() for key in keys if key in fields}
+def architecture(path: Path) -> str:
+    """llama.cpp's name for the architecture of a GGUF file."""
+    return _header(path).architecture
 
 
-def imatrix_names(modules: list[str], architecture: str, layers: int) -> dict[str, str]:
+def _header(path: Path) -> Header:
+    try:
+        return read_header(path)
+    except BadHeader as error:
+        raise ToolError(f"llama.cpp wrote a GGUF file that cannot be read: {error}.", why=f"It is {path}.") from error
+
+
+def imatrix_names(modules: list[str], family: str, layers: int) -> dict[str, str]:
     """GGUF tensor name for each Hugging Face module name, by gguf-py's own table; unknown modules are left out."""
     import gguf
 
-    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[family]
     table = gguf.get_tensor_name_map(arch, layers)
     names = {module: table.get_name(module) for module in modules}
     return {module: f"{name}.weight" for module, name in names.items() if name}

@@ -247,7 +247,7 @@ def _imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path
 
     squares, source = input_squares(job, samples)
     steps += [samples.step, source] if not job.verify else [source]
-    architecture = llamacpp.metadata(whole, ("general.architecture",))["general.architecture"]
+    architecture = llamacpp.architecture(whole)
 
     def make(folder: Path, cost: Cost) -> None:
         import numpy as np

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packager.bundle.assemble import sha256
-from packager.bundle.gguf_header import BadHeader, read_header
 from packager.bundle.manifest import MANIFEST, SUMS, FileEntry, Manifest, is_inside, load
 from packager.errors import VerifyFailed
+from packager.gguf_header import BadHeader, read_header
 from packager.progress import Progress, Silent
 
 Kind = Literal["missing", "changed", "extra", "link", "unsafe", "unreadable", "schema", "sums", "model"]

@@ -1,14 +1,19 @@
 """Quantizes a GGUF file with gguf-py's own numpy quantizers: ``quantize_numpy.py JOB.json``.
 
-JOB.json: {"source", "output", "type": "F16"|"BF16"|"Q8_0"|"Q4_0", "head_type", "file_type": int, "threads": int}.
+JOB.json: {"source", "output", "type": "F16"|"BF16"|"Q8_0"|"Q4_0", "head_type", "file_type": int, "threads": int,
+"pairs": [[first byte, end], …] of the key-value pairs to keep, "tensors": [{"name", "shape" (fastest first), "type",
+"start", "bytes"}, …]}; bytes and starts are those of the source file.
 The layout (key order, tensor order by layer then name) is llama-quantize's, so that equal tensors make equal files.
+Pairs are copied as they stand: decoding a vocabulary of 150 000 tokens to write it again takes gguf-py half a minute.
 Runs with the gguf-py of the pinned llama.cpp first on its path. Prints ``{"done", "total"}`` lines, bytes of float32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +23,9 @@ import gguf
 import numpy as np
 
 BLOCKS = 1 << 14  # blocks of 32 a chunk: 2 MB of float32 stays in the second-level cache
-REPLACED = ("general.quantization_version", "general.file_type")
+ALIGNMENT = 32
+UINT32 = 4  # GGUF's number for the type of a value
+Types = gguf.GGMLQuantizationType
 
 
 def order(name: str) -> tuple[int, str]:
@@ -26,31 +33,27 @@ def order(name: str) -> tuple[int, str]:
     return (int(layer[1]) if layer else -1, name)
 
 
-def wanted_type(tensor: Any, kind: str, head_kind: str, tied: bool) -> Any:
+def wanted_type(tensor: dict[str, Any], kind: str, head_kind: str, tied: bool) -> Any:
     """The type a tensor gets: norms, biases and 1-D tensors stay; the head (or the tied embedding) has its own."""
-    if len(tensor.shape) < 2 or "norm" in tensor.name or not tensor.name.endswith("weight"):
-        return tensor.tensor_type
-    is_head = tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight")
-    wanted = gguf.GGMLQuantizationType[head_kind if is_head else kind]
-    block = gguf.GGML_QUANT_SIZES[wanted][0]
-    if int(tensor.shape[0]) % block:
-        return gguf.GGMLQuantizationType.F16
-    return wanted
+    name: str = tensor["name"]
+    if len(tensor["shape"]) < 2 or "norm" in name or not name.endswith("weight"):
+        return Types[tensor["type"]]
+    is_head = name == "output.weight" or (tied and name == "token_embd.weight")
+    wanted = Types[head_kind if is_head else kind]
+    return Types.F16 if tensor["shape"][0] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def as_float(tensor: Any, start: int, stop: int) -> Any:
-    """Elements start:stop of a float tensor as float32 (read through the memory map, so only these are touched)."""
-    flat = tensor.data.reshape(-1)
-    if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
-        halves = flat.view(np.uint16)[start:stop]
-        return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return flat[start:stop].astype(np.float32)
+def as_float(data: Any, kind: Any, start: int, stop: int) -> Any:
+    """Elements start:stop of a float tensor's bytes as float32 (through the memory map: only these are touched)."""
+    if kind == Types.BF16:
+        return (data.view("<u2")[start:stop].astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return data.view({Types.F32: "<f4", Types.F16: "<f2"}[kind])[start:stop].astype(np.float32)
 
 
 def convert(kind: Any, values: Any) -> bytes:
-    if kind == gguf.GGMLQuantizationType.F32:
+    if kind == Types.F32:
         return bytes(values.tobytes())
-    if kind == gguf.GGMLQuantizationType.F16:
+    if kind == Types.F16:
         with np.errstate(over="ignore"):
             halves = values.astype(np.float16)
         if not np.isfinite(halves).all():
@@ -58,70 +61,70 @@ def convert(kind: Any, values: Any) -> bytes:
         return bytes(halves.tobytes())
     return (
         bytes(gguf.quants.quantize(values.reshape(1, -1), kind).tobytes())
-        if kind == gguf.GGMLQuantizationType.BF16
+        if kind == Types.BF16
         else blocks_of(kind, values)
     )
 
 
 def blocks_of(kind: Any, values: Any) -> bytes:
-    codec = {gguf.GGMLQuantizationType.Q8_0: gguf.quants.Q8_0, gguf.GGMLQuantizationType.Q4_0: gguf.quants.Q4_0}[kind]
+    codec = {Types.Q8_0: gguf.quants.Q8_0, Types.Q4_0: gguf.quants.Q4_0}[kind]
     return bytes(codec.quantize_blocks(values.reshape(-1, codec.block_size)).tobytes())
 
 
-def main(job: dict[str, Any]) -> None:
-    reader = gguf.GGUFReader(job["source"])
-    tensors = sorted(reader.tensors, key=lambda tensor: order(tensor.name))
-    tied = not any(tensor.name == "output.weight" for tensor in tensors)
-    kinds = {t.name: wanted_type(t, job["type"], job["head_type"], tied) for t in tensors}
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    writer = gguf.GGUFWriter(job["output"], fields["general.architecture"].contents())
-    for name, field in fields.items():
-        if name in REPLACED or name == "general.architecture":
-            continue
-        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(job["file_type"])
+def padded(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+
+
+def header(job: dict[str, Any], source: Any, tensors: list[dict[str, Any]], kinds: dict[str, Any]) -> bytes:
+    """Everything before the tensor data, as ggml's docs/gguf.md lays it out."""
+    pairs = [source[start:stop].tobytes() for start, stop in job["pairs"]]
+    values = {"general.quantization_version": gguf.GGML_QUANT_VERSION, "general.file_type": job["file_type"]}
+    pairs += [text(key) + struct.pack("<II", UINT32, value) for key, value in values.items()]
+    infos, offset = [], 0
     for tensor in tensors:
-        kind = kinds[tensor.name]
-        shape = [int(n) for n in reversed(tensor.shape)]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        count = int(np.prod(shape))
-        in_bytes = kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)  # numpy has no such type
-        writer.add_tensor_info(
-            tensor.name,
-            gguf.quants.quant_shape_to_byte_shape(shape, kind) if in_bytes else shape,
-            np.dtype(np.uint8) if in_bytes else np.dtype(np.float32 if size == 4 else np.float16),
-            count // block * size,
-            raw_dtype=kind,
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    assert writer.fout is not None
-    out = writer.fout[0]
-    writer.write_padding(out, out.tell())
-    total = sum(int(np.prod(t.shape)) * 4 for t in tensors)
+        shape, kind = tensor["shape"], kinds[tensor["name"]]
+        infos.append(text(tensor["name"]) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset))
+        offset += padded(size_as(shape, kind))
+    start = struct.pack("<4sIQQ", b"GGUF", gguf.GGUF_VERSION, len(tensors), len(pairs))
+    whole = start + b"".join(pairs) + b"".join(infos)
+    return whole.ljust(padded(len(whole)), b"\0")
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def size_as(shape: list[int], kind: Any) -> int:
+    """Bytes of a tensor of this shape in a type."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // int(block) * int(size)
+
+
+def main(job: dict[str, Any]) -> None:
+    source = np.memmap(job["source"], mode="r", dtype=np.uint8)
+    tensors = sorted(job["tensors"], key=lambda tensor: order(tensor["name"]))
+    tied = not any(tensor["name"] == "output.weight" for tensor in tensors)
+    kinds = {t["name"]: wanted_type(t, job["type"], job["head_type"], tied) for t in tensors}
+    total = sum(math.prod(tensor["shape"]) * 4 for tensor in tensors)
     done = 0
-    with ThreadPoolExecutor(job["threads"]) as pool:
+    with Path(job["output"]).open("wb") as out, ThreadPoolExecutor(job["threads"]) as pool:
+        out.write(header(job, source, tensors, kinds))
         for tensor in tensors:
-            count = int(np.prod(tensor.shape))
-            kind = kinds[tensor.name]
-            if kind == tensor.tensor_type:
-                out.write(np.ascontiguousarray(tensor.data).tobytes())
-                written = tensor.n_bytes
+            count, kind, before = math.prod(tensor["shape"]), kinds[tensor["name"]], Types[tensor["type"]]
+            data: Any = source[tensor["start"] : tensor["start"] + tensor["bytes"]]
+            written = 0
+            if kind == before:
+                written = out.write(data)
             else:
                 step = BLOCKS * 32
                 spans = [(start, min(start + step, count)) for start in range(0, count, step)]
-                written = 0
                 for group in range(0, len(spans), 4 * job["threads"]):  # a bounded number of chunks in memory
                     part = spans[group : group + 4 * job["threads"]]
-                    for data in pool.map(lambda s, t=tensor, k=kind: convert(k, as_float(t, *s)), part):
-                        out.write(data)
-                        written += len(data)
-            writer.write_padding(out, written)
+                    for made in pool.map(lambda s, d=data, b=before, k=kind: convert(k, as_float(d, b, *s)), part):
+                        written += out.write(made)
+            out.write(bytes(padded(written) - written))
             done += count * 4
             print(json.dumps({"done": done, "total": total}), flush=True)
-    writer.close()
 
 
 if __name__ == "__main__":

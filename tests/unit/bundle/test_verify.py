@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from packager.bundle.assemble import assemble
-from packager.bundle.gguf_header import BadHeader, read_header
 from packager.bundle.verify import verify
 from packager.errors import VerifyFailed
+from packager.gguf_header import BadHeader, read_header
 from packager.progress import Silent
 from tests.unit.bundle.parts import contents, gguf
 

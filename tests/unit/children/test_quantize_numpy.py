@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from packager.children import quantize_numpy as child  # noqa: E402 - it imports
 TYPES = gguf.GGMLQuantizationType
 
 
-def tensor(name: str, *shape: int, kind: str = "BF16") -> Any:
-    return SimpleNamespace(name=name, shape=shape, tensor_type=TYPES[kind])
+def tensor(name: str, *shape: int, kind: str = "BF16") -> dict[str, Any]:
+    return {"name": name, "shape": list(shape), "type": kind}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_bf16_is_read_as_float32() -> None:
     """The sixteen bits are the upper half of a float32."""
     values = np.array([1.0, -2.5, 3.140625, 0.0], dtype=np.float32)
     halves = (values.view(np.uint32) >> 16).astype(np.uint16)
-    found = child.as_float(SimpleNamespace(tensor_type=TYPES.BF16, data=halves.view(np.uint8)), 1, 3)
+    found = child.as_float(halves.view(np.uint8), TYPES.BF16, 1, 3)
     assert found.tolist() == [-2.5, 3.140625]
 
 

@@ -43,7 +43,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """version: of the format. data_start: file offset of the tensor data. size: of the file, bytes."""
+    """version: of the format. data_start: file offset of the tensor data. size: of the file, bytes. spans: where each
+    key-value pair stands in the file, from the first byte to the one after its last.
+    """
 
     version: int
     architecture: str
@@ -53,6 +55,7 @@ class Header:
     tensors: tuple[Tensor, ...]
     pairs: int
     values: dict[str, object] = field(default_factory=dict)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         """Tensors that overlap, are not aligned, or lie outside the file (a truncated copy)."""
@@ -137,16 +140,19 @@ def read_header(path: Path) -> Header:
         count, pairs = reader.number("Q"), reader.number("Q")
         if count > MOST_TENSORS or pairs > MOST_PAIRS:
             raise BadHeader(f"{count} tensors and {pairs} values are not plausible")
-        values = {}
+        values, spans = {}, {}
         for _ in range(pairs):
+            begin = stream.tell()
             key = reader.text()
             values[key] = reader.value(reader.number("I"))
+            spans[key] = (begin, stream.tell())
         tensors = tuple(_tensor(reader) for _ in range(count))
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise BadHeader(f"an alignment of {alignment!r} is not a power of two")
         start = math.ceil(stream.tell() / alignment) * alignment
-    return Header(version, str(values.get("general.architecture", "")), alignment, start, size, tensors, pairs, values)
+    architecture = str(values.get("general.architecture", ""))
+    return Header(version, architecture, alignment, start, size, tensors, pairs, values, spans)
 
 
 def _tensor(reader: _Reader) -> Tensor:
