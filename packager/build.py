@@ -230,6 +230,7 @@ def _assemble(
         extra=artifact.extra,
         runtimes=runtimes_folder(),
         wheels=wheels,
+        store=job.store.root,
         report=artifact.report,
         provenance={**artifact.provenance, "sources": dict(sources), "packager": __version__},
     )

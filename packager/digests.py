@@ -16,13 +16,13 @@ CHUNK_BYTES = 1 << 20
 
 
 def file_digest(path: Path, cache: Path, task: Task | None = None) -> str:
-    """SHA-256 of a file in hex, remembered under ``cache`` by (path, size, mtime_ns, inode).
+    """SHA-256 of a file in hex, remembered under ``cache`` by (path, size, mtime_ns, ctime_ns, inode).
 
     Links are followed. Raises InputError when the file changes while it is read.
     """
     real = path.resolve()
     before = real.stat()
-    key = f"{real}\n{before.st_size}\n{before.st_mtime_ns}\n{before.st_ino}"
+    key = f"{real}\n{before.st_size}\n{before.st_mtime_ns}\n{before.st_ctime_ns}\n{before.st_ino}"
     remembered = cache / "digests" / hashlib.sha256(key.encode()).hexdigest()
     try:
         digest = remembered.read_text(encoding="ascii").strip()

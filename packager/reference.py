@@ -14,6 +14,7 @@ from typing import Any
 
 from packager import calibration
 from packager.calibration import Calibration, Message, general, split, spread
+from packager.errors import InputError
 from packager.recipe import Job
 from packager.store import Cost, Step, code_digest
 from packager.tools import CHILDREN, follow, version_of
@@ -87,11 +88,23 @@ def make_samples(job: Job) -> Samples:
     step = job.store.step("samples", inputs, make, progress=job.progress)
     found = step.read_json("samples.json")
     prompts = contract_prompts(builtin.conversations, own.conversations if own else ()) if templated else []
+    kept = [
+        {**prompt, "messages": messages} for prompt, messages in zip(found["prompts"], prompts, strict=True) if prompt
+    ]
+    if len(kept) < len(prompts):
+        refusal = found["refusal"] or "it gave no reason"
+        if not kept:
+            raise InputError(
+                f"the chat template of {checkpoint.name} refuses every conversation: {refusal}.",
+                fix="Compare it with the base model's chat template; a tokenizer without one can be packaged too.",
+            )
+        job.progress.note(
+            f"the chat template refuses {len(prompts) - len(kept)} of {len(prompts)} sample conversations "
+            f"({refusal}); the others are checked"
+        )
     return Samples(
         sequences=_sequences(found, builtin, own, templated),
-        prompts=tuple(
-            {**prompt, "messages": messages} for prompt, messages in zip(found["prompts"], prompts, strict=True)
-        ),
+        prompts=tuple(kept),
         calibration=tuple(_calibration(found, own)),
         step=step,
     )
@@ -108,6 +121,7 @@ def _sequences(
     if templated:
         count = len(builtin.conversations)
         rendered = found["conversations"][-count:] + found["conversations"][:-count][:8]
+        rendered = [ids for ids in rendered if ids]  # without those that the template refuses
     else:
         rendered = found["texts"][-len(builtin.conversations) :]
     cut = [ids[:LONGEST] for ids in rendered]
@@ -123,7 +137,7 @@ def _calibration(found: Mapping[str, Any], own: Calibration | None) -> list[list
     """
     general_part = split(found["texts"][len(own.texts) if own else 0], LONGEST)
     mine: list[list[int]] = []
-    for ids in [*found["conversations"], *(found["texts"][: len(own.texts)] if own else [])]:
+    for ids in [*filter(None, found["conversations"]), *(found["texts"][: len(own.texts)] if own else [])]:
         mine += split(ids, LONGEST)
     room = CALIBRATION_TOKENS
     chosen: list[list[int]] = []

@@ -24,6 +24,8 @@ from packager.errors import MachineError
 from packager.progress import Progress
 
 RECORD = "step.json"
+# One time for every file (1 January 1980, the oldest a zip can hold), so that archives of equal bundles are equal.
+FIXED_TIME = 315532800
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Store:
                     "step": name,
                     "inputs": dict(inputs),
                     "files": files,
+                    "time": FIXED_TIME,
                     "seconds": round(seconds, 3),
                     "peak_rss_bytes": cost.peak_rss_bytes,
                 }
@@ -143,15 +146,15 @@ class Store:
             return None
         try:
             record = json.loads((final / RECORD).read_text(encoding="utf-8"))
-            whole = all((final / file).is_file() and (final / file).stat().st_size == size
-                        for file, size in record["files"].items())
+            time_set = record.get("time")  # a bundle may be a second name of a file: whoever edits it changes its time
+            whole = all(_is_as_made(final / file, size, time_set) for file, size in record["files"].items())
             peak = int(record["peak_rss_bytes"])
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             whole, peak = False, 0
         if not whole:
             raise MachineError(
-                f"the store's copy of step {name} is damaged: a file of {final} is missing or has another size.",
-                why="Something outside the packager changed the store.",
+                f"the store's copy of step {name} is damaged: a file of {final} is missing or was changed.",
+                why="Something outside the packager changed the store, or a bundle that shares its files.",
                 fix=f"Remove the folder {final} and run the same command again.",
             )
         return Step(name, key, final, 0.0, peak, reused=True)
@@ -201,10 +204,21 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _is_as_made(file: Path, size: int, time_set: int | None) -> bool:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return False
+    return found.st_size == size and time_set in (None, int(found.st_mtime))
+
+
 def flush_tree(folder: Path) -> None:
-    """fsync every file and folder under ``folder``, so that a rename publishes what is really on the disk."""
+    """fsync every file and folder under ``folder``, so that a rename publishes what is really on the disk; every file
+    gets the one fixed time.
+    """
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
+            os.utime(path, (FIXED_TIME, FIXED_TIME))
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:

@@ -197,7 +197,7 @@ def build(console: Console, request: Request, out: Path) -> None:
 def verify(console: Console, bundle: Path) -> None:
     from packager.bundle.verify import verify as check
 
-    report = check(bundle)
+    report = check(bundle, console)
     document = report.as_dict()
     if not report.problems:
         console.result(document, lambda: console.line(f"{bundle}: whole, {report.files} files, {size(report.bytes)}."))
@@ -208,13 +208,11 @@ def verify(console: Console, bundle: Path) -> None:
             console.line(f"  - {problem.kind}: {problem.path}: {problem.detail}")
 
     console.result(document, render)
-    error = VerifyFailed(
-        f"{bundle} failed verification: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}.",
-        why=f"{report.problems[0].path}: {report.problems[0].detail}",
-        fix="Copy the bundle again, or build it again; do not install it.",
-    )
-    error.shown = True
-    raise error
+    try:
+        report.raise_if_bad()
+    except VerifyFailed as error:
+        error.shown = True
+        raise
 
 
 def bench(

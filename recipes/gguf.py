@@ -18,6 +18,7 @@ from packager.store import RECORD, code_digest
 if TYPE_CHECKING:
     from packager.checkpoint import Checkpoint
     from packager.reference import Samples
+    from packager.scoring import Scored
     from packager.store import Cost, Step
     from packager.target import Target
 
@@ -100,6 +101,7 @@ def build(job: Job, options: Options) -> Artifact:
     from packager import llamacpp, ollama
     from packager.fidelity import compare, require_equal
     from packager.reference import make_samples, source_scores
+    from packager.scoring import require_contract
 
     steps: list[Step] = []
     whole = _unquantized(job, steps)
@@ -111,7 +113,7 @@ def build(job: Job, options: Options) -> Artifact:
         steps += [samples.step, step]
         exact = _exact_form(job, whole, steps)
         found = _score(job, exact, "unquantized", samples, steps)
-        _require_contract(job, samples, found)
+        require_contract(job, samples, found, "the GGUF's own tokenizer")
         score = compare(source, found.distributions, samples.targets)
         require_equal(score, "the unquantized GGUF")
         report["unquantized"] = {"run_as": exact_type(job, whole, exact), **score.as_dict()}
@@ -261,22 +263,11 @@ def _imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path
     return step.path / "imatrix.npz"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What the runtime answered: distributions a position, the GGUF tokenizer's ids and the box's rendered ids."""
-
-    distributions: list[dict[int, float]]
-    tokenized: list[list[int]]
-    rendered: list[list[int]]
-
-
 def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
-    """Score a GGUF through the box's own runtime, run from a copy of exactly what ships."""
-    from packager.fidelity import positions_of
-    from packager.reference import TOP
-    from packager.tools import follow, version_of
+    """Score a GGUF through the engine that serves it."""
+    from packager.scoring import score
+    from packager.tools import version_of
 
-    runtime = _runtime(job)
     tokenizer = _tokenizer_files(job)
     run = {
         **_run(job, Options(), model),
@@ -285,92 +276,16 @@ def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]
         "slots": 1,
         **{key: str(tokenizer[Path(name).name]) for key, name in _tokenizer_paths(job.checkpoint).items()},
     }
-    positions = sum(len(sequence["positions"]) for sequence in samples.sequences)
-
-    def make(folder: Path, cost: Cost) -> None:
-        follow(
-            "runtimes",
-            {
-                "run": run,
-                "top": TOP,
-                "sequences": list(samples.sequences),
-                "tokenize": [prompt["text"] for prompt in samples.prompts],
-                "max_rss_bytes": SCORE_CACHE,
-            },
-            f"scoring the {what} GGUF",
-            job.progress,
-            cost,
-            work=folder,
-            total=float(positions),
-            unit="positions",
-            path=[runtime.path],
-            arguments=["score", "--input", "{job}", "--output", folder / "scores.json"],
-        )
-        if samples.prompts:
-            follow(
-                "runtimes",
-                {"run": run, "conversations": [prompt["messages"] for prompt in samples.prompts]},
-                "rendering as the box does",
-                job.progress,
-                cost,
-                work=folder,
-                path=[runtime.path],
-                arguments=["render", "--input", "{job}", "--output", folder / "rendered.json"],
-            )
-
-    step = job.store.step(
-        "score",
-        {
-            "model": model.parent.name,
-            "samples": samples.step.key,
-            "runtime": runtime.key,
-            "top": TOP,
-            "engine": version_of("xllamacpp"),
-        },
-        make,
-        progress=job.progress,
+    found, step = score(
+        job,
+        run,
+        samples,
+        what=f"the {what} GGUF",
+        inputs={"model": model.parent.name, "engine": version_of("xllamacpp")},
+        max_rss_bytes=SCORE_CACHE,
     )
     steps.append(step)
-    scored = step.read_json("scores.json")
-    rendered = step.read_json("rendered.json")["ids"] if samples.prompts else []
-    return Scored(positions_of(scored), scored["tokenized"], rendered)
-
-
-def _runtime(job: Job) -> Step:
-    """A folder with the copy of runtimes/ that this recipe's bundle carries."""
-    from packager.bundle.assemble import runtime_files, sha256
-    from packager.catalog import runtimes_folder
-
-    source = runtimes_folder()
-    names = runtime_files("llamacpp")
-
-    def make(folder: Path, cost: Cost) -> None:
-        import shutil
-
-        (folder / "runtimes").mkdir()
-        for name in names:
-            shutil.copyfile(source / name, folder / "runtimes" / name)
-
-    return job.store.step("runtime", {name: sha256(source / name) for name in names}, make, progress=job.progress)
-
-
-def _require_contract(job: Job, samples: Samples, found: Scored) -> None:
-    from packager.contract import require_one_bos, require_same
-
-    require_one_bos(samples.prompts, job.checkpoint.tokenizer.bos_id)
-    require_same(
-        samples.prompts,
-        found.tokenized,
-        "the GGUF's own tokenizer",
-        "The tokenizer.json has a pre-tokenizer or added tokens that llama.cpp reads otherwise: compare "
-        "it with the base model's.",
-    )
-    require_same(
-        samples.prompts,
-        found.rendered,
-        "the server on the box",
-        "Report the chat template: the server must render it as transformers does.",
-    )
+    return found
 
 
 def _require_changed(quant: str, types: Mapping[str, int]) -> None:

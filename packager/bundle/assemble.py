@@ -23,15 +23,15 @@ from typing import Any
 from packager.bundle.installer import box_files
 from packager.bundle.manifest import MANIFEST, SUMS, FileEntry, Manifest, Needs, is_inside, to_json
 from packager.bundle.wheels import WheelSet
+from packager.digests import hash_file
 from packager.errors import InputError, MachineError, PackagerError
 from packager.progress import Progress, Task
+from packager.store import FIXED_TIME, flush_folder
 
 CHUNK = 1 << 22
 FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-# One time for every file (1 January 1980, the oldest a zip can hold), so that archives of equal bundles are equal.
-MTIME = 315532800
 
 # What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
 RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
@@ -48,7 +48,7 @@ class Contents:
 
     name: the model's name. target: {"name", "digest"}. recipe: {"name", "options"}. files: name under model/ -> file.
     extra: name at the top level -> file or folder. wheels: None for a target whose server is not ours. runtimes: the
-    folder to copy the allow-listed runtime files from.
+    folder to copy the allow-listed runtime files from. store: files below this folder may be hard-linked.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Contents:
     report: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Path] = field(default_factory=dict)
+    store: Path | None = None
 
     @property
     def bundle(self) -> str:
@@ -79,12 +80,6 @@ class Assembled:
     manifest: Manifest
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def runtime_files(engine: str) -> tuple[str, ...]:
     """The files of runtimes/ that a bundle for an engine carries. Raises PackagerError for an unknown engine."""
     if engine not in RUNTIME_ENGINES:
@@ -93,7 +88,9 @@ def runtime_files(engine: str) -> tuple[str, ...]:
     return tuple(sorted({*RUNTIME_COMMON, *RUNTIME_ENGINES[engine]}))
 
 
-def assemble(contents: Contents, out: Path, progress: Progress, *, digest: Callable[[Path], str] = sha256) -> Assembled:
+def assemble(
+    contents: Contents, out: Path, progress: Progress, *, digest: Callable[[Path], str] = hash_file
+) -> Assembled:
     """Publish the bundle at ``out/<bundle>`` and return it.
 
     digest: sha256 of a file; hand in one that remembers, and an unchanged bundle is recognised without reading it. A
@@ -118,7 +115,7 @@ def assemble(contents: Contents, out: Path, progress: Progress, *, digest: Calla
         out.mkdir(parents=True, exist_ok=True)
         with _sibling(goal) as work:
             with progress.step(f"bundle {contents.bundle}", total=total, unit="B") as task:
-                _fill(work, texts, sources, entries, task)
+                _fill(work, texts, sources, entries, task, contents.store)
             _publish(work, goal)
     except OSError as error:
         raise MachineError(f"The bundle could not be written to {out}.", why=str(error),
@@ -220,7 +217,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _fill(work: Path, texts: Mapping[str, bytes], sources: Mapping[str, Path], entries: list[FileEntry],
-          task: Task) -> None:
+          task: Task, store: Path | None) -> None:
     expected = {entry.path: entry.sha256 for entry in entries}
     for path in sorted([*texts, *sources]):
         goal = work / PurePosixPath(path)
@@ -231,22 +228,34 @@ def _fill(work: Path, texts: Mapping[str, bytes], sources: Mapping[str, Path], e
                 stream.flush()
                 os.fsync(stream.fileno())
             task.advance(len(texts[path]))
+        elif store and _link(sources[path], goal, store):
+            task.advance(goal.stat().st_size)
         elif _copy(sources[path], goal, task) not in (None, expected[path]):
             raise PackagerError(f"{sources[path]} changed while it was copied into the bundle.", fix="Build again.")
-        goal.chmod(0o755 if path.endswith(".sh") else 0o644)
-        os.utime(goal, (MTIME, MTIME))
+        goal.chmod(0o444 if path.startswith("model/") else 0o755 if path.endswith(".sh") else 0o644)
+        os.utime(goal, (FIXED_TIME, FIXED_TIME))
     folders = sorted((folder for folder in work.rglob("*") if folder.is_dir()), reverse=True)
     for folder in [*folders, work]:
         folder.chmod(0o755)
-        _fsync(folder)
-        os.utime(folder, (MTIME, MTIME))
+        flush_folder(folder)
+        os.utime(folder, (FIXED_TIME, FIXED_TIME))
+
+
+def _link(source: Path, goal: Path, store: Path) -> bool:
+    """Give a file of the store a second name, where it is the store's own and on this disk: 1.6 GB take no time and no
+    room. Both names are read-only, and a store file that was changed all the same is noticed by its time.
+    """
+    if source.is_symlink() or not source.resolve().is_relative_to(store.resolve()):
+        return False
+    try:
+        goal.hardlink_to(source)
+    except OSError:  # another disk, or a filesystem without links
+        return False
+    return True
 
 
 def _copy(source: Path, goal: Path, task: Task) -> str | None:
-    """Copy to disk; the sha256 of what was copied, or None when the blocks are shared with the source.
-
-    Never a hard link: whoever edits a bundle would edit the store.
-    """
+    """Copy to disk; the sha256 of what was copied, or None when the blocks are shared with the source."""
     with source.open("rb") as reader, goal.open("wb") as writer:
         try:
             if sys.platform == "linux":
@@ -277,7 +286,7 @@ def _publish(work: Path, goal: Path) -> None:
         except OSError:
             if attempt == 4 or not goal.exists():
                 raise  # else another build was faster: look again
-    _fsync(goal.parent)
+    flush_folder(goal.parent)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -289,11 +298,3 @@ def _exchange(one: Path, other: Path) -> None:
     other.rename(aside)
     one.rename(other)
     aside.rename(one)
-
-
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

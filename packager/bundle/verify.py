@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from packager.bundle.assemble import sha256
 from packager.bundle.manifest import MANIFEST, SUMS, FileEntry, Manifest, is_inside, load
+from packager.digests import hash_file
 from packager.errors import VerifyFailed
 from packager.gguf_header import BadHeader, read_header
 from packager.progress import Progress, Silent
@@ -51,14 +51,17 @@ class Report:
                 "model": self.model, "problems": [asdict(problem) for problem in self.problems]}
 
     def raise_if_bad(self) -> None:
-        """Raise VerifyFailed, which names every problem, when there is one."""
+        """Raise VerifyFailed, which names the first problem, when there is one."""
         if self.problems:
-            listed = "; ".join(f"{problem.kind} {problem.path}: {problem.detail}" for problem in self.problems[:20])
-            raise VerifyFailed(f"{self.bundle.name} failed verification: {len(self.problems)} problem(s).", why=listed,
-                               fix="Copy the bundle again, or build it again.")
+            first, count = self.problems[0], len(self.problems)
+            raise VerifyFailed(
+                f"{self.bundle} failed verification: {count} problem{'s' * (count > 1)}.",
+                why=f"{first.kind} {first.path}: {first.detail}",
+                fix="Copy the bundle again, or build it again; do not install it.",
+            )
 
 
-def verify(bundle: Path, progress: Progress | None = None, *, digest: Callable[[Path], str] = sha256) -> Report:
+def verify(bundle: Path, progress: Progress | None = None, *, digest: Callable[[Path], str] = hash_file) -> Report:
     """Compare a bundle with its own manifest, sums, schema and model header; never raises for a damaged bundle."""
     progress = progress or Silent()
     try:

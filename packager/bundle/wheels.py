@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from packager.digests import hash_file
 from packager.errors import InputError, NetworkError, PackagerError, PlanRefused, ToolError
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, 
     files = _checked(home, entries, wanted, platforms)
     used = [entry for entry in entries if any(entry in needed for needed in wanted.values())]
     header = "# Every package the server needs, with hashes; installed with --require-hashes --no-deps.\n"
-    bundled = {_sha256(file) for file in files}  # the lock also knows source archives and other platforms
+    bundled = {hash_file(file) for file in files}  # the lock also knows source archives and other platforms
     lines = "".join(replace(entry, hashes=tuple(h for h in entry.hashes if h in bundled)).line(marker=True) + "\n"
                     for entry in used if entry.name != "pip")
     return WheelSet(files, header + lines)
@@ -210,7 +211,7 @@ def _checked(home: Path, entries: Sequence[Locked], wanted: Mapping[str, Sequenc
     """The wheels of a cached set; a cache is not trusted: every file must have a hash of the lock, none may lack."""
     known = {digest for entry in entries for digest in entry.hashes}
     wheels = tuple(sorted(home.glob("*.whl")))
-    changed = [wheel.name for wheel in wheels if _sha256(wheel) not in known]
+    changed = [wheel.name for wheel in wheels if hash_file(wheel) not in known]
     lacking = {entry.name for python, needed in wanted.items() for entry in _lacking(needed, home, python, platforms)}
     if changed or lacking:
         raise ToolError(f"The cached wheels are not those of the lock: {', '.join([*changed, *sorted(lacking)])}.",
@@ -274,8 +275,3 @@ def _publish(work: Path, home: Path) -> None:
     except OSError:
         if not home.is_dir():  # else another build was faster with the same files
             raise
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,8 +1,9 @@
 """Renders and tokenizes text with the checkpoint's own tokenizer, as training did: ``samples.py JOB.json``.
 
 JOB.json: {"checkpoint", "conversations": [[{"role", "content"}, …], …], "prompts": [same], "texts": [str, …],
-"output"}. Writes {"conversations": [ids, …], "prompts": [{"ids", "text"}, …], "texts": [ids, …]}: conversations whole,
-prompts with the generation prompt, both by transformers' ``apply_chat_template``.
+"output"}. Writes {"conversations": [ids, …], "prompts": [{"ids", "text"}, …], "texts": [ids, …], "refusal"}:
+conversations whole, prompts with the generation prompt, both by transformers' ``apply_chat_template``. A conversation
+that the chat template refuses (Gemma 2 takes no system role) is null there, and refusal has the template's last words.
 """
 
 from __future__ import annotations
@@ -19,15 +20,24 @@ def render(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> l
 
 
 def main(job: dict[str, Any]) -> None:
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["checkpoint"], local_files_only=True)
-    found: dict[str, Any] = {"conversations": [], "prompts": [], "texts": []}
+    found: dict[str, Any] = {"conversations": [], "prompts": [], "texts": [], "refusal": ""}
     for messages in job["conversations"]:
-        found["conversations"].append(render(tokenizer, messages, prompt=False))
+        try:
+            found["conversations"].append(render(tokenizer, messages, prompt=False))
+        except TemplateError as error:
+            found["conversations"].append(None)
+            found["refusal"] = str(error)
     for messages in job["prompts"]:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        found["prompts"].append({"ids": render(tokenizer, messages, prompt=True), "text": text})
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            found["prompts"].append({"ids": render(tokenizer, messages, prompt=True), "text": text})
+        except TemplateError as error:
+            found["prompts"].append(None)
+            found["refusal"] = str(error)
     for text in job["texts"]:
         found["texts"].append([int(token) for token in tokenizer(text)["input_ids"]])
     Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,21 @@ def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tm
         )
         assert prompt["ids"] == expected
         assert prompt["ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_that_refuses_a_role_keeps_the_other_talks(r1_tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Gemma 2's refuses a system message: those talks are null, with the template's own words, and the rest stay."""
+    folder = tmp_path / "model"
+    shutil.copytree(r1_tokenizer_folder, folder)
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refusal + template, encoding="utf-8")
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    talks = [system, system[1:]]
+    output = tmp_path / "samples.json"
+    job = {"checkpoint": str(folder), "conversations": talks, "prompts": talks, "texts": [], "output": str(output)}
+    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path)
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["refusal"] == "System role not supported"
+    assert [bool(ids) for ids in found["conversations"]] == [False, True]
+    assert [bool(prompt) for prompt in found["prompts"]] == [False, True]

@@ -192,7 +192,9 @@ def test_two_builds_at_once_make_a_step_once(tmp_path: Path, child_environment: 
     assert any("waiting" in text for text in said)
 
 
-@pytest.mark.parametrize("damage", ["removed", "shortened", "record gone", "record broken", "record senseless"])
+@pytest.mark.parametrize(
+    "damage", ["removed", "shortened", "edited", "record gone", "record broken", "record senseless"]
+)
 def test_a_damaged_step_is_found(tmp_path: Path, damage: str) -> None:
     """A step whose files were changed from outside is not used; the error names the folder to remove."""
     step = Store(tmp_path).step("s", INPUTS, writes("abc"), progress=QUIET)
@@ -200,6 +202,8 @@ def test_a_damaged_step_is_found(tmp_path: Path, damage: str) -> None:
         (step.path / "out.txt").unlink()
     elif damage == "shortened":
         (step.path / "out.txt").write_text("", encoding="utf-8")
+    elif damage == "edited":
+        (step.path / "out.txt").write_text("abd", encoding="utf-8")
     elif damage == "record gone":
         (step.path / RECORD).unlink()
     else:

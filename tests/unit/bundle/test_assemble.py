@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from packager.bundle.assemble import RUNTIME_COMMON, RUNTIME_ENGINES, assemble, runtime_files, sha256
+from packager.bundle.assemble import RUNTIME_COMMON, RUNTIME_ENGINES, assemble, runtime_files
+from packager.digests import hash_file
 from packager.errors import InputError, MachineError, PackagerError
 from packager.progress import Silent
 from tests.unit.bundle.parts import ROOT, contents, gguf
@@ -23,7 +24,7 @@ from tests.unit.bundle.parts import ROOT, contents, gguf
 
 def tree(folder: Path) -> dict[str, tuple[int, int, str]]:
     """Path -> mode, time and digest of every file."""
-    return {path.relative_to(folder).as_posix(): (path.stat().st_mode, int(path.stat().st_mtime), sha256(path))
+    return {path.relative_to(folder).as_posix(): (path.stat().st_mode, int(path.stat().st_mtime), hash_file(path))
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -37,6 +38,20 @@ def test_the_same_inputs_give_the_same_bytes_modes_and_times(tmp_path: Path) -> 
         os.umask(old)
     assert tree(one.path) == tree(two.path)
     assert {path.stat().st_mode & 0o777 for path in two.path.rglob("*") if path.is_dir()} == {0o755}
+
+
+def test_the_stores_own_files_are_linked_and_nobody_elses(tmp_path: Path) -> None:
+    """No second copy of a model; a file outside the store, or a link in it, is copied; a linked bundle is equal."""
+    given = contents(tmp_path / "in")
+    copied = assemble(given, tmp_path / "a", Silent()).path
+    linked = assemble(replace(given, store=tmp_path / "in"), tmp_path / "b", Silent()).path
+    assert tree(copied) == tree(linked)
+    source = given.files["model.gguf"]
+    assert (linked / "model" / "model.gguf").samefile(source)
+    assert not (copied / "model" / "model.gguf").samefile(source)
+    assert (linked / "model" / "model.gguf").stat().st_mode & 0o777 == 0o444
+    engine = next(iter((linked / "runtime").rglob("*.py")))
+    assert engine.stat().st_nlink == 1
 
 
 def test_sums_are_in_the_form_that_sha256sum_reads(tmp_path: Path) -> None:
@@ -85,7 +100,7 @@ def test_a_different_model_replaces_the_bundle(tmp_path: Path) -> None:
     other = gguf(tmp_path / "other.gguf", rows=8)
     given = contents(tmp_path / "in")
     built = assemble(replace(given, files={**given.files, "model.gguf": other}), tmp_path / "out", Silent())
-    assert built.fresh and sha256(built.path / "model" / "model.gguf") == sha256(other)
+    assert built.fresh and hash_file(built.path / "model" / "model.gguf") == hash_file(other)
 
 
 def test_two_renames_do_where_the_system_cannot_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +141,7 @@ def test_a_file_that_changes_while_it_is_copied_stops_the_build(tmp_path: Path) 
     given = contents(tmp_path / "in")
 
     def digest(path: Path) -> str:
-        return hashlib.sha256(b"before").hexdigest() if path.name == "tokenizer.json" else sha256(path)
+        return hashlib.sha256(b"before").hexdigest() if path.name == "tokenizer.json" else hash_file(path)
 
     with pytest.raises(PackagerError, match="changed while it was copied"):
         assemble(given, tmp_path / "out", Silent(), digest=digest)

@@ -1,0 +1,133 @@
+"""An artifact's side of every comparison: what the runtime that ships answers, run from a copy of exactly what ships.
+
+Any engine of runtimes/ is scored in the same words: ``runtimes score`` for its distributions and its tokenizer's ids,
+``runtimes render`` for the ids that the server would feed the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from packager.recipe import Job
+    from packager.reference import Samples
+    from packager.store import Cost, Step
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the runtime answered. distributions: token -> log-probability (natural) a position. tokenized: the ids of
+    the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages.
+    """
+
+    distributions: list[dict[int, float]]
+    tokenized: list[list[int]]
+    rendered: list[list[int]]
+
+
+def score(
+    job: Job,
+    run: Mapping[str, Any],
+    samples: Samples,
+    *,
+    what: str,
+    inputs: Mapping[str, object],
+    max_rss_bytes: int,
+) -> tuple[Scored, Step]:
+    """Score an artifact, once.
+
+    run: the manifest's ``run`` table with absolute paths. what: the artifact, in a sentence. inputs: what identifies
+    it. max_rss_bytes: resident memory above which the engine drops what it has mapped. Raises ToolError.
+    """
+    from packager.fidelity import positions_of
+    from packager.reference import TOP
+    from packager.tools import follow
+
+    runtime = runtime_copy(job, str(run["engine"]))
+    positions = sum(len(sequence["positions"]) for sequence in samples.sequences)
+
+    def make(folder: Path, cost: Cost) -> None:
+        follow(
+            "runtimes",
+            {
+                "run": dict(run),
+                "top": TOP,
+                "sequences": list(samples.sequences),
+                "tokenize": [prompt["text"] for prompt in samples.prompts],
+                "max_rss_bytes": max_rss_bytes,
+            },
+            f"scoring {what}",
+            job.progress,
+            cost,
+            work=folder,
+            total=float(positions),
+            unit="positions",
+            path=[runtime.path],
+            arguments=["score", "--input", "{job}", "--output", folder / "scores.json"],
+        )
+        if samples.prompts:
+            follow(
+                "runtimes",
+                {"run": dict(run), "conversations": [prompt["messages"] for prompt in samples.prompts]},
+                "rendering as the box does",
+                job.progress,
+                cost,
+                work=folder,
+                path=[runtime.path],
+                arguments=["render", "--input", "{job}", "--output", folder / "rendered.json"],
+            )
+
+    step = job.store.step(
+        "score",
+        {**inputs, "samples": samples.step.key, "runtime": runtime.key, "top": TOP},
+        make,
+        progress=job.progress,
+    )
+    scored = step.read_json("scores.json")
+    rendered = step.read_json("rendered.json")["ids"] if samples.prompts else []
+    return Scored(positions_of(scored), scored["tokenized"], rendered), step
+
+
+def runtime_copy(job: Job, engine: str) -> Step:
+    """A folder with the copy of runtimes/ that a bundle for this engine carries."""
+    from packager.bundle.assemble import runtime_files
+    from packager.catalog import runtimes_folder
+    from packager.digests import hash_file
+
+    source = runtimes_folder()
+    names = runtime_files(engine)
+
+    def make(folder: Path, cost: Cost) -> None:
+        import shutil
+
+        (folder / "runtimes").mkdir()
+        for name in names:
+            shutil.copyfile(source / name, folder / "runtimes" / name)
+
+    return job.store.step("runtime", {name: hash_file(source / name) for name in names}, make, progress=job.progress)
+
+
+def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) -> None:
+    """Raise GateFailed unless every prompt's ids are transformers' own, with one BOS, in the artifact's tokenizer
+    (named as in a sentence) and in what the server renders.
+    """
+    from packager.contract import require_one_bos, require_same
+
+    require_one_bos(samples.prompts, job.checkpoint.tokenizer.bos_id)
+    require_same(
+        samples.prompts,
+        found.tokenized,
+        tokenizer,
+        "The tokenizer.json has a pre-tokenizer or added tokens that the engine reads otherwise: compare "
+        "it with the base model's.",
+    )
+    require_same(
+        samples.prompts,
+        found.rendered,
+        "the server on the box",
+        "Report the chat template: the server must render it as transformers does.",
+    )
