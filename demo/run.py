@@ -89,7 +89,7 @@ class Demo:
         self.bundle = Path(printed.strip().splitlines()[-1])
         console.print(str(self.bundle), markup=False)
         report = json.loads((self.bundle / "manifest.json").read_text(encoding="utf-8"))["report"]
-        score = report.get("fidelity") or {}
+        score = (report.get("fidelity") or {}).get("general") or {}
         told = f", mean KL {score['kl_mean']:.4f}, top-1 {score['top1']:.1%}" if "kl_mean" in score else ""
         return f"{size(folder_bytes(self.bundle))}{told}"
 
