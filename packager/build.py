@@ -152,6 +152,8 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     start = time.monotonic()
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
+    if recipe.settle:
+        options = recipe.settle(options, samples)
     opened = open_merged(request, store, progress)
     plan = make_plan(opened.checkpoint, target, recipe, options)
     if plan.refusals:

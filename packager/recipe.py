@@ -92,6 +92,7 @@ class Recipe(Generic[Options]):
 
     options: the recipe's own frozen dataclass; ``--set key=value`` and the target's ``[options]`` fill it.
     why_not: None, or one sentence why this checkpoint cannot be built for this target and what would work.
+    settle: decides, before the plan of a build, what the options left to the calibration data ("auto"); None: nothing.
     """
 
     name: str
@@ -102,3 +103,4 @@ class Recipe(Generic[Options]):
     why_not: Callable[[Checkpoint, Target, Options], str | None]
     estimate: Callable[[Checkpoint, Target, Options], Estimate]
     build: Callable[[Job, Options], Artifact]
+    settle: Callable[[Options, Calibration | None], Options] | None = None

@@ -94,7 +94,10 @@ def place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class Streamed:
-    """The decoder of a checkpoint with its layers on the meta device until their turn comes."""
+    """The decoder of a checkpoint with its layers on the meta device until their turn comes.
+
+    on_layer: called with the index of every layer that is done; None when the caller loads and drops the layers itself.
+    """
 
     def __init__(self, folder: Path, on_layer: Any) -> None:
         self.weights = Weights(folder)
@@ -116,20 +119,26 @@ class Streamed:
         if left:
             raise SystemExit(f"the reference cannot stream this architecture: it keeps state in {left[0]}")
         for index, layer in enumerate(self.body.layers):
-            layer.register_forward_pre_hook(lambda module, _args, i=index: self._load(module, i))
-            layer.register_forward_hook(lambda module, _args, _out, i=index: self._drop(module, i, on_layer))
+            if on_layer:
+                layer.register_forward_pre_hook(lambda module, _args, i=index: self.load(module, i))
+                layer.register_forward_hook(lambda module, _args, _out, i=index: self._done(module, i, on_layer))
             if hasattr(layer, "mlp"):
                 row_by_row(layer.mlp)
 
-    def _load(self, layer: nn.Module, index: int) -> None:
+    def load(self, layer: nn.Module, index: int) -> None:
+        """Read the weights of decoder layer ``index`` into its module, in float32."""
         for name, _ in list(layer.named_parameters()):
             place(layer, name, self.weights.read(f"model.layers.{index}.{name}"))
 
-    def _drop(self, layer: nn.Module, index: int, on_layer: Any) -> None:
+    def _done(self, layer: nn.Module, index: int, on_layer: Any) -> None:
+        self.drop(layer)
+        on_layer(index)
+
+    def drop(self, layer: nn.Module) -> None:
+        """Give a layer's weights back to the system."""
         for name, parameter in list(layer.named_parameters()):
             place(layer, name, torch.empty_like(parameter, device="meta"))
         free_memory_back()
-        on_layer(index)
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states, (sequences, tokens, hidden)."""
