@@ -152,12 +152,14 @@ def _calibration(found: Mapping[str, Any], own: Calibration | None) -> list[list
     return chosen
 
 
-def _run(job: Job, samples: Samples, folder: Path, cost: Cost, name: str, **outputs: str | None) -> None:
+def _run(
+    job: Job, samples: Samples, folder: Path, cost: Cost, name: str, model: Path | None = None, **outputs: str | None
+) -> None:
     layers = float(job.checkpoint.shape.layers)
     follow(
         CHILDREN / "reference.py",
         {
-            "checkpoint": str(job.checkpoint.path),
+            "checkpoint": str(model or job.checkpoint.path),
             "sequences": list(samples.sequences),
             "top": TOP,
             "calibration": list(samples.calibration),
@@ -191,11 +193,29 @@ def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], S
         _run(job, samples, folder, cost, "scoring the source", scores=str(folder / "scores.npz"), imatrix=None)
 
     step = job.store.step("reference", {**_inputs(job, samples), "top": TOP}, make, progress=job.progress)
+    return _distributions(step), step
+
+
+def dequantized_scores(job: Job, samples: Samples, model: Step) -> tuple[list[dict[int, float]], Step]:
+    """The same for a GPTQ folder (a step's), its weights dequantized and computed with in float32: what the numbers
+    are worth, not what a serving engine makes of them.
+    """
+
+    def make(folder: Path, cost: Cost) -> None:
+        outputs = {"scores": str(folder / "scores.npz"), "imatrix": None}
+        _run(job, samples, folder, cost, "scoring the dequantized weights", model.path, **outputs)
+
+    inputs = {**_inputs(job, samples), "top": TOP, "model": model.key}
+    step = job.store.step("dequantized", inputs, make, progress=job.progress)
+    return _distributions(step), step
+
+
+def _distributions(step: Step) -> list[dict[int, float]]:
     import numpy as np
 
     with np.load(step.path / "scores.npz", allow_pickle=False) as stored:
         ids, logprobs = stored["ids"].tolist(), stored["logprobs"].tolist()
-    return [dict(zip(row, values, strict=True)) for row, values in zip(ids, logprobs, strict=True)], step
+    return [dict(zip(row, values, strict=True)) for row, values in zip(ids, logprobs, strict=True)]
 
 
 def input_squares(job: Job, samples: Samples) -> tuple[Path, Step]:

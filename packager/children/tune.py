@@ -36,6 +36,7 @@ from packager.children.rounding import Linear
 
 SHRINK = 0.5, 1.25  # bounds of a
 SLOW = 0.25  # a scale's rate, in rounding shifts' rates: one step of it moves all weights of its group
+BATCH = 1024  # tokens of one iteration, padding counted
 STATE = "state.safetensors"
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # hidden states (sequences, tokens, hidden) from the source and from int4
@@ -71,7 +72,7 @@ class Tuner:
         self.source.body.layers = nn.ModuleList(stubs)
         norm, self.source.body.norm = self.source.body.norm, nn.Identity()
         sequences = self.job["calibration"]
-        for picked in batches([len(ids) for ids in sequences]):
+        for picked in batches([len(ids) for ids in sequences], BATCH):
             ids, mask = pad([sequences[index] for index in picked])
             hidden = self.source.hidden(ids, mask)
             self.keep.append(mask.bool())

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from packager import llamacpp
+from packager import gptq, llamacpp
 from packager.gguf_sizes import gguf_name
 from packager.progress import Silent
+from packager.safetensors_io import read_header
 from packager.store import Cost, Step
 from packager.tuning import Tuned, gguf_parts, linear_modules, open_tuned
 from tests.real.test_reference import DECODERS, random_checkpoint
+from tests.real.test_reference import job_for as reference_job
 from tests.unit.sketch import sketch
 
 torch = pytest.importorskip("torch")
@@ -24,14 +28,15 @@ transformers = pytest.importorskip("transformers")
 from packager.children import tune as child  # noqa: E402 - it imports torch at once, as scripts may
 
 GROUP = 32
+TOKENIZER: Any = SimpleNamespace(chat_template=None)  # what of a tokenizer the weights' writer asks
 
 
-def job_for(folder: Path, output: Path, *, iterations: int = 8) -> dict[str, Any]:
+def job_for(folder: Path, output: Path, *, iterations: int = 8, group: int = GROUP) -> dict[str, Any]:
     output.mkdir(exist_ok=True)
     random = np.random.default_rng(2)
     calibration = [random.integers(3, 320, length).tolist() for length in (60, 5, 64, 31)]
     return {
-        "checkpoint": str(folder), "calibration": calibration, "group": GROUP, "iterations": iterations, "seed": 0,
+        "checkpoint": str(folder), "calibration": calibration, "group": group, "iterations": iterations, "seed": 0,
         "threads": 1, "output": str(output),
     }  # fmt: skip
 
@@ -148,6 +153,69 @@ def test_a_gguf_holds_the_tuned_numbers_bit_for_bit(architecture: str, tmp_path:
         if architecture == "LlamaForCausalLM" and module.endswith(("q_proj", "k_proj")):
             expected = interleaved(expected, 4 if module.endswith("q_proj") else 2)
         assert np.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), expected), module
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_gptq_and_gguf_hold_the_same_numbers(group: int, tmp_path: Path) -> None:
+    """One tuning, two containers: the GPTQ file dequantized, the GGUF dequantized and the reference's own reading of
+    the GPTQ folder are equal bit for bit; embedding, head and norms are the source's.
+    """
+    import gguf
+
+    from packager.children.reference import Weights
+
+    folder = random_checkpoint(tmp_path / "model", "Qwen2ForCausalLM", intermediate_size=192)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = tuned(folder, tmp_path / "tuned", group=group)
+    checkpoint = replace(sketch(config, path=folder), tensors=headers(folder), tokenizer=TOKENIZER)
+    packed = tmp_path / "gptq"
+    packed.mkdir()
+    gptq.write(checkpoint, found, packed)
+    whole, output = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    _unquantized(folder, whole, permuted=False)
+    parts = gguf_parts(found, checkpoint)
+    llamacpp.quantize(whole, "Q4_0", output, Silent(), Cost(), tuned=parts, use_compiled=False)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(output).tensors}
+    streamed, source = Weights(packed), Weights(folder)
+    for module in found.modules:
+        tensor = tensors[str(gguf_name(f"{module}.weight"))]
+        one, other = gptq.dequantize(packed, module), gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert one.tobytes() == other.tobytes() == found.weight(module).tobytes(), module
+        assert streamed.read(f"{module}.weight").numpy().tobytes() == one.tobytes(), module
+        assert f"{module}.weight" not in streamed
+    for name in set(source.files) - {f"{module}.weight" for module in found.modules}:
+        assert torch.equal(streamed.read(name), source.read(name).half().float()), name
+    said = json.loads((packed / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert (said["bits"], said["group_size"], said["sym"], said["desc_act"]) == (4, group, True, False)
+
+
+def test_the_streamed_reference_runs_a_gptq_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It gives the distributions of the source with its linear weights replaced by the dequantized ones."""
+    from packager.children import reference
+
+    folder = random_checkpoint(tmp_path / "model", "LlamaForCausalLM")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = tuned(folder, tmp_path / "tuned")
+    packed = tmp_path / "gptq"
+    packed.mkdir()
+    checkpoint = replace(sketch(config, path=folder), tensors=headers(folder), tokenizer=TOKENIZER)
+    gptq.write(checkpoint, found, packed)
+    job = reference_job(packed, tmp_path, 320)
+    reference.main(job)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        for name in found.modules:
+            model.get_submodule(name).weight.copy_(torch.from_numpy(found.weight(name)))
+        ids = torch.tensor([job["sequences"][1]["ids"]])
+        expected = torch.log_softmax(model(ids).logits[0, 0], -1)
+    with np.load(tmp_path / "scores.npz") as scores:
+        row = len(job["sequences"][0]["positions"])  # the second sequence's first position
+        best, logprobs = scores["ids"][row], scores["logprobs"][row]
+    np.testing.assert_allclose(logprobs, expected[torch.tensor(best.astype(np.int64))], atol=1e-3)
+
+
+def headers(folder: Path) -> dict[str, Any]:
+    return {name: info for file in folder.glob("*.safetensors") for name, info in read_header(file).items()}
 
 
 def interleaved(weight: Any, heads: int) -> Any:
