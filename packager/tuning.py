@@ -189,7 +189,7 @@ def open_tuned(step: Step) -> Tuned:
         report["group"],
         report["iterations"],
         {module: file for file in files for module in _modules(file)},
-        tuple({key: layer[key] for key in ("searched", "tuned") if key in layer} for layer in report["layers"]),
+        tuple({key: layer[key] for key in ("searched", "tuned")} for layer in report["layers"] if "tuned" in layer),
     )
 
 

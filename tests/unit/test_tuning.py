@@ -47,6 +47,14 @@ def test_a_tuning_is_read_back_exactly(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_plain_rounding_says_so(tmp_path: Path) -> None:
+    """It has no errors to report, and is not called tuned."""
+    save_file({"model.layers.0.a.q": np.array([[0x8F]], np.uint8)}, tmp_path / "layer-00000.safetensors")
+    write_json(tmp_path / "tune.json", {"group": 32, "iterations": 0, "layers": [{"file": "layer-00000.safetensors"}]})
+    found = open_tuned(Step("tune", "k", tmp_path, 0.0, 0, False))
+    assert found.as_dict() == {"method": "plain rounding to nearest, groups of 32", "group": 32, "iterations": 0}
+
+
 def test_linear_modules_are_the_layers_own() -> None:
     """Seven a layer, no embedding, no head, no norm; the group must divide each one's inputs."""
     checkpoint = sketch(SMOLLM2)
