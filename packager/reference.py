@@ -105,7 +105,7 @@ def make_samples(job: Job) -> Samples:
     return Samples(
         sequences=_sequences(found, builtin, own, templated),
         prompts=tuple(kept),
-        calibration=tuple(_calibration(found, own)),
+        calibration=tuple(_calibration(found, own, len(builtin.conversations))),
         step=step,
     )
 
@@ -120,10 +120,10 @@ def _sequences(
 ) -> tuple[Mapping[str, Any], ...]:
     if templated:
         count = len(builtin.conversations)
-        rendered = found["conversations"][-count:] + found["conversations"][:-count][:8]
+        rendered = found["conversations"][-count:][1::2] + found["conversations"][:-count][:8]
         rendered = [ids for ids in rendered if ids]  # without those that the template refuses
     else:
-        rendered = found["texts"][-len(builtin.conversations) :]
+        rendered = found["texts"][-len(builtin.conversations) :][1::2]
     cut = [ids[:LONGEST] for ids in rendered]
     return tuple(
         {"ids": ids, "positions": positions}
@@ -131,13 +131,16 @@ def _sequences(
     )
 
 
-def _calibration(found: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
+def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:
     """Fine-tuning data first, then general text, until the budget of tokens is full; never less than a quarter
-    general.
+    general. Of the ``count`` conversations that the package carries every other one: the rest is what is scored, and a
+    score on what was tuned on says nothing.
     """
     general_part = split(found["texts"][len(own.texts) if own else 0], LONGEST)
     mine: list[list[int]] = []
-    for ids in [*filter(None, found["conversations"]), *(found["texts"][: len(own.texts)] if own else [])]:
+    talks = found["conversations"]
+    talks = talks[:-count] + talks[-count:][::2]
+    for ids in [*filter(None, talks), *(found["texts"][: len(own.texts)] if own else [])]:
         mine += split(ids, LONGEST)
     room = CALIBRATION_TOKENS
     chosen: list[list[int]] = []
