@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +20,9 @@ from packager.gguf_sizes import gguf_name
 from packager.progress import Silent
 from packager.safetensors_io import read_header
 from packager.store import Cost, Step
+from packager.tools import CHILDREN
 from packager.tuning import Tuned, gguf_parts, linear_modules, open_tuned
+from tests.conftest import ROOT
 from tests.real.test_reference import DECODERS, random_checkpoint
 from tests.real.test_reference import job_for as reference_job
 from tests.unit.sketch import sketch
@@ -118,6 +123,24 @@ def test_a_killed_tuning_goes_on_with_the_same_bytes(
     child.main(job_for(folder, tmp_path / "killed"))
     assert begun == [0, 1, 1, 2]
     assert json.loads(capsys.readouterr().out.splitlines()[0])["done"] == 2 * 10 + 1  # where the bar goes on
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+
+
+def test_a_killed_process_leaves_what_the_next_goes_on_from(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a layer, as when memory runs out: the next run ends with the bytes of a whole one."""
+    folder = random_checkpoint(tmp_path / "model", "LlamaForCausalLM")
+    child.main(job_for(folder, tmp_path / "whole", iterations=40))
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(job_for(folder, tmp_path / "killed", iterations=40)), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, CHILDREN / "tune.py", job], stdout=subprocess.PIPE, env=environment) as ran:
+        assert ran.stdout is not None
+        for line in ran.stdout:
+            if json.loads(line)["done"] == 60:  # of 126, in the second layer
+                ran.kill()
+                break
+    assert (tmp_path / "killed" / child.STATE).is_file()
+    child.main(job_for(folder, tmp_path / "killed", iterations=40))
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
 
