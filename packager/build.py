@@ -161,6 +161,8 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         raise UsageError(
             "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
         )
+    if recipe.settle:
+        options = recipe.settle(options, samples)
     opened = open_merged(request, store, progress)
     plan = make_plan(opened.checkpoint, target, recipe, options)
     if plan.refusals:

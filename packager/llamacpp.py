@@ -175,11 +175,14 @@ def quantize(
     cost: Cost,
     *,
     imatrix: Path | None = None,
+    tuned: Mapping[str, Mapping[str, object]] | None = None,
     use_compiled: bool,
 ) -> str:
     """Write ``source`` (an unquantized GGUF) as type ``kind``; returns the name of the quantizer that did it.
 
-    Raises ToolError when the quantizer fails or the type needs the compiled one.
+    tuned: GGUF tensor name -> {"file", "module", "group", "heads"} of integers that a Q4_0 tensor is to hold (see
+    children/quantize_numpy.py); only gguf-py's side can take them. Raises ToolError when the quantizer fails or the
+    type needs the compiled one.
     """
     threads = os.cpu_count() or 1
     job: dict[str, Any] = {
@@ -205,12 +208,12 @@ def quantize(
         for t in header.tensors
     ]
     # llama.cpp makes the head of a Q4_0 file Q6_K, which gguf-py cannot write: Q8_0 is the nearest it can, and better
-    job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind}
+    job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind, "tuned": dict(tuned or {})}
     total = 4.0 * source.stat().st_size / 2
     follow(
         CHILDREN / "quantize_numpy.py",
         job,
-        f"quantizing to {kind}",
+        f"packing tuned integers as {kind}" if tuned else f"quantizing to {kind}",
         progress,
         cost,
         work=output.parent,

@@ -131,7 +131,7 @@ def make_samples(job: Job) -> Samples:
             *_pairs(found["pairs"], checkpoint.tokenizer.stop_ids),
         ),
         prompts=tuple(kept),
-        calibration=tuple(_calibration(found, own)),
+        calibration=tuple(_calibration(found, own, len(builtin.conversations))),
         step=step,
         held_out=held_out,
     )
@@ -143,8 +143,8 @@ def plain(talk: tuple[Message, ...]) -> str:
 
 
 def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapping[str, Any]]:
-    """The conversations that the package carries, at POSITIONS positions spread over them."""
-    rendered = found["conversations" if templated else "texts"][-count:]
+    """Every other conversation that the package carries, at POSITIONS positions spread over them."""
+    rendered = found["conversations" if templated else "texts"][-count:][1::2]  # the others are in the calibration
     cut = [ids[:LONGEST] for ids in rendered if ids]  # without those that the template refuses
     return [
         {"ids": ids, "positions": positions, "set": "general"}
@@ -172,13 +172,16 @@ def _pairs(pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[in
     return chosen
 
 
-def _calibration(found: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
+def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:
     """Fine-tuning data first, then general text, until the budget of tokens is full; never less than a quarter
-    general.
+    general. Of the ``count`` conversations that the package carries every other one: the rest is what is scored, and a
+    score on what was tuned on says nothing.
     """
     general_part = split(found["texts"][len(own.texts) if own else 0], LONGEST)
     mine: list[list[int]] = []
-    for ids in [*filter(None, found["conversations"]), *(found["texts"][: len(own.texts)] if own else [])]:
+    talks = found["conversations"]
+    talks = talks[:-count] + talks[-count:][::2]
+    for ids in [*filter(None, talks), *(found["texts"][: len(own.texts)] if own else [])]:
         mine += split(ids, LONGEST)
     room = CALIBRATION_TOKENS
     chosen: list[list[int]] = []
@@ -193,12 +196,14 @@ def _calibration(found: Mapping[str, Any], own: Calibration | None) -> list[list
     return chosen
 
 
-def _run(job: Job, samples: Samples, folder: Path, cost: Cost, name: str, **outputs: str | None) -> None:
+def _run(
+    job: Job, samples: Samples, folder: Path, cost: Cost, name: str, model: Path | None = None, **outputs: str | None
+) -> None:
     layers = float(job.checkpoint.shape.layers)
     follow(
         CHILDREN / "reference.py",
         {
-            "checkpoint": str(job.checkpoint.path),
+            "checkpoint": str(model or job.checkpoint.path),
             "sequences": list(samples.sequences),
             "top": TOP,
             "calibration": list(samples.calibration),
@@ -232,11 +237,29 @@ def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], S
         _run(job, samples, folder, cost, "scoring the source", scores=str(folder / "scores.npz"), imatrix=None)
 
     step = job.store.step("reference", {**_inputs(job, samples), "top": TOP}, make, progress=job.progress)
+    return _distributions(step), step
+
+
+def dequantized_scores(job: Job, samples: Samples, model: Step) -> tuple[list[dict[int, float]], Step]:
+    """The same for a GPTQ folder (a step's), its weights dequantized and computed with in float32: what the numbers
+    are worth, not what a serving engine makes of them.
+    """
+
+    def make(folder: Path, cost: Cost) -> None:
+        outputs = {"scores": str(folder / "scores.npz"), "imatrix": None}
+        _run(job, samples, folder, cost, "scoring the dequantized weights", model.path, **outputs)
+
+    inputs = {**_inputs(job, samples), "top": TOP, "model": model.key}
+    step = job.store.step("dequantized", inputs, make, progress=job.progress)
+    return _distributions(step), step
+
+
+def _distributions(step: Step) -> list[dict[int, float]]:
     import numpy as np
 
     with np.load(step.path / "scores.npz", allow_pickle=False) as stored:
         ids, logprobs = stored["ids"].tolist(), stored["logprobs"].tolist()
-    return [dict(zip(row, values, strict=True)) for row, values in zip(ids, logprobs, strict=True)], step
+    return [dict(zip(row, values, strict=True)) for row, values in zip(ids, logprobs, strict=True)]
 
 
 def input_squares(job: Job, samples: Samples) -> tuple[Path, Step]:

@@ -5,24 +5,28 @@ ships.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.errors import GateFailed
 from packager.gates import Thresholds
+from packager.gguf_files import as_type, base_type, exact_form, imatrix, said, unquantized
 from packager.gguf_sizes import estimate_gguf, wants_imatrix
 from packager.llamacpp import NUMPY_TYPES, compiled
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe
-from packager.store import RECORD, code_digest
+from packager.store import RECORD
 
 if TYPE_CHECKING:
+    from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
     from packager.reference import Samples
     from packager.scoring import Scored
     from packager.store import Cost, Step
     from packager.target import Target
+    from packager.tuning import Tuned
 
+GROUP = 32  # inputs that share a scale in Q4_0
 SCORE_CACHE = 1 << 30  # bytes resident while a file is scored: the map of a larger one is dropped and read again
 
 
@@ -38,6 +42,10 @@ class Options:
     kv_type: Literal["f16", "q8_0"] = field(default="f16", metadata={"doc": "type of the key/value cache"})
     imatrix: Literal["auto", "on", "off"] = field(
         default="auto", metadata={"doc": "importance matrix from the calibration data; auto: for types below Q6"}
+    )
+    tune: Literal["auto", "none", "quick", "full"] = field(
+        default="auto",
+        metadata={"doc": "Q4_0's integers tuned on the calibration data; auto: quick where fine-tuning data is given"},
     )
 
 
@@ -61,19 +69,27 @@ def thresholds(options: Options) -> Thresholds:
     return Thresholds(max_kl=kl, min_top1=top1)
 
 
-def base_type(checkpoint: Checkpoint) -> str:
-    """The unquantized type that holds the checkpoint's own numbers."""
-    return {"BF16": "BF16", "F16": "F16"}.get(checkpoint.dtype, "F32")
-
-
 def exact_type(job: Job, whole: Path, exact: Path) -> str:
     """The type in which the unquantized model was run against its source."""
     return base_type(job.checkpoint) if exact == whole else "F16"
 
 
+def with_tuning(options: Options) -> bool:
+    """Whether the integers are tuned instead of rounded."""
+    return options.tune in ("quick", "full")
+
+
 def with_imatrix(options: Options) -> bool:
     """Whether this build gathers an importance matrix; only the compiled quantizer can use one."""
-    return compiled() and wants_imatrix(options.quant, options.imatrix)
+    return compiled() and not with_tuning(options) and wants_imatrix(options.quant, options.imatrix)
+
+
+def settle(options: Options, calibration: Calibration | None) -> Options:
+    """Tuning is worth its minutes where 4 bits meet fine-tuning data that could be lost."""
+    if options.tune != "auto":
+        return options
+    wanted = options.quant == "Q4_0" and options.imatrix == "auto" and calibration is not None
+    return replace(options, tune="quick" if wanted else "none")
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
@@ -91,6 +107,16 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
             f"{options.quant} needs llama.cpp's compiled quantizer, which is not installed; "
             'install the extra with pip install "packager[llamacpp]", or set quant=Q8_0, which needs no compiler.'
         )
+    if with_tuning(options):
+        from packager.tuning import ragged
+
+        if options.quant != "Q4_0" or options.imatrix == "on":
+            return (
+                f"tuned integers are Q4_0's own and leave no room for an importance matrix; set quant=Q4_0 and "
+                f"imatrix=auto, or tune=none for {options.quant}."
+            )
+        if uneven := ragged(checkpoint, GROUP):
+            return f"Q4_0 has blocks of {GROUP}, which do not divide {uneven}; set tune=none or quant=Q8_0."
     if options.imatrix == "on" and not compiled():
         return (
             "an importance matrix needs the compiled quantizer; "
@@ -106,7 +132,8 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    return estimate_gguf(
+    ours = options.quant == "Q4_0" and (with_tuning(options) or not compiled())
+    found = estimate_gguf(
         checkpoint,
         target,
         quant=options.quant,
@@ -114,8 +141,14 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         slots=options.slots,
         kv_type=options.kv_type,
         imatrix=with_imatrix(options),
-        head="Q8_0" if options.quant == "Q4_0" and not compiled() else None,  # as quantize_numpy.py writes it
+        head="Q8_0" if ours else None,  # as quantize_numpy.py writes it
     )
+    if not with_tuning(options):
+        return found
+    from packager.tuning import costs
+
+    ram, seconds = costs(checkpoint, options.tune)
+    return replace(found, build_ram_bytes=max(found.build_ram_bytes, ram), seconds=round(found.seconds + seconds, 1))
 
 
 def build(job: Job, options: Options) -> Artifact:
@@ -125,15 +158,16 @@ def build(job: Job, options: Options) -> Artifact:
     from packager.reference import make_samples, source_scores
     from packager.scoring import require_contract
 
+    options = settle(options, job.calibration)
     steps: list[Step] = []
-    whole = _unquantized(job, steps)
-    samples = make_samples(job) if job.verify or with_imatrix(options) else None
+    whole = unquantized(job, steps)
+    samples = make_samples(job) if job.verify or with_imatrix(options) or with_tuning(options) else None
     source = None
     report: dict[str, Any] = {}
     if job.verify and samples:
         source, step = source_scores(job, samples)
         steps += [samples.step, step]
-        exact = _exact_form(job, whole, steps)
+        exact = exact_form(job, whole, steps)
         found = _score(job, exact, "unquantized", samples, steps)
         require_contract(job, samples, found, "the GGUF's own tokenizer")
         score = compare(source, found.distributions, samples.targets)
@@ -141,7 +175,10 @@ def build(job: Job, options: Options) -> Artifact:
         report["unquantized"] = {"run_as": exact_type(job, whole, exact), **score.as_dict()}
         report["prompts_equal"] = len(samples.prompts)
 
-    model, quantizer = _quantized(job, options, whole, samples, steps)
+    tuned = _tuned(job, options, samples, steps)
+    if tuned:
+        report["int4"] = tuned.as_dict()
+    model, quantizer = _quantized(job, options, whole, samples, tuned, steps)
     types = llamacpp.tensor_types(model)
     _require_changed(options.quant, types)
     report["tensor_types"] = types
@@ -182,114 +219,30 @@ def build(job: Job, options: Options) -> Artifact:
     )
 
 
-def _unquantized(job: Job, steps: list[Step]) -> Path:
-    from packager import llamacpp
+def _tuned(job: Job, options: Options, samples: Samples | None, steps: list[Step]) -> Tuned | None:
+    """The integers that go into Q4_0 blocks as they are; None where the quantizer rounds."""
+    if not with_tuning(options):
+        return None
+    from packager.tuning import tune
 
-    kind = base_type(job.checkpoint)
-
-    def make(folder: Path, cost: Cost) -> None:
-        llamacpp.convert(job.checkpoint.path, job.checkpoint.name, kind, folder / "model.gguf", job.progress, cost)
-
-    step = job.store.step(
-        "gguf-convert",
-        {
-            "checkpoint": job.checkpoint.digest,
-            "name": job.checkpoint.name,
-            "type": kind,
-            "converter": llamacpp.SDIST_SHA256,
-            "code": _code(),
-        },
-        make,
-        progress=job.progress,
-    )
-    steps.append(step)
-    return step.path / "model.gguf"
+    tuned = tune(job, samples, budget=options.tune, group=GROUP)
+    steps += [tuned.step] if job.verify or samples is None else [samples.step, tuned.step]
+    return tuned
 
 
-def _quantized(job: Job, options: Options, whole: Path, samples: Samples | None, steps: list[Step]) -> tuple[Path, str]:
+def _quantized(
+    job: Job, options: Options, whole: Path, samples: Samples | None, tuned: Tuned | None, steps: list[Step]
+) -> tuple[Path, str]:
     """The shipped file and the name of what wrote it."""
     if options.quant == base_type(job.checkpoint):
         return whole, "none: the checkpoint's own type"
-    matrix = _imatrix(job, whole, samples, steps) if samples and with_imatrix(options) else None
-    made = _as_type(job, whole, options.quant, matrix, steps)
+    matrix = imatrix(job, whole, samples, steps) if samples and with_imatrix(options) else None
+    made = as_type(job, whole, options.quant, matrix, steps, tuned)
+    if tuned:
+        return made / "model.gguf", f"{tuned.method}; embedding and head by {said(made)}"
     if options.quant in NUMPY_TYPES - {"Q4_0"}:
         return made / "model.gguf", "llama.cpp's type, the same bytes from gguf-py and from llama.cpp"
-    return made / "model.gguf", (made / "quantizer.txt").read_text(encoding="utf-8")
-
-
-def _as_type(job: Job, whole: Path, kind: str, matrix: Path | None, steps: list[Step]) -> Path:
-    """The folder of ``whole`` written as another type."""
-    from packager import llamacpp
-
-    # F16 goes through gguf-py, which sees a weight that F16 cannot hold; else the compiled one, where it is there, is
-    # faster
-    use_compiled = compiled() and kind != "F16"
-
-    def make(folder: Path, cost: Cost) -> None:
-        said = llamacpp.quantize(
-            whole, kind, folder / "model.gguf", job.progress, cost, imatrix=matrix, use_compiled=use_compiled
-        )
-        (folder / "quantizer.txt").write_text(said, encoding="utf-8")
-
-    inputs = {
-        "source": whole.parent.name,
-        "type": kind,
-        "converter": llamacpp.SDIST_SHA256,
-        "imatrix": matrix.parent.name if matrix else None,
-        "code": _code(),
-        "numpy": not use_compiled and kind == "Q4_0",  # only there do the two differ: the head's type
-    }
-    step = job.store.step("gguf-quantize", inputs, make, progress=job.progress)
-    steps.append(step)
-    return step.path
-
-
-def _exact_form(job: Job, whole: Path, steps: list[Step]) -> Path:
-    """The file that is run against the source.
-
-    llama.cpp's BF16 arithmetic on a CPU rounds activations to 8 bits of mantissa: on SmolLM2 its mean KL divergence is
-    20 times that of the same weights in F16 (docs/explanation), enough to hide a small fault. So a BF16 file is run in
-    F16, unless F16 cannot hold its weights.
-    """
-    from packager.tools import ChildFailed
-
-    if base_type(job.checkpoint) != "BF16":
-        return whole
-    try:
-        return _as_type(job, whole, "F16", None, steps) / "model.gguf"
-    except ChildFailed as error:
-        if "cannot hold" not in error.output:
-            raise
-        job.progress.note("a weight is too large for F16: the unquantized GGUF is checked in BF16, which is coarser")
-        return whole
-
-
-def _code() -> str:
-    """Changes with the programs that write GGUF files."""
-    from packager import llamacpp
-    from packager.tools import CHILDREN
-
-    return code_digest(Path(llamacpp.__file__), CHILDREN / "quantize_numpy.py", CHILDREN / "quantize_llama.py")
-
-
-def _imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
-    from packager import llamacpp
-    from packager.reference import input_squares
-
-    squares, source = input_squares(job, samples)
-    steps += [samples.step, source] if not job.verify else [source]
-    architecture = llamacpp.architecture(whole)
-
-    def make(folder: Path, cost: Cost) -> None:
-        import numpy as np
-
-        with np.load(squares, allow_pickle=False) as stored:
-            names = llamacpp.imatrix_names(list(stored.files), architecture, job.checkpoint.shape.layers)
-            np.savez(folder / "imatrix.npz", **{name: stored[module] for module, name in sorted(names.items())})
-
-    step = job.store.step("imatrix", {"squares": source.key, "architecture": architecture}, make, progress=job.progress)
-    steps.append(step)
-    return step.path / "imatrix.npz"
+    return made / "model.gguf", said(made)
 
 
 def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
@@ -397,4 +350,5 @@ RECIPE = Recipe(
     estimate=estimate,
     build=build,
     thresholds=thresholds,
+    settle=settle,
 )

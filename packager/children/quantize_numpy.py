@@ -2,7 +2,9 @@
 
 JOB.json: {"source", "output", "type": "F16"|"BF16"|"Q8_0"|"Q4_0", "head_type", "file_type": int, "threads": int,
 "pairs": [[first byte, end], …] of the key-value pairs to keep, "tensors": [{"name", "shape" (fastest first), "type",
-"start", "bytes"}, …]}; bytes and starts are those of the source file.
+"start", "bytes"}, …]}; bytes and starts are those of the source file. "tuned" (may be missing): tensor name ->
+{"file", "module", "group", "heads"}: where children/tune.py put integers and scales that this tensor's Q4_0 blocks are
+to hold; heads is 0 where a converter never reorders the rows.
 The layout (key order, tensor order by layer then name) is llama-quantize's, so that equal tensors make equal files.
 Pairs are copied as they stand: decoding a vocabulary of 150 000 tokens to write it again takes gguf-py half a minute.
 Runs with the gguf-py of the pinned llama.cpp first on its path. Prints ``{"done", "total"}`` lines, bytes of float32.
@@ -21,10 +23,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+from safetensors import safe_open
 
 BLOCKS = 1 << 14  # blocks of 32 a chunk: 2 MB of float32 stays in the second-level cache
 ALIGNMENT = 32
 UINT32 = 4  # GGUF's number for the type of a value
+FURTHEST = 0.5  # of tuned weights from the source's, relative: rounding to 4 bits is near 0.1, another order above 1
 Types = gguf.GGMLQuantizationType
 
 
@@ -71,6 +75,38 @@ def blocks_of(kind: Any, values: Any) -> bytes:
     return bytes(codec.quantize_blocks(values.reshape(-1, codec.block_size)).tobytes())
 
 
+def tuned_blocks(spec: dict[str, Any], values: Any, name: str) -> bytes:
+    """Tuned integers and scales as Q4_0 blocks, values: the source's float32 weights (rows, inputs).
+
+    A block (ggml-common.h) is a float16 scale and 16 bytes: elements 0…15 in the low halves, 16…31 in the high ones;
+    a weight is scale · (integer - 8). llama.cpp's converter interleaves the halves of every head of q and k for some
+    families: the order is the one in which the tuned weights are near the source's, and there has to be one.
+    """
+    with safe_open(spec["file"], framework="np") as stored:
+        packed, scales = stored.get_tensor(f"{spec['module']}.q"), stored.get_tensor(f"{spec['module']}.scales")
+    rows, half = packed.shape
+    integers = np.empty((rows, half * 2), np.uint8)
+    integers[:, 0::2], integers[:, 1::2] = packed & 15, packed >> 4
+    scales = np.repeat(scales, spec["group"] // 32, axis=1)
+    orders = [np.arange(rows)]
+    if spec["heads"]:
+        orders.append(np.arange(rows).reshape(spec["heads"], 2, -1).swapaxes(1, 2).reshape(-1))
+    if (rows, half * 2) != values.shape:
+        raise SystemExit(f"{name} is {values.shape} in the GGUF and {(rows, half * 2)} among the tuned layers")
+    for order in orders:
+        wide = np.repeat(scales[order].astype(np.float32), 32, axis=1)
+        away = (integers[order].astype(np.float32) - 8) * wide - values
+        if np.linalg.norm(away) < FURTHEST * np.linalg.norm(values):
+            break
+    else:
+        raise SystemExit(f"{name}: the tuned weights are not those of the GGUF, in any known order of rows")
+    blocks = integers[order].reshape(-1, 32)
+    whole = np.empty((len(blocks), 18), np.uint8)
+    whole[:, :2] = scales[order].astype("<f2").reshape(-1, 1).view(np.uint8)
+    whole[:, 2:] = blocks[:, :16] | (blocks[:, 16:] << 4)
+    return whole.tobytes()
+
+
 def padded(size: int) -> int:
     return math.ceil(size / ALIGNMENT) * ALIGNMENT
 
@@ -104,7 +140,10 @@ def main(job: dict[str, Any]) -> None:
     source = np.memmap(job["source"], mode="r", dtype=np.uint8)
     tensors = sorted(job["tensors"], key=lambda tensor: order(tensor["name"]))
     tied = not any(tensor["name"] == "output.weight" for tensor in tensors)
+    tuned = job.get("tuned") or {}
     kinds = {t["name"]: wanted_type(t, job["type"], job["head_type"], tied) for t in tensors}
+    if missing := [name for name in tuned if kinds.get(name) != Types.Q4_0]:
+        raise SystemExit(f"{missing[0]} was tuned, but the GGUF has no such tensor that can be Q4_0")
     total = sum(math.prod(tensor["shape"]) * 4 for tensor in tensors)
     done = 0
     with Path(job["output"]).open("wb") as out, ThreadPoolExecutor(job["threads"]) as pool:
@@ -113,7 +152,10 @@ def main(job: dict[str, Any]) -> None:
             count, kind, before = math.prod(tensor["shape"]), kinds[tensor["name"]], Types[tensor["type"]]
             data: Any = source[tensor["start"] : tensor["start"] + tensor["bytes"]]
             written = 0
-            if kind == before:
+            if tensor["name"] in tuned:
+                values = as_float(data, before, 0, count).reshape(tensor["shape"][::-1])
+                written = out.write(tuned_blocks(tuned[tensor["name"]], values, tensor["name"]))
+            elif kind == before:
                 written = out.write(data)
             else:
                 step = BLOCKS * 32

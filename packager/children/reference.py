@@ -47,10 +47,24 @@ class Weights:
         return name in self.files
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in float32."""
+        """One tensor in float32; a weight that the folder keeps in GPTQ's form is dequantized."""
+        if name not in self.files and f"{name.removesuffix('weight')}qweight" in self.files:
+            return self.dequantized(name.removesuffix(".weight"))
         with safe_open(self.files[name], framework="pt") as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
             return tensor.to(torch.float32, copy=True)
+
+    def dequantized(self, module: str) -> torch.Tensor:
+        """A weight (rows, inputs) from GPTQ's four tensors (packager/gptq.py says how they are packed)."""
+        with safe_open(self.files[f"{module}.qweight"], framework="pt") as handle:
+            words, zeros, scales, group_of = (
+                handle.get_tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
+            )
+        shifts = torch.arange(0, 32, 4)
+        integers = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(-1, words.shape[1])
+        zero = (zeros[:, :, None] >> shifts & 15).reshape(len(zeros), -1) + 1
+        weight: torch.Tensor = (integers - zero[group_of]).float() * scales.float()[group_of]
+        return weight.T.contiguous()
 
     def rows(self, name: str, picked: Iterable[slice]) -> Iterator[torch.Tensor]:
         """Rows of one tensor, a slice at a time, in float32."""
@@ -94,7 +108,10 @@ def place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class Streamed:
-    """The decoder of a checkpoint with its layers on the meta device until their turn comes."""
+    """The decoder of a checkpoint with its layers on the meta device until their turn comes.
+
+    on_layer: called with the index of every layer that is done; None when the caller loads and drops the layers itself.
+    """
 
     def __init__(self, folder: Path, on_layer: Any) -> None:
         self.weights = Weights(folder)
@@ -116,20 +133,26 @@ class Streamed:
         if left:
             raise SystemExit(f"the reference cannot stream this architecture: it keeps state in {left[0]}")
         for index, layer in enumerate(self.body.layers):
-            layer.register_forward_pre_hook(lambda module, _args, i=index: self._load(module, i))
-            layer.register_forward_hook(lambda module, _args, _out, i=index: self._drop(module, i, on_layer))
+            if on_layer:
+                layer.register_forward_pre_hook(lambda module, _args, i=index: self.load(module, i))
+                layer.register_forward_hook(lambda module, _args, _out, i=index: self._done(module, i, on_layer))
             if hasattr(layer, "mlp"):
                 row_by_row(layer.mlp)
 
-    def _load(self, layer: nn.Module, index: int) -> None:
+    def load(self, layer: nn.Module, index: int) -> None:
+        """Read the weights of decoder layer ``index`` into its module, in float32."""
         for name, _ in list(layer.named_parameters()):
             place(layer, name, self.weights.read(f"model.layers.{index}.{name}"))
 
-    def _drop(self, layer: nn.Module, index: int, on_layer: Any) -> None:
+    def _done(self, layer: nn.Module, index: int, on_layer: Any) -> None:
+        self.drop(layer)
+        on_layer(index)
+
+    def drop(self, layer: nn.Module) -> None:
+        """Give a layer's weights back to the system."""
         for name, parameter in list(layer.named_parameters()):
             place(layer, name, torch.empty_like(parameter, device="meta"))
         free_memory_back()
-        on_layer(index)
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states, (sequences, tokens, hidden)."""
@@ -206,11 +229,14 @@ def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def batches(lengths: list[int]) -> list[list[int]]:
-    """Indices of sequences that go through together: longest first, so that little is padding and memory is bounded."""
+def batches(lengths: list[int], most: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices of sequences that go through together: longest first, so that little is padding and memory is bounded.
+
+    most: tokens of one batch, padding counted.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= BATCH_TOKENS:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= most:
             groups[-1].append(index)
         else:
             groups.append([index])

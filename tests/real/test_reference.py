@@ -46,11 +46,11 @@ CLASSES = {"Gemma3ForCausalLM": "Gemma3TextConfig"}
 DECODERS = [name for name, family in FAMILIES.items() if family.gguf]
 
 
-def random_checkpoint(folder: Path, architecture: str) -> Path:
-    """A tiny checkpoint of a family, its every weight random and its norms away from one."""
+def random_checkpoint(folder: Path, architecture: str, **changes: Any) -> Path:
+    """A tiny checkpoint of a family, its every weight random and its norms away from one; changes: of its config."""
     config_class = getattr(transformers, CLASSES.get(architecture, architecture.replace("ForCausalLM", "Config")))
     torch.manual_seed(7)
-    model = getattr(transformers, architecture)(config_class(**SMALL | MORE[architecture]))
+    model = getattr(transformers, architecture)(config_class(**SMALL | MORE[architecture] | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 gguf = pytest.importorskip("gguf")
 
@@ -72,3 +74,38 @@ def test_a_weight_that_f16_cannot_hold_is_refused() -> None:
     """Infinity would be written without a word; it is an error that names the weight."""
     with pytest.raises(SystemExit, match="70000"):
         child.convert(TYPES.F16, np.array([1.0, 70000.0], dtype=np.float32))
+
+
+HEADS, HEAD, INPUTS = 4, 6, 64
+
+
+def tuned(folder: Path, group: int) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    """A tuned module of q's shape as children/tune.py stores it, and the weights that it stands for."""
+    random = np.random.default_rng(3)
+    integers = random.integers(0, 16, (HEADS * HEAD, INPUTS), dtype=np.uint8)
+    scales = (random.standard_normal((HEADS * HEAD, INPUTS // group)) / 50).astype(np.float16)
+    save_file({"m.q": integers[:, 0::2] | (integers[:, 1::2] << 4), "m.scales": scales}, folder / "layer.safetensors")
+    weights = (integers.astype(np.float32) - 8) * np.repeat(scales.astype(np.float32), group, axis=1)
+    return {"file": str(folder / "layer.safetensors"), "module": "m", "group": group, "heads": HEADS}, weights
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tuned_integers_are_packed_as_they_are(group: int, interleaved: bool, tmp_path: Path) -> None:
+    """gguf-py reads back the very numbers, in the row order of the GGUF, from a source that is only near them."""
+    spec, weights = tuned(tmp_path, group)
+    if interleaved:
+        weights = weights.reshape(HEADS, 2, HEAD // 2, INPUTS).swapaxes(1, 2).reshape(weights.shape)
+    source = weights * np.random.default_rng(4).uniform(0.9, 1.1, weights.shape).astype(np.float32)
+    data = child.tuned_blocks(spec, source, "blk.0.attn_q.weight")
+    back = gguf.quants.dequantize(np.frombuffer(data, np.uint8).reshape(len(weights), -1), TYPES.Q4_0)
+    assert np.array_equal(back, weights)
+
+
+def test_tuned_integers_of_another_model_are_refused(tmp_path: Path) -> None:
+    """Weights that are near the source's in no order of rows, and a shape that is not the tensor's."""
+    spec, weights = tuned(tmp_path, 32)
+    with pytest.raises(SystemExit, match="not those of the GGUF"):
+        child.tuned_blocks(spec, weights[::-1], "blk.0.attn_q.weight")
+    with pytest.raises(SystemExit, match=r"blk\.0\.attn_q\.weight is"):
+        child.tuned_blocks(spec, weights[1:], "blk.0.attn_q.weight")

@@ -1,0 +1,201 @@
+"""int4 integers and scales, tuned once and packed into every container that can hold them.
+
+The tuning itself is children/tune.py: SignRound (Cheng et al. 2023, arXiv 2309.05516), our own, because it streams a
+layer at a time and goes on at a layer's end after a kill. A container (GGUF Q4_0, GPTQ) takes the very same integers:
+weight = scale · (q - 8), q in 0…15, one float16 scale for ``group`` inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.store import Cost, Step, code_digest
+from packager.tools import CHILDREN, follow, version_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from packager.checkpoint import Checkpoint
+    from packager.recipe import Job
+    from packager.reference import Samples
+
+ITERATIONS = {"none": 0, "quick": 20, "full": 200}
+ZERO = 8  # the stored integer that stands for zero
+# The child's peak: torch and transformers; for each weight of a layer itself, its shift, its rounded form and gradients
+# in float32; hidden states of the calibration, and what one batch leaves for the backward pass.
+BASE_BYTES = 700 << 20
+BYTES_PER_WEIGHT = 24
+TOKENS, BATCH_TOKENS = 8192, 1024  # packager/reference.py's calibration, children/tune.py's batches
+FLOPS = 6e10  # a second on two cores with AVX2; measured: 4.3e10 on one and a half
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuning in the store. group: inputs that share a scale. modules: Hugging Face module name -> file with its
+    ``.q`` and ``.scales``. errors: a layer's mean relative squared output error, before and after (empty for plain
+    rounding).
+    """
+
+    step: Step
+    group: int
+    iterations: int
+    modules: dict[str, Path]
+    errors: tuple[dict[str, float], ...]
+
+    @property
+    def method(self) -> str:
+        """What made the integers, for a report."""
+        if not self.iterations:
+            return f"plain rounding to nearest, groups of {self.group}"
+        return f"SignRound (arXiv 2309.05516), {self.iterations} iterations, groups of {self.group}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that stands in a report; errors are means over the layers."""
+        found: dict[str, Any] = {"method": self.method, "group": self.group, "iterations": self.iterations}
+        if self.errors:
+            for key in ("searched", "tuned"):
+                found[f"layer_error_{key}"] = round(sum(each[key] for each in self.errors) / len(self.errors), 6)
+        return found
+
+    def read(self, module: str) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+        """Integers 0…15 (rows, inputs) and scales (rows, inputs / group) of one module. Raises KeyError."""
+        from safetensors import safe_open
+
+        with safe_open(self.modules[module], framework="np") as stored:
+            packed, scales = stored.get_tensor(f"{module}.q"), stored.get_tensor(f"{module}.scales")
+        return unpack(packed), scales
+
+    def weight(self, module: str) -> NDArray[np.float32]:
+        """The weights that the integers stand for, (rows, inputs), exact."""
+        import numpy as np
+
+        values, scales = self.read(module)
+        wide = np.repeat(scales.astype(np.float32), self.group, axis=1)
+        found: NDArray[np.float32] = (values.astype(np.float32) - ZERO) * wide
+        return found
+
+
+def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(rows, n / 2) bytes, element 2j in the low half of byte j, as (rows, n) integers."""
+    import numpy as np
+
+    found = np.empty((packed.shape[0], packed.shape[1] * 2), np.uint8)
+    found[:, 0::2] = packed & 15
+    found[:, 1::2] = packed >> 4
+    return found
+
+
+def linear_modules(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Name and (rows, inputs) of every linear module in the decoder's layers, from the headers; not the head."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, info in checkpoint.tensors.items():
+        if name.startswith("model.layers.") and name.endswith(".weight") and len(info.shape) == 2:
+            found[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
+    return found
+
+
+def ragged(checkpoint: Checkpoint, group: int) -> str | None:
+    """The first module whose inputs ``group`` does not divide, with their number; None when it divides all."""
+    for name, (_, inputs) in linear_modules(checkpoint).items():
+        if inputs % group:
+            return f"{name} ({inputs} inputs)"
+    return None
+
+
+def costs(checkpoint: Checkpoint, budget: str) -> tuple[int, float]:
+    """Peak resident bytes and rough seconds on two cores of a tuning: memory follows the largest layer."""
+    layers = checkpoint.shape.layers
+    weights = sum(rows * inputs for rows, inputs in linear_modules(checkpoint).values()) // layers
+    states = 3 * 4 * TOKENS * checkpoint.shape.hidden
+    inner = 4 * 4 * BATCH_TOKENS * (checkpoint.shape.intermediate + checkpoint.shape.hidden)
+    flops = layers * weights * (6 * BATCH_TOKENS * ITERATIONS[budget] + 6 * TOKENS)
+    return BASE_BYTES + BYTES_PER_WEIGHT * weights + states + inner, flops / FLOPS
+
+
+def gguf_parts(tuned: Tuned, checkpoint: Checkpoint) -> dict[str, dict[str, object]]:
+    """What a GGUF is packed from: tensor name -> file, module, group, and heads where a converter reorders rows."""
+    from packager.gguf_sizes import gguf_name
+
+    heads = {"q_proj": checkpoint.shape.heads, "k_proj": checkpoint.shape.kv_heads}
+    return {
+        str(gguf_name(f"{module}.weight")): {
+            "file": str(file),
+            "module": module,
+            "group": tuned.group,
+            "heads": heads.get(module.rpartition(".")[2], 0),
+        }
+        for module, file in tuned.modules.items()
+    }
+
+
+def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned:
+    """The integers of a checkpoint, tuned on ``samples.calibration`` (samples may be None for the budget "none").
+
+    budget: a key of ITERATIONS. Raises ChildFailed (a ToolError); a killed tuning goes on at the next call.
+    """
+    iterations = ITERATIONS[budget]
+    calibration = list(samples.calibration) if samples and iterations else []
+    threads = os.cpu_count() or 1
+    layers = job.checkpoint.shape.layers
+
+    def make(folder: Path, cost: Cost) -> None:
+        for left in (*folder.glob(".job-*.json"), *folder.glob("*.part")):  # of a run that was killed
+            left.unlink()
+        follow(
+            CHILDREN / "tune.py",
+            {
+                "checkpoint": str(job.checkpoint.path),
+                "calibration": calibration,
+                "group": group,
+                "iterations": iterations,
+                "seed": job.seed,
+                "threads": threads,
+                "output": str(folder),
+            },
+            f"tuning int4 weights ({iterations} iterations a layer)" if iterations else "rounding to int4",
+            job.progress,
+            cost,
+            work=folder,
+            total=float(layers),
+            unit="layers",
+            path=[CHILDREN.parent.parent],
+        )
+
+    inputs = {
+        "checkpoint": job.checkpoint.digest,
+        "samples": samples.step.key if samples and iterations else None,
+        "iterations": iterations,
+        "group": group,
+        "seed": job.seed if iterations else None,
+        "threads": threads if iterations else None,  # the order of float32 sums
+        "torch": version_of("torch"),
+        "transformers": version_of("transformers"),
+        "code": code_digest(*(CHILDREN / name for name in ("tune.py", "rounding.py", "reference.py"))),
+    }
+    return open_tuned(job.store.step("tune", inputs, make, progress=job.progress, resumable=True))
+
+
+def open_tuned(step: Step) -> Tuned:
+    """What a finished tuning holds."""
+    report: dict[str, Any] = step.read_json("tune.json")
+    files = [step.path / layer["file"] for layer in report["layers"]]
+    return Tuned(
+        step,
+        report["group"],
+        report["iterations"],
+        {module: file for file in files for module in _modules(file)},
+        tuple({key: layer[key] for key in ("searched", "tuned")} for layer in report["layers"] if "tuned" in layer),
+    )
+
+
+def _modules(file: Path) -> Iterator[str]:
+    from packager.safetensors_io import read_header
+
+    for name in sorted(read_header(file)):
+        if name.endswith(".q"):
+            yield name.removesuffix(".q")
