@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-SPINS = "100"
+SPINS = "1000"
 
 
 def wait_politely() -> None:
