@@ -1,0 +1,127 @@
+"""Faults put in on purpose, where a converter or quantizer could make them: each stops the build by its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from packager import gguf_files, llamacpp
+from packager.errors import GateFailed, PackagerError
+from packager.gguf_header import read_header
+from packager.store import Store
+from tests.real.conftest import built
+
+Spoil = Callable[[Path], None]
+
+
+@pytest.fixture
+def spoiled_build(
+    q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Build q8_bundle's model again, with a converter or a quantizer that spoils its file afterwards."""
+
+    def spoil(tool: str, change: Spoil, kind: str | None = None) -> Path:
+        whole = getattr(llamacpp, tool)
+
+        def wrong(source: Any, *rest: Any, **named: Any) -> Any:
+            result = whole(source, *rest, **named)
+            output = next(part for part in rest if isinstance(part, Path))
+            if kind is None or kind in rest:
+                change(output)
+            return result
+
+        monkeypatch.setattr(llamacpp, tool, wrong)
+        monkeypatch.setattr(gguf_files, "_code", lambda: f"{tool} {change.__name__}")  # nothing good is kept for these
+        return built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
+
+    return spoil
+
+
+def wrong_rope_theta(file: Path) -> None:
+    """10000, the default that a converter falls back to, for SmolLM2's 100000."""
+    _, end = read_header(file).spans["llama.rope.freq_base"]
+    with file.open("r+b") as stream:
+        stream.seek(end - 4)
+        assert struct.unpack("<f", stream.read(4))[0] == 100_000
+        stream.seek(end - 4)
+        stream.write(struct.pack("<f", 10_000))
+
+
+def one_layer_at_two_bits(file: Path) -> None:
+    """Layer 15's matrices keep four of their 256 levels."""
+    header = read_header(file)
+    data = np.memmap(file, mode="r+", dtype=np.uint8)
+    for tensor in header.tensors:
+        if tensor.name.startswith("blk.15.") and tensor.type == "Q8_0":
+            start = header.data_start + tensor.offset
+            blocks = data[start : start + tensor.nbytes].reshape(-1, 34)
+            levels = blocks[:, 2:].view(np.int8).astype(np.int16)
+            blocks[:, 2:] = np.clip(np.round(levels / 64) * 64, -128, 64).astype(np.int8).view(np.uint8)
+    data.flush()
+
+
+def test_a_wrong_rope_theta_is_seen_before_anything_is_quantized(spoiled_build: Callable[..., Path]) -> None:
+    """What optimum's exporter did to transformers 5 checkpoints, with exit code 0."""
+    with pytest.raises(GateFailed, match="the unquantized GGUF does not compute what the checkpoint computes"):
+        spoiled_build("convert", wrong_rope_theta)
+
+
+def test_one_layer_at_two_bits_is_too_far(spoiled_build: Callable[..., Path]) -> None:
+    """One of thirty layers is enough."""
+    with pytest.raises(GateFailed, match="the Q8_0 GGUF is too far from its checkpoint"):
+        spoiled_build("quantize", one_layer_at_two_bits, "Q8_0")
+
+
+def test_an_int8_that_was_not_quantized_is_found(
+    q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantizer that succeeds and copies: the types are read from the file, not from the options."""
+    real = llamacpp.quantize
+
+    def lazy(source: Path, kind: str, output: Path, *rest: Any, **named: Any) -> str:
+        if kind == "F16":
+            return real(source, kind, output, *rest, **named)
+        shutil.copyfile(source, output)
+        return "a lazy quantizer"
+
+    monkeypatch.setattr(llamacpp, "quantize", lazy)
+    monkeypatch.setattr(gguf_files, "_code", lambda: "lazy")
+    with pytest.raises(GateFailed, match="no tensor of it is quantized"):
+        built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
+
+
+def test_another_chat_template_on_the_box_is_found(
+    q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right in training, wrong after the export: the server would render a prompt that nobody trained on."""
+    from packager import scoring
+
+    real = scoring.score
+
+    def swapped(job: Any, run: Any, samples: Any, **named: Any) -> Any:
+        text = Path(run["chat_template"]).read_text(encoding="utf-8")
+        other = tmp_path / "chat_template.jinja"
+        other.write_text(text.replace("<|im_start|>", "<|im_start|> "), encoding="utf-8")
+        named["inputs"] = {**named["inputs"], "template": "swapped"}
+        return real(job, {**run, "chat_template": str(other)}, samples, **named)
+
+    monkeypatch.setattr(scoring, "score", swapped)
+    with pytest.raises(GateFailed, match="the prompt of the server on the box differs from the checkpoint's at token"):
+        built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
+
+
+def test_tied_weights_that_config_unties_are_refused(store: Store, smollm2: Path, tmp_path: Path) -> None:
+    """A head that is promised and not there would be made of noise."""
+    folder = tmp_path / "model"
+    shutil.copytree(smollm2, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
+    with pytest.raises(PackagerError, match=r"lm_head\.weight"):
+        built(store, tmp_path / "out", folder, sets=("quant=Q8_0",))
