@@ -39,7 +39,7 @@ class Options:
 
 def thresholds(options: Options) -> Thresholds:
     """Four bits in groups cost a model of 135 M parameters this much at most; larger ones keep more."""
-    return Thresholds(max_kl=0.7, min_top1=0.65)
+    return Thresholds(max_kl=1.0, min_top1=0.55)
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
