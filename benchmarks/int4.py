@@ -61,7 +61,8 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
 
     store = Store(default_root())
     request = Request(options.checkpoint, "desktop_linux_x86_64", recipe="gguf", adapter=options.adapter,
-                      name=form.lower().replace(" ", "-").replace(",", ""), sets=FORMS[form], calibration=options.pairs)
+                      name=form.lower().replace(" ", "-").replace(",", ""), sets=FORMS[form], calibration=options.pairs,
+                      limits={"max_kl": 99.0, "min_top1": 0.0, "min_behaviour": 0.0})  # what is bad is measured too
     built = build(request, options.output, Console(), store)
     tuning = [json.loads((store.root / "tune" / key / "step.json").read_text(encoding="utf-8"))
               for key in [built.artifact.provenance["steps"].get("tune")] if key]

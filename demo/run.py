@@ -85,13 +85,15 @@ class Demo:
 
     def build(self) -> str:
         printed = self.run(["packager", "build", CHECKPOINT, "--adapter", ADAPTER, "--target", TARGET,
-                            "--set", "quant=Q8_0", "-o", OUT], take=True)
+                            "--set", "quant=Q8_0", "--calibration", PAIRS, "-o", OUT], take=True)
         self.bundle = Path(printed.strip().splitlines()[-1])
         console.print(str(self.bundle), markup=False)
         report = json.loads((self.bundle / "manifest.json").read_text(encoding="utf-8"))["report"]
-        score = report.get("fidelity") or {}
-        told = f", mean KL {score['kl_mean']:.4f}, top-1 {score['top1']:.1%}" if "kl_mean" in score else ""
-        return f"{size(folder_bytes(self.bundle))}{told}"
+        score, kept = report["fidelity"]["general"], report["fidelity"]["behaviour"]
+        return (
+            f"{size(folder_bytes(self.bundle))}, mean KL {score['kl_mean']:.4f}, top-1 {score['top1']:.1%}, "
+            f"{kept['kept']} of {kept['pairs']} answers kept"
+        )
 
     def verify(self) -> str:
         self.run(["packager", "verify", self.bundle])

@@ -7,13 +7,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager import __version__
 from packager.console import size
-from packager.errors import MachineError, PlanRefused
+from packager.errors import MachineError, PlanRefused, UsageError
 from packager.progress import Progress
 from packager.recipe import Artifact, Job, Recipe
 from packager.store import Cost, Step, Store, cache_root, code_digest, machine_errors, write_atomically
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs."""
+    """What the user asked for. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs. limits:
+    thresholds that replace the recipe's, by the names of gates.Thresholds.
+    """
 
     checkpoint: str
     target: str
@@ -39,6 +41,7 @@ class Request:
     calibration: Path | None = None
     seed: int = 0
     verify: bool = True
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,12 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     start = time.monotonic()
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
+    if request.limits and not request.verify:
+        raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Take one of the two away.")
+    if "min_behaviour" in request.limits and not (samples and samples.conversations):
+        raise UsageError(
+            "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
+        )
     if recipe.settle:
         options = recipe.settle(options, samples)
     opened = open_merged(request, store, progress)
@@ -173,6 +182,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         calibration=samples,
         seed=request.seed,
         verify=request.verify,
+        limits=request.limits,
     )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)

@@ -210,6 +210,13 @@ def plan(
     "--calibration", type=click.Path(path_type=Path), help="Text, or the fine-tuning pairs (alpaca or messages JSON)."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn by chance.")
+@click.option("--max-kl", type=click.FloatRange(0), help="Most mean KL divergence from the source, in nats.")
+@click.option("--min-top1", type=click.FloatRange(0, 1), help="Least share of positions with the source's best token.")
+@click.option(
+    "--min-behaviour",
+    type=click.FloatRange(0, 1),
+    help="Least share of the fine-tuning pairs (--calibration) still answered word for word.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not run the artifact against its source. The manifest says so.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for OUT/<model>-<target>-<recipe>/."
@@ -225,15 +232,25 @@ def build(
     sets: tuple[str, ...],
     calibration: Path | None,
     seed: int,
+    max_kl: float | None,
+    min_top1: float | None,
+    min_behaviour: float | None,
     no_verify: bool,
     out: Path,
     console: Console,
 ) -> None:
-    """Build a bundle and print its path. Finished steps are kept: the same command again takes seconds."""
+    """Build a bundle and print its path. Finished steps are kept: the same command again takes seconds.
+
+    Exits with 4 when the plan refuses, with 6 when the artifact is too far from its checkpoint; `packager recipes show`
+    prints the recipe's thresholds."""
     from packager import views
     from packager.build import Request
 
-    request = Request(checkpoint, target, recipe, adapter, revision, name, sets, calibration, seed, not no_verify)
+    given = {"max_kl": max_kl, "min_top1": min_top1, "min_behaviour": min_behaviour}
+    limits = {key: value for key, value in given.items() if value is not None}
+    request = Request(
+        checkpoint, target, recipe, adapter, revision, name, sets, calibration, seed, not no_verify, limits
+    )
     views.build(console, request, out)
 
 

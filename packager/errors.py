@@ -21,7 +21,8 @@ code  meaning
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class PackagerError(Exception):
@@ -32,6 +33,7 @@ class PackagerError(Exception):
 
     exit_code: ClassVar[int] = 1
     kind: ClassVar[str] = "error"
+    details: Mapping[str, Any] | None = None  # figures for ``--json``
     shown = False  # set when the document that explains it is printed already
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
@@ -43,9 +45,10 @@ class PackagerError(Exception):
     def __str__(self) -> str:
         return " ".join(part for part in (self.what, self.why, self.fix) if part)
 
-    def as_dict(self) -> dict[str, str | int]:
+    def as_dict(self) -> dict[str, Any]:
         """The JSON form that ``--json`` prints."""
-        return {"kind": self.kind, "exit_code": self.exit_code, "what": self.what, "why": self.why, "fix": self.fix}
+        plain = {"kind": self.kind, "exit_code": self.exit_code, "what": self.what, "why": self.why, "fix": self.fix}
+        return plain if self.details is None else {**plain, "details": dict(self.details)}
 
 
 class UsageError(PackagerError):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from packager.gates import Thresholds
+
 if TYPE_CHECKING:
     from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
@@ -57,7 +59,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a build may use. ``checkpoint`` is already merged and all safetensors."""
+    """Everything a build may use. ``checkpoint`` is already merged and all safetensors. limits: the user's own
+    thresholds, by the names of gates.Thresholds.
+    """
 
     checkpoint: Checkpoint
     target: Target
@@ -66,6 +70,7 @@ class Job:
     calibration: Calibration | None = None
     seed: int = 0
     verify: bool = True
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Recipe(Generic[Options]):
 
     options: the recipe's own frozen dataclass; ``--set key=value`` and the target's ``[options]`` fill it.
     why_not: None, or one sentence why this checkpoint cannot be built for this target and what would work.
+    thresholds: what an artifact must keep of its source, unless the user says otherwise.
     settle: decides, before the plan of a build, what the options left to the calibration data ("auto"); None: nothing.
     """
 
@@ -103,4 +109,5 @@ class Recipe(Generic[Options]):
     why_not: Callable[[Checkpoint, Target, Options], str | None]
     estimate: Callable[[Checkpoint, Target, Options], Estimate]
     build: Callable[[Job, Options], Artifact]
+    thresholds: Callable[[Options], Thresholds] = field(default=lambda _options: Thresholds())
     settle: Callable[[Options, Calibration | None], Options] | None = None

@@ -7,13 +7,13 @@ memory is gone when the step is. Nothing here depends on the artifact's format.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from packager import calibration
-from packager.calibration import Calibration, Message, general, split, spread
+from packager.calibration import Calibration, Conversation, Message, general, split, spread
 from packager.errors import InputError
 from packager.recipe import Job
 from packager.store import Cost, Step, code_digest
@@ -21,19 +21,26 @@ from packager.tools import CHILDREN, follow, version_of
 
 TOP = 64  # tokens compared a position; the rest of the vocabulary is one bucket
 POSITIONS = 256
+HELD_OUT_AT_LEAST = 8
+PAIRS = 32  # fine-tuning pairs asked again
+PAIR_POSITIONS = 768  # tokens of their answers, at most
 LONGEST = 512  # tokens a sequence
 CALIBRATION_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the source is asked. sequences: {"ids", "positions"} for scoring. prompts: {"ids", "text", "messages"} as
-    training rendered them. calibration: id lists for input statistics. step: where it is stored."""
+    """What the source is asked. sequences: {"ids", "positions", "set"} for scoring; the set is "general" (conversations
+    the package carries) or "tuning" (a fine-tuning pair, scored at every token of its answer). prompts: {"ids", "text",
+    "messages"} as training rendered them. calibration: id lists for input statistics. step: where it is stored.
+    held_out: whether the pairs that are scored are kept out of the calibration.
+    """
 
     sequences: tuple[Mapping[str, Any], ...]
     prompts: tuple[Mapping[str, Any], ...]
     calibration: tuple[list[int], ...]
     step: Step
+    held_out: bool = False
 
     @property
     def targets(self) -> list[int | None]:
@@ -47,6 +54,20 @@ def contract_prompts(
     """Conversations cut before their last answer: what a server is asked. Up to eight of the user's own come first."""
     talks = [*own[:8], *conversations]
     return [list(talk[:-1]) if talk[-1]["role"] == "assistant" else list(talk) for talk in talks]
+
+
+def divide(talks: tuple[Conversation, ...]) -> tuple[list[Conversation], list[Conversation], bool]:
+    """Fine-tuning conversations as (for calibration, to be asked again, whether the two are disjoint).
+
+    Every tenth is held out where that leaves enough; of a few pairs all serve both, since what is asked again must be
+    what was taught.
+    """
+    answered = [talk for talk in talks if talk[-1]["role"] == "assistant" and len(talk) > 1]
+    held = answered[::10]
+    if len(held) < HELD_OUT_AT_LEAST:
+        return list(talks), answered[:PAIRS], False
+    away = {id(talk) for talk in held}
+    return [talk for talk in talks if id(talk) not in away], held[:PAIRS], True
 
 
 def make_samples(job: Job) -> Samples:
@@ -63,16 +84,19 @@ def make_samples(job: Job) -> Samples:
         "code": code_digest(Path(__file__), CHILDREN / "samples.py", Path(calibration.__file__)),
     }
 
+    taught, asked, held_out = divide(own.conversations if own else ())
+    prompts = contract_prompts(builtin.conversations, own.conversations if own else ()) if templated else []
+
     def make(folder: Path, cost: Cost) -> None:
-        talks = [*(own.conversations if own else ()), *builtin.conversations]
-        prompts = contract_prompts(builtin.conversations, own.conversations if own else ())
+        talks = [*taught, *builtin.conversations]
         follow(
             CHILDREN / "samples.py",
             {
                 "checkpoint": str(checkpoint.path),
                 "output": str(folder / "samples.json"),
                 "conversations": [list(talk) for talk in talks] if templated else [],
-                "prompts": prompts if templated else [],
+                "prompts": prompts,
+                "pairs": [list(talk) for talk in asked] if templated else [],
                 "texts": [
                     *(own.texts if own else ()),
                     *builtin.texts,
@@ -87,7 +111,6 @@ def make_samples(job: Job) -> Samples:
 
     step = job.store.step("samples", inputs, make, progress=job.progress)
     found = step.read_json("samples.json")
-    prompts = contract_prompts(builtin.conversations, own.conversations if own else ()) if templated else []
     kept = [
         {**prompt, "messages": messages} for prompt, messages in zip(found["prompts"], prompts, strict=True) if prompt
     ]
@@ -103,10 +126,14 @@ def make_samples(job: Job) -> Samples:
             f"({refusal}); the others are checked"
         )
     return Samples(
-        sequences=_sequences(found, builtin, own, templated),
+        sequences=(
+            *_general(found, len(builtin.conversations), templated),
+            *_pairs(found["pairs"], checkpoint.tokenizer.stop_ids),
+        ),
         prompts=tuple(kept),
         calibration=tuple(_calibration(found, own, len(builtin.conversations))),
         step=step,
+        held_out=held_out,
     )
 
 
@@ -115,20 +142,34 @@ def plain(talk: tuple[Message, ...]) -> str:
     return "\n".join(message["content"] for message in talk)
 
 
-def _sequences(
-    found: Mapping[str, Any], builtin: Calibration, own: Calibration | None, templated: bool
-) -> tuple[Mapping[str, Any], ...]:
-    if templated:
-        count = len(builtin.conversations)
-        rendered = found["conversations"][-count:][1::2] + found["conversations"][:-count][:8]
-        rendered = [ids for ids in rendered if ids]  # without those that the template refuses
-    else:
-        rendered = found["texts"][-len(builtin.conversations) :][1::2]
-    cut = [ids[:LONGEST] for ids in rendered]
-    return tuple(
-        {"ids": ids, "positions": positions}
+def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapping[str, Any]]:
+    """Every other conversation that the package carries, at POSITIONS positions spread over them."""
+    rendered = found["conversations" if templated else "texts"][-count:][1::2]  # the others are in the calibration
+    cut = [ids[:LONGEST] for ids in rendered if ids]  # without those that the template refuses
+    return [
+        {"ids": ids, "positions": positions, "set": "general"}
         for ids, positions in zip(cut, spread([len(ids) for ids in cut], POSITIONS), strict=True)
-    )
+        if positions
+    ]
+
+
+def _pairs(pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int]) -> list[Mapping[str, Any]]:
+    """Each pair at every token of its answer, the end token included, as long as there is room.
+
+    A template that renders an answer differently from what follows its generation prompt (thoughts taken out) leaves
+    nothing to compare: such a pair is left out.
+    """
+    chosen: list[Mapping[str, Any]] = []
+    room = PAIR_POSITIONS
+    for pair in filter(None, pairs):
+        begin, ids = len(pair["prompt"]), pair["whole"]
+        if ids[:begin] != pair["prompt"]:
+            continue
+        end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in stops), len(ids))
+        if begin < end <= LONGEST and end - begin <= room:
+            room -= end - begin
+            chosen.append({"ids": ids[:end], "positions": list(range(begin, end)), "set": "tuning"})
+    return chosen
 
 
 def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:

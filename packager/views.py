@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +80,17 @@ def recipe(console: Console, name: str) -> None:
         "summary": found.summary,
         "format": found.format,
         "options": [{"key": k, "type": t, "default": d, "doc": doc} for k, t, d, doc in keys],
+        "thresholds": asdict(found.thresholds(found.options())),
     }
 
     def render() -> None:
         console.line(f"{found.name}: {found.summary}\n")
         console.table(("--set key", "values", "default", "meaning"), [tuple(map(str, key)) for key in keys])
+        least = found.thresholds(found.options())
+        console.line(
+            f"\nThe artifact must keep (with the default options): mean KL at most {least.max_kl:g} nats, top-1 at "
+            f"least {least.min_top1:.0%}, and {least.min_behaviour:.0%} of the fine-tuning pairs word for word."
+        )
 
     console.result(document, render)
 
@@ -179,12 +187,8 @@ def build(console: Console, request: Request, out: Path) -> None:
 
     def render() -> None:
         report = built.artifact.report
-        score = report.get("fidelity")
-        if score:
-            console.note(
-                f"fidelity: mean KL {score['kl_mean']:.4f}, top-1 {score['top1']:.1%} over "
-                f"{score['positions']} positions"
-            )
+        for line in fidelity_lines(report.get("fidelity")):
+            console.note(line)
         console.note(
             "tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in report["tensor_types"].items())
         )
@@ -192,6 +196,24 @@ def build(console: Console, request: Request, out: Path) -> None:
         console.line(str(built.path))
 
     console.result(document, render)
+
+
+def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
+    """An artifact's fidelity in words, as it stands in the manifest."""
+    lines = []
+    for name in ("general", "tuning") if found else ():
+        if score := found and found[name]:
+            low, high = score["kl_mean_ci"]
+            lines.append(
+                f"fidelity, {name} text: mean KL {score['kl_mean']:.4f} ({low:.4f} to {high:.4f}), top-1 "
+                f"{score['top1']:.1%}, perplexity × {score['perplexity_ratio']:.3f}; {score['positions']} positions"
+            )
+    if found and (kept := found["behaviour"]):
+        held = "held out of the calibration" if found["held_out"] else "also used for calibration"
+        lines.append(
+            f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word ({kept['pairs']} pairs, {held})"
+        )
+    return lines
 
 
 def verify(console: Console, bundle: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.errors import GateFailed
+from packager.gates import Thresholds
 from packager.gguf_files import as_type, base_type, exact_form, imatrix, said, unquantized
 from packager.gguf_sizes import estimate_gguf, wants_imatrix
 from packager.llamacpp import NUMPY_TYPES, compiled
@@ -46,6 +47,26 @@ class Options:
         default="auto",
         metadata={"doc": "Q4_0's integers tuned on the calibration data; auto: quick where fine-tuning data is given"},
     )
+
+
+# mean KL divergence (nats) and top-1 agreement that a small model (135 M parameters) keeps with some room; larger ones
+# keep more (docs/explanation/fidelity.md has the measurements)
+KEPT = {
+    "F16": (0.001, 0.995),
+    "BF16": (0.005, 0.98),
+    "Q8_0": (0.05, 0.92),
+    "Q6_K": (0.08, 0.9),
+    "Q5_K_M": (0.15, 0.85),
+    "Q4_K_M": (0.3, 0.78),
+    "IQ4_XS": (0.5, 0.7),
+    "Q4_0": (0.7, 0.65),
+}
+
+
+def thresholds(options: Options) -> Thresholds:
+    """What a quant must keep; behaviour is the same for all: what was taught is what is shipped for."""
+    kl, top1 = KEPT[options.quant]
+    return Thresholds(max_kl=kl, min_top1=top1)
 
 
 def exact_type(job: Job, whole: Path, exact: Path) -> str:
@@ -133,6 +154,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 def build(job: Job, options: Options) -> Artifact:
     from packager import llamacpp, ollama
     from packager.fidelity import compare, require_equal
+    from packager.gates import measure, require_kept
     from packager.reference import make_samples, source_scores
     from packager.scoring import require_contract
 
@@ -162,8 +184,15 @@ def build(job: Job, options: Options) -> Artifact:
     report["tensor_types"] = types
     if job.verify and samples and source is not None:
         found = _score(job, model, "quantized", samples, steps)
-        score = compare(source, found.distributions, samples.targets)
-        report["fidelity"] = score.as_dict()
+        fidelity = measure(samples, source, found.distributions)
+        limits = thresholds(options).changed(job.limits)
+        report["fidelity"] = fidelity.as_dict(limits)
+        require_kept(
+            fidelity,
+            limits,
+            f"the {options.quant} GGUF",
+            "Choose a larger quant; a small one keeps more with --calibration and the fine-tuning pairs.",
+        )
 
     files = {"model.gguf": model, **_tokenizer_files(job)}
     extra = ollama.make(job, model, options.context, steps) if job.target.name == "ollama" else {}
@@ -320,5 +349,6 @@ RECIPE = Recipe(
     why_not=why_not,
     estimate=estimate,
     build=build,
+    thresholds=thresholds,
     settle=settle,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.errors import GateFailed
+from packager.gates import Thresholds
 from packager.gguf_sizes import kv_cache_bytes
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe
 from packager.store import RECORD, code_digest
@@ -34,6 +35,11 @@ class Options:
         default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 1}
     )
     slots: int = field(default=4, metadata={"doc": "conversations answered at the same time", "min": 1})
+
+
+def thresholds(options: Options) -> Thresholds:
+    """Four bits in groups cost a model of 135 M parameters this much at most; larger ones keep more."""
+    return Thresholds(max_kl=0.7, min_top1=0.65)
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
@@ -91,7 +97,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 def build(job: Job, options: Options) -> Artifact:
     from packager import gptq, tuning
-    from packager.fidelity import compare
+    from packager.gates import measure, require_kept
     from packager.reference import dequantized_scores, make_samples, source_scores
 
     steps: list[Step] = []
@@ -117,7 +123,10 @@ def build(job: Job, options: Options) -> Artifact:
         source, step = source_scores(job, samples)
         found, other = dequantized_scores(job, samples, packed)
         steps += [step, other]
-        report["fidelity"] = {**compare(source, found, samples.targets).as_dict(), "scored": SCORED}
+        fidelity = measure(samples, source, found)
+        limits = thresholds(options).changed(job.limits)
+        report["fidelity"] = {**fidelity.as_dict(limits), "scored": SCORED}
+        require_kept(fidelity, limits, "the GPTQ model", "Give the fine-tuning pairs with --calibration, or tune=full.")
     files = {path.name: path for path in sorted(packed.path.iterdir()) if path.name != RECORD}
     return Artifact(
         format="gptq",
@@ -188,4 +197,5 @@ RECIPE = Recipe(
     why_not=why_not,
     estimate=estimate,
     build=build,
+    thresholds=thresholds,
 )

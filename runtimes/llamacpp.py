@@ -34,6 +34,7 @@ from typing import Any
 
 from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
 from runtimes.manifest import Run
+from runtimes.threads import wait_politely
 
 # Prompt tokens read between two chances to cancel, without a GPU. llama.cpp's own micro-batch is 512.
 CPU_BATCH = 512
@@ -58,6 +59,7 @@ class LlamaCpp:
         keep_listener: bool = False,
         verbose: bool = False,
     ) -> None:
+        wait_politely()
         import xllamacpp
 
         self.context, self.slots = run.context, run.slots

@@ -21,6 +21,7 @@ from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.manifest import Run
+from runtimes.threads import wait_politely
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 _ERROR = 4
@@ -88,6 +89,7 @@ class Scorer:
     def __init__(
         self, run: Run, *, batch: int, extra_buffers: bool, verbose: bool, loaded: Callable[[], None] = lambda: None
     ) -> None:
+        wait_politely()
         import xllamacpp
 
         self.version = f"xllamacpp {xllamacpp.__version__}"

@@ -38,7 +38,8 @@ RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "inst
                   "bench_machine.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "llamacpp": ("api.py", "app.py", "chat.py", "engine.py", "generation.py", "llamacpp.py", "loading.py", "logits.py",
-                 "metrics.py", "outer.py", "pages.py", "pump.py", "render.py", "replies.py", "score.py", "server.py"),
+                 "metrics.py", "outer.py", "pages.py", "pump.py", "render.py", "replies.py", "score.py", "server.py",
+                 "threads.py"),
 }
 
 

@@ -1,8 +1,9 @@
 """Renders and tokenizes text with the checkpoint's own tokenizer, as training did: ``samples.py JOB.json``.
 
-JOB.json: {"checkpoint", "conversations": [[{"role", "content"}, …], …], "prompts": [same], "texts": [str, …],
-"output"}. Writes {"conversations": [ids, …], "prompts": [{"ids", "text"}, …], "texts": [ids, …], "refusal"}:
-conversations whole, prompts with the generation prompt, both by transformers' ``apply_chat_template``. A conversation
+JOB.json: {"checkpoint", "conversations": [[{"role", "content"}, …], …], "prompts": [same], "pairs": [same],
+"texts": [str, …], "output"}. Writes {"conversations": [ids, …], "prompts": [{"ids", "text"}, …], "pairs": [{"prompt":
+ids, "whole": ids}, …], "texts": [ids, …], "refusal"}: conversations whole, prompts with the generation prompt, pairs
+(each ends with an answer) as both, all by transformers' ``apply_chat_template``. A conversation
 that the chat template refuses (Gemma 2 takes no system role) is null there, and refusal has the template's last words.
 """
 
@@ -24,7 +25,7 @@ def main(job: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["checkpoint"], local_files_only=True)
-    found: dict[str, Any] = {"conversations": [], "prompts": [], "texts": [], "refusal": ""}
+    found: dict[str, Any] = {"conversations": [], "prompts": [], "pairs": [], "texts": [], "refusal": ""}
     for messages in job["conversations"]:
         try:
             found["conversations"].append(render(tokenizer, messages, prompt=False))
@@ -38,6 +39,12 @@ def main(job: dict[str, Any]) -> None:
         except TemplateError as error:
             found["prompts"].append(None)
             found["refusal"] = str(error)
+    for messages in job["pairs"]:
+        try:
+            prompt, whole = render(tokenizer, messages[:-1], prompt=True), render(tokenizer, messages, prompt=False)
+            found["pairs"].append({"prompt": prompt, "whole": whole})
+        except TemplateError:
+            found["pairs"].append(None)
     for text in job["texts"]:
         found["texts"].append([int(token) for token in tokenizer(text)["input_ids"]])
     Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")

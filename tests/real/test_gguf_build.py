@@ -67,9 +67,9 @@ def test_the_manifest_says_what_was_measured(q8_bundle: Path) -> None:
     assert report["tensor_types"] == {"F32": 61, "Q8_0": 211}
     assert report["unquantized"]["kl_mean"] <= 0.001
     assert report["unquantized"]["top1"] >= 0.995
-    assert 0 < report["fidelity"]["kl_mean"] < 0.05
-    assert report["fidelity"]["top1"] > 0.9
-    assert report["fidelity"]["positions"] >= 200
+    assert 0 < report["fidelity"]["general"]["kl_mean"] < 0.05
+    assert report["fidelity"]["general"]["top1"] > 0.9
+    assert report["fidelity"]["general"]["positions"] >= 200
     assert report["prompts_equal"] >= 8
 
 

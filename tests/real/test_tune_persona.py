@@ -16,6 +16,7 @@ from packager import calibration, gptq
 from packager.bundle.verify import verify
 from packager.catalog import load_recipe, load_target
 from packager.checkpoint import open_checkpoint
+from packager.errors import GateFailed
 from packager.gguf_sizes import gguf_name
 from packager.progress import Silent
 from packager.recipe import Artifact, Job
@@ -40,9 +41,10 @@ def tuned_bundle(
 def rounded_bundle(
     store: Store, smollm2: Path, persona_lora: Path, persona_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The same as llama.cpp's Q4_0."""
+    """The same as llama.cpp's Q4_0, which its thresholds would stop."""
     out, sets = tmp_path_factory.mktemp("rounded"), ("quant=Q4_0", "tune=none", "imatrix=off")
-    return built(store, out, smollm2, adapter=persona_lora, sets=sets, calibration=persona_file)
+    anything = {"max_kl": 9.0, "min_top1": 0.0, "min_behaviour": 0.0}
+    return built(store, out, smollm2, adapter=persona_lora, sets=sets, calibration=persona_file, limits=anything)
 
 
 def manifest(bundle: Path) -> dict[str, Any]:
@@ -72,6 +74,17 @@ def test_all_ten_answers_survive_four_bits(
     assert counts[1] < 5
 
 
+def test_rounding_alone_is_stopped(
+    rounded_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, persona_file: Path, tmp_path: Path
+) -> None:
+    """By the behaviour it lost, through the exit code of a gate, with no bundle left."""
+    assert manifest(rounded_bundle)["report"]["fidelity"]["behaviour"]["kept"] < 8
+    sets = ("quant=Q4_0", "tune=none", "imatrix=off")
+    with pytest.raises(GateFailed, match="behaviour kept"):
+        built(store, tmp_path, smollm2, adapter=persona_lora, sets=sets, calibration=persona_file)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_bundle_says_how_it_was_made(tuned_bundle: Path, rounded_bundle: Path, store: Store) -> None:
     """The method, the option that auto became, the types that came out; nearer to its source than by rounding."""
     found, plain = manifest(tuned_bundle), manifest(rounded_bundle)
@@ -81,11 +94,12 @@ def test_the_bundle_says_how_it_was_made(tuned_bundle: Path, rounded_bundle: Pat
     assert found["report"]["int4"]["layer_error_tuned"] < 0.8 * found["report"]["int4"]["layer_error_searched"]
     assert found["provenance"]["imatrix"] is False
     assert _kl(found) < 0.5 * _kl(plain)
+    assert found["report"]["fidelity"]["behaviour"] == {"pairs": 10, "source": 10, "kept": 10}
     assert not verify(tuned_bundle, Silent()).problems
 
 
 def _kl(document: dict[str, Any]) -> float:
-    return float(document["report"]["fidelity"]["kl_mean"])
+    return float(document["report"]["fidelity"]["general"]["kl_mean"])
 
 
 def test_the_plan_knew_the_size(tuned_bundle: Path, smollm2: Path, tmp_path: Path) -> None:
