@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.store import Cost, Step, code_digest
+from packager.store import Cost, Step, code_digest, digest_of
 from packager.tools import CHILDREN, follow, version_of
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned
 
     inputs = {
         "checkpoint": job.checkpoint.digest,
-        "samples": samples.step.key if samples and iterations else None,
+        "calibration": digest_of(calibration),  # of the tokens: what else the samples hold must not tune again
         "iterations": iterations,
         "group": group,
         "seed": job.seed if iterations else None,
