@@ -172,6 +172,7 @@ def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tm
         "checkpoint": str(r1_tokenizer_folder),
         "conversations": talks,
         "prompts": [talk[:-1] for talk in talks],
+        "pairs": talks[:1],
         "texts": ["a"],
         "output": str(output),
     }
@@ -184,6 +185,7 @@ def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tm
         )
         assert prompt["ids"] == expected
         assert prompt["ids"].count(tokenizer.bos_token_id) == 1
+    assert found["pairs"] == [{"prompt": found["prompts"][0]["ids"], "whole": found["conversations"][0]}]
 
 
 def test_a_template_that_refuses_a_role_keeps_the_other_talks(r1_tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_template_that_refuses_a_role_keeps_the_other_talks(r1_tokenizer_folde
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     talks = [system, system[1:]]
     output = tmp_path / "samples.json"
-    job = {"checkpoint": str(folder), "conversations": talks, "prompts": talks, "texts": [], "output": str(output)}
+    job = {"checkpoint": str(folder), "conversations": talks, "prompts": talks, "pairs": [], "texts": [], "output": str(output)}
     follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path)
     found = json.loads(output.read_text(encoding="utf-8"))
     assert found["refusal"] == "System role not supported"
