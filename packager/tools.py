@@ -205,7 +205,8 @@ def run_python(
         **(env or {}),
     }
     what = ["-m", script] if isinstance(script, str) else [script]
-    return run([sys.executable, CHILDREN / "shim.py", *what, *arguments], name=name, env=extra, on_line=on_line)
+    command = [sys.executable, CHILDREN / "shim.py", str(os.getpid()), *what, *arguments]
+    return run(command, name=name, env=extra, on_line=on_line)
 
 
 def follow(

@@ -1,5 +1,5 @@
-"""Runs a script or module here and ends it when the parent dies: ``shim.py SCRIPT ARGUMENTS``, ``shim.py -m MODULE
-ARGUMENTS``.
+"""Runs a script or module here and ends it when the parent dies: ``shim.py PARENT SCRIPT ARGUMENTS``, ``shim.py PARENT
+-m MODULE ARGUMENTS``; PARENT is the parent's process id.
 
 A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next
 run.
@@ -15,8 +15,8 @@ import threading
 import time
 
 
-def die_with_parent() -> None:
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """parent: its process id as it told it. Asked here, a parent that died while Python started would be another."""
     if platform.system() == "Linux":
         import ctypes
         import signal
@@ -36,8 +36,8 @@ def _watch(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    del sys.argv[0]
+    die_with_parent(int(sys.argv[1]))
+    del sys.argv[:2]
     if sys.argv[0] == "-m":
         del sys.argv[0]
         sys.path[0:1] = []

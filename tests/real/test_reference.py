@@ -198,7 +198,8 @@ def test_a_template_that_refuses_a_role_keeps_the_other_talks(r1_tokenizer_folde
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     talks = [system, system[1:]]
     output = tmp_path / "samples.json"
-    job = {"checkpoint": str(folder), "conversations": talks, "prompts": talks, "pairs": [], "texts": [], "output": str(output)}
+    same = {"conversations": talks, "prompts": talks, "pairs": []}
+    job = {"checkpoint": str(folder), **same, "texts": [], "output": str(output)}
     follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path)
     found = json.loads(output.read_text(encoding="utf-8"))
     assert found["refusal"] == "System role not supported"

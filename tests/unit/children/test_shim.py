@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from packager.tools import CHILDREN
 
 
 def shim(*arguments: str | Path, **more: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(CHILDREN / "shim.py"), *map(str, arguments)]
+    command = [sys.executable, str(CHILDREN / "shim.py"), str(os.getpid()), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload,no-any-return]
 
 
@@ -36,3 +37,13 @@ def test_a_script_that_is_not_there() -> None:
     ran = shim("absent.py")
     assert ran.returncode != 0
     assert "absent.py" in ran.stderr
+
+
+def test_a_parent_that_is_gone_already_is_no_parent(tmp_path: Path) -> None:
+    """It died while Python started: nothing is run."""
+    script = tmp_path / "s.py"
+    script.write_text("print('ran')", encoding="utf-8")
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    command = [sys.executable, str(CHILDREN / "shim.py"), gone.stdout.decode().strip(), str(script)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.stdout == "" and (ran.returncode == 1 or sys.platform != "linux")
