@@ -12,6 +12,8 @@ from packager.errors import InputError, PackagerError, PlanRefused, ToolError
 from packager.progress import Silent
 from tests.unit.bundle.parts import ROOT, Box, digest, wheel
 
+pytestmark = pytest.mark.real  # pip itself runs, a second each time; `make unit` leaves it out, `make test` does not
+
 
 class Pip:
     """The real pip, counting its calls."""
