@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
 import struct
 import sys
@@ -137,7 +138,9 @@ def size_as(shape: list[int], kind: Any) -> int:
 
 
 def main(job: dict[str, Any]) -> None:
-    source = np.memmap(job["source"], mode="r", dtype=np.uint8)
+    with Path(job["source"]).open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    source: Any = np.frombuffer(mapped, np.uint8)
     tensors = sorted(job["tensors"], key=lambda tensor: order(tensor["name"]))
     tied = not any(tensor["name"] == "output.weight" for tensor in tensors)
     tuned = job.get("tuned") or {}
@@ -166,6 +169,8 @@ def main(job: dict[str, Any]) -> None:
                         written += out.write(made)
             out.write(bytes(padded(written) - written))
             done += count * 4
+            if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as ours until they are dropped
+                mapped.madvise(mmap.MADV_DONTNEED)
             print(json.dumps({"done": done, "total": total}), flush=True)
 
 
