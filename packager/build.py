@@ -186,10 +186,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)
-    costs = [
-        {"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
-        for s in opened.steps
-    ] + [dict(cost) for cost in artifact.costs]
+    costs = [step.cost() for step in opened.steps] + [dict(cost) for cost in artifact.costs]
     record = {
         "bundle": str(bundle),
         "checkpoint_path": str(opened.checkpoint.path.resolve()),

@@ -27,6 +27,7 @@ from packager.safetensors_io import (
     write_file,
     write_index,
 )
+from packager.tuning import ZERO, linear_modules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4 << 30
 WORD = 8  # integers in one int32
-ZERO = 8
 PARTS = ("g_idx", "qweight", "qzeros", "scales")
 BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 LARGEST = 65504.0  # of float16
@@ -78,8 +78,6 @@ def specs(checkpoint: Checkpoint, modules: dict[str, tuple[int, int]], group: in
 
 def write(checkpoint: Checkpoint, tuned: Tuned, folder: Path) -> None:
     """Write the whole checkpoint folder: weights, config, tokenizer. Raises InputError for a weight beyond float16."""
-    from packager.tuning import linear_modules
-
     modules = linear_modules(checkpoint)
     shards = plan_shards(specs(checkpoint, modules, tuned.group), SHARD_BYTES)
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):

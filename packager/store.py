@@ -39,6 +39,15 @@ class Step:
     peak_rss_bytes: int
     reused: bool
 
+    def cost(self) -> dict[str, Any]:
+        """What making it cost, for a build's record: it stays outside the bundle, because equal builds differ in it."""
+        return {
+            "step": self.name,
+            "seconds": round(self.seconds, 2),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "reused": self.reused,
+        }
+
     def read_json(self, name: str) -> Any:
         """The content of a JSON file that the step wrote."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))

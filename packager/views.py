@@ -200,15 +200,17 @@ def build(console: Console, request: Request, out: Path) -> None:
 
 def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
     """An artifact's fidelity in words, as it stands in the manifest."""
+    if not found:
+        return []
     lines = []
-    for name in ("general", "tuning") if found else ():
-        if score := found and found[name]:
+    for name in ("general", "tuning"):
+        if score := found[name]:
             low, high = score["kl_mean_ci"]
             lines.append(
                 f"fidelity, {name} text: mean KL {score['kl_mean']:.4f} ({low:.4f} to {high:.4f}), top-1 "
                 f"{score['top1']:.1%}, perplexity × {score['perplexity_ratio']:.3f}; {score['positions']} positions"
             )
-    if found and (kept := found["behaviour"]):
+    if kept := found["behaviour"]:
         held = "held out of the calibration" if found["held_out"] else "also used for calibration"
         lines.append(
             f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word ({kept['pairs']} pairs, {held})"

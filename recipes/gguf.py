@@ -212,10 +212,7 @@ def build(job: Job, options: Options) -> Artifact:
             "options": asdict(options),
             "steps": {step.name: step.key for step in steps},
         },
-        costs=tuple(
-            {"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
-            for s in steps
-        ),
+        costs=tuple(step.cost() for step in steps),
     )
 
 
@@ -307,7 +304,6 @@ def _tokenizer_files(job: Job) -> dict[str, Path]:
 
 
 def _run(job: Job, options: Options, model: Path) -> dict[str, Any]:
-    tokenizer = job.checkpoint.tokenizer
     size = estimate(job.checkpoint, job.target, options)
     return {
         "engine": "llamacpp",
@@ -315,11 +311,7 @@ def _run(job: Job, options: Options, model: Path) -> dict[str, Any]:
         "tokenizer": "model/tokenizer.json",
         "chat_template": None,
         **_tokenizer_paths(job.checkpoint),
-        "special_tokens": dict(tokenizer.special_tokens),
-        "bos_id": tokenizer.bos_id,
-        "add_bos": tokenizer.add_bos,
-        "stop_ids": sorted(tokenizer.stop_ids),
-        "sampling": dict(tokenizer.sampling),
+        **job.checkpoint.tokenizer.as_run(),
         "context": options.context,
         "slots": options.slots,
         "threads": 0,

@@ -141,10 +141,7 @@ def build(job: Job, options: Options) -> Artifact:
             "options": asdict(options),
             "steps": {step.name: step.key for step in steps},
         },
-        costs=tuple(
-            {"step": s.name, "seconds": round(s.seconds, 2), "peak_rss_bytes": s.peak_rss_bytes, "reused": s.reused}
-            for s in steps
-        ),
+        costs=tuple(step.cost() for step in steps),
     )
 
 
@@ -166,7 +163,6 @@ def _read_back(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
-    tokenizer = job.checkpoint.tokenizer
     weights = [name for name in files if name.endswith(".safetensors")]
     size = estimate(job.checkpoint, job.target, options)
     return {
@@ -174,11 +170,7 @@ def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any
         "model": f"model/{weights[0]}",
         "tokenizer": "model/tokenizer.json",
         "chat_template": "model/chat_template.jinja" if "chat_template.jinja" in files else None,
-        "special_tokens": dict(tokenizer.special_tokens),
-        "bos_id": tokenizer.bos_id,
-        "add_bos": tokenizer.add_bos,
-        "stop_ids": sorted(tokenizer.stop_ids),
-        "sampling": dict(tokenizer.sampling),
+        **job.checkpoint.tokenizer.as_run(),
         "context": options.context,
         "slots": options.slots,
         "threads": 0,
