@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
+from runtimes.logits import open_scorer as open_scorer
 from runtimes.manifest import Run
 from runtimes.threads import wait_politely
 
@@ -391,3 +392,8 @@ def log_reason(said: Sequence[str]) -> str:
     """The first error in llama.cpp's log: "0.00.169.057 E llama_model_load: error loading model: …"."""
     errors = [line.partition(" E ")[2] for line in said if " E " in line]
     return errors[0].partition(": ")[2].strip() if errors else ""
+
+
+def load(run: Run, *, verbose: bool) -> LlamaCpp:
+    """The engine of a manifest. Raises EngineError."""
+    return LlamaCpp(run, verbose=verbose)

@@ -17,14 +17,18 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from dataclasses import replace
 from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.manifest import Run
+from runtimes.pages import bounded
 from runtimes.threads import wait_politely
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 _ERROR = 4
+# Logits take tokens x vocabulary x 4 bytes: 64 keeps them at 39 MB for 152,000 entries.
+SCORE_BATCH = 64
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 
 
@@ -178,6 +182,21 @@ class Scorer:
         if self._model:
             self._library.llama_model_free(self._model)
         self._context = self._model = None
+
+
+@contextlib.contextmanager
+def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
+    """A Scorer with room for ``longest`` tokens. A ceiling also turns off llama.cpp's repacked copies of the weights,
+    which lie outside the mapped file. Raises EngineError.
+    """
+    # llama.cpp rounds contexts up to 256 anyway
+    run = replace(run, slots=1, context=max(256, (longest + 255) // 256 * 256))
+    with bounded(run.model, max_rss_bytes) as loaded:
+        scorer = Scorer(
+            run, batch=SCORE_BATCH, extra_buffers=max_rss_bytes is None, verbose=verbose, loaded=loaded
+        )
+        with contextlib.closing(scorer):
+            yield scorer
 
 
 def top_logprobs(logits: Any, top: int) -> dict[int, float]:

@@ -15,7 +15,9 @@ class ManifestError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """How to run the model: paths resolved, everything else as in the manifest. context is per slot, in tokens."""
+    """How to run the model: paths resolved, everything else as in the manifest. context is per slot, in tokens.
+    settings: what only this engine understands.
+    """
 
     engine: str
     model: Path
@@ -33,6 +35,7 @@ class Run:
     flash_attention: bool = True
     kv_type: str = "f16"
     gpu_layers: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def inside(folder: Path, relative: str) -> Path:
@@ -89,6 +92,7 @@ def parse_run(run: Any, *, name: str = "model", folder: Path | None = None) -> R
             flash_attention=bool(run.get("flash_attention", True)),
             kv_type=str(run.get("kv_type", "f16")),
             gpu_layers=int(run.get("gpu_layers", 0)),
+            settings=dict(run.get("settings") or {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"The manifest's run object cannot be used: {error!r}.") from None

@@ -2,28 +2,24 @@
 
 score: the likeliest next tokens after given positions of given token sequences, with their log-probabilities in the
 model's own distribution (no sampling filter touches them). render: conversations to the ids that the server feeds.
-Each sequence is computed once, in pieces of SCORE_BATCH tokens, so the same input gives the same numbers.
+Each sequence is computed once, in pieces of one size, so the same input gives the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes.engine import EngineError
+from runtimes.engines import scorer
 from runtimes.manifest import ManifestError, Run, parse_run
-from runtimes.pages import bounded
 
 UNUSABLE, FAILED = 3, 1
-# Logits take tokens x vocabulary x 4 bytes: 64 keeps them at 39 MB for 152,000 entries.
-SCORE_BATCH = 64
 
 
 def main(argv: Sequence[str], verb: str = "score") -> int:
@@ -31,7 +27,7 @@ def main(argv: Sequence[str], verb: str = "score") -> int:
     parser = argparse.ArgumentParser(prog=f"python -m runtimes {verb}", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--input", type=Path, required=True, help="JSON file with the questions")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--verbose", action="store_true", help="show llama.cpp's own log")
+    parser.add_argument("--verbose", action="store_true", help="show the engine's own log")
     options = parser.parse_args(argv)
     try:
         question = json.loads(options.input.read_text(encoding="utf-8"))
@@ -60,39 +56,28 @@ def render(run: Run, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
-    """Score every position of every sequence; resident memory stays near ``max_rss_bytes`` when that is given.
-
-    A ceiling also turns off llama.cpp's repacked copies of the weights, which lie outside the mapped file.
-    """
-    from runtimes.logits import Scorer
-
+    """Score every position of every sequence; resident memory stays near ``max_rss_bytes`` when that is given."""
     top, sequences = int(question.get("top", 64)), question.get("sequences") or []
     ceiling = question.get("max_rss_bytes")
     longest = max([len(sequence["ids"]) for sequence in sequences], default=0)
-    # llama.cpp rounds contexts up to 256 anyway
-    run = replace(run, slots=1, context=max(256, (longest + 255) // 256 * 256))
     total = sum(len(set(sequence["positions"])) for sequence in sequences)
     scored, done = [], 0
-    with bounded(run.model, ceiling) as loaded:
-        engine = Scorer(
-            run, batch=SCORE_BATCH, extra_buffers=ceiling is None, verbose=verbose, loaded=loaded
-        )
-        with contextlib.closing(engine):
-            tokenized = [engine.tokenize(text) for text in question.get("tokenize") or []]
-            for sequence in sequences:
-                rows: dict[int, dict[int, float]] = {}
-                for position, row in engine.top(sequence["ids"], sequence["positions"], top):
-                    rows[position] = row
-                    done += 1
-                    _progress(done, total)
-                found = [rows[position] for position in sequence["positions"]]
-                scored.append(
-                    {
-                        "positions": list(sequence["positions"]),
-                        "ids": [list(row) for row in found],
-                        "logprobs": [list(row.values()) for row in found],
-                    }
-                )
+    with scorer(run.engine)(run, longest=longest, max_rss_bytes=ceiling, verbose=verbose) as engine:
+        tokenized = [engine.tokenize(text) for text in question.get("tokenize") or []]
+        for sequence in sequences:
+            rows: dict[int, Mapping[int, float]] = {}
+            for position, row in engine.top(sequence["ids"], sequence["positions"], top):
+                rows[position] = row
+                done += 1
+                _progress(done, total)
+            found = [rows[position] for position in sequence["positions"]]
+            scored.append(
+                {
+                    "positions": list(sequence["positions"]),
+                    "ids": [list(row) for row in found],
+                    "logprobs": [list(row.values()) for row in found],
+                }
+            )
     return {"sequences": scored, "tokenized": tokenized, "engine": engine.version}
 
 

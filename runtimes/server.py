@@ -11,8 +11,10 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from runtimes.chat import Prompts
+from runtimes.engines import module
 from runtimes.manifest import ManifestError, Run, read_bundle
 
 USAGE, UNUSABLE, FAILED = 2, 3, 1
@@ -25,14 +27,15 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         run = read_bundle(options.bundle)
-        if run.engine != "llamacpp":
-            raise ManifestError(f"This runtime has no engine {run.engine!r}; it has llamacpp.")
+        engine = module(run.engine)
+        if hasattr(engine, "serve"):
+            return int(engine.serve(run, options))
         listener = _listen(options.host, options.port)
     except ManifestError as error:
         sys.stderr.write(f"{error}\n")
         return UNUSABLE
     with listener:
-        return _serve(run, options, listener)
+        return _serve(run, engine, options, listener)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for any free one (default: %(default)s)")
     parser.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES", help="largest request (8 MiB)")
     parser.add_argument("--log-json", action="store_true", help="one JSON line a request on standard output")
-    parser.add_argument("--verbose", action="store_true", help="show llama.cpp's own log")
+    parser.add_argument("--verbose", action="store_true", help="show the engine's own log")
     return parser
 
 
@@ -70,13 +73,12 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(run: Run, options: argparse.Namespace, listener: socket.socket) -> int:
+def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: socket.socket) -> int:
     # imported before the model, so that an incomplete install is told at once
     import uvicorn
 
     from runtimes.app import Service, make_app
-    from runtimes.engine import EngineError
-    from runtimes.llamacpp import LlamaCpp
+    from runtimes.engine import Engine, EngineError
     from runtimes.loading import answering
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -89,7 +91,7 @@ def _serve(run: Run, options: argparse.Namespace, listener: socket.socket) -> in
     try:
         with answering(listener, run.name):
             prompts = Prompts(run)
-            engine = LlamaCpp(run, verbose=options.verbose)
+            engine: Engine = source.load(run, verbose=options.verbose)
     except (ManifestError, EngineError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED if isinstance(error, EngineError) else UNUSABLE

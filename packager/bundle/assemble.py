@@ -36,10 +36,11 @@ AT_FDCWD = -100
 # What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
 RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
                   "bench_machine.py")
+# the HTTP face and what scores and renders on the build machine: the same for every engine in our own process
+RUNTIME_SERVER = ("api.py", "app.py", "chat.py", "engine.py", "engines.py", "generation.py", "loading.py", "metrics.py",
+                  "outer.py", "pump.py", "render.py", "replies.py", "score.py", "server.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
-    "llamacpp": ("api.py", "app.py", "chat.py", "engine.py", "generation.py", "llamacpp.py", "loading.py", "logits.py",
-                 "metrics.py", "outer.py", "pages.py", "pump.py", "render.py", "replies.py", "score.py", "server.py",
-                 "threads.py"),
+    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
 }
 
 
