@@ -11,9 +11,12 @@ compile() {
         --custom-compile-command scripts/lock.sh --quiet "$@" "locks/$name.in" --output-file "locks/$name.lock"
 }
 
-./locks/box-llamacpp.sh "$@"
+for box in locks/box-*.in; do
+    name=${box#locks/box-}
+    ./locks/box.sh "${name%.in}" "$@"
+done
 # What runs on the box is also run here (scoring, bench, serve): in the same versions, hence the constraint.
-compile build -c locks/box-llamacpp.lock --override locks/without-torch.in --no-emit-package torch "$@"
+compile build -c locks/box-llamacpp.lock -c locks/box-ort.lock --override locks/without-torch.in --no-emit-package torch "$@"
 compile test -c locks/build.lock --override locks/without-torch.in --no-emit-package torch "$@"
 compile demo --no-deps "$@"
 compile llama-cpp-python --no-deps "$@"
