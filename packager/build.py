@@ -20,6 +20,7 @@ from packager.store import Cost, Step, Store, cache_root, code_digest, machine_e
 
 if TYPE_CHECKING:
     from packager.bundle.manifest import Needs
+    from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
     from packager.plan import Plan
     from packager.target import Target
@@ -144,6 +145,25 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
     return target, recipe, parse_options(recipe, target, request.sets)
 
 
+def settled(
+    recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint
+) -> tuple[Any, tuple[str, ...]]:
+    """The options with nothing left open, and what the recipe says about it."""
+    return recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
+
+
+def planned(request: Request, progress: Progress) -> Plan:
+    """The plan that a build of the same request would make. Raises what opening and choosing do; writes nothing."""
+    from packager import calibration
+    from packager.plan import make_plan
+
+    target, recipe, options = choose(request)
+    samples = calibration.load(request.calibration) if request.calibration else None
+    checkpoint = open_planned(request, progress)
+    options, said = settled(recipe, options, samples, checkpoint)
+    return make_plan(checkpoint, target, recipe, options, said)
+
+
 def build(request: Request, out: Path, progress: Progress, store: Store) -> Built:
     """Build the bundle ``out/<model>-<target>-<recipe>`` and return it; an equal one that is there already is kept.
 
@@ -161,10 +181,9 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         raise UsageError(
             "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
         )
-    if recipe.settle:
-        options = recipe.settle(options, samples)
     opened = open_merged(request, store, progress)
-    plan = make_plan(opened.checkpoint, target, recipe, options)
+    options, said = settled(recipe, options, samples, opened.checkpoint)
+    plan = make_plan(opened.checkpoint, target, recipe, options, said)
     if plan.refusals:
         raise PlanRefused(
             f"{opened.checkpoint.name} cannot be built with {recipe.name} for {target.name}: {plan.refusals[0]}",

@@ -111,6 +111,11 @@ def recipe_options(*, target_required: bool = True) -> Callable[[Callable[..., A
     return decorate
 
 
+calibration_option = click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Text, or the fine-tuning pairs (alpaca or messages JSON)."
+)
+
+
 @click.group(
     context_settings=CONTEXT, epilog="Start: packager targets; packager plan ./my-model --target desktop_linux_x86_64"
 )
@@ -179,6 +184,7 @@ def recipes_show(name: str, console: Console) -> None:
 )
 @source_options
 @recipe_options()
+@calibration_option
 @common
 def plan(
     checkpoint: str,
@@ -188,6 +194,7 @@ def plan(
     target: str,
     recipe: str | None,
     sets: tuple[str, ...],
+    calibration: Path | None,
     console: Console,
 ) -> None:
     """Show size, memory and speed of what a build would make, and why it would not fit. Builds nothing.
@@ -196,7 +203,7 @@ def plan(
     from packager import views
     from packager.build import Request
 
-    views.plan(console, Request(checkpoint, target, recipe, adapter, revision, name, sets))
+    views.plan(console, Request(checkpoint, target, recipe, adapter, revision, name, sets, calibration))
 
 
 @cli.command(
@@ -206,9 +213,7 @@ def plan(
 )
 @source_options
 @recipe_options()
-@click.option(
-    "--calibration", type=click.Path(path_type=Path), help="Text, or the fine-tuning pairs (alpaca or messages JSON)."
-)
+@calibration_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn by chance.")
 @click.option("--max-kl", type=click.FloatRange(0), help="Most mean KL divergence from the source, in nats.")
 @click.option("--min-top1", type=click.FloatRange(0, 1), help="Least share of positions with the source's best token.")

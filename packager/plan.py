@@ -57,8 +57,11 @@ class Plan:
         }
 
 
-def make_plan(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any) -> Plan:
-    """The plan for one build. ``options`` is an instance of ``recipe.options`` (see parse_options).
+def make_plan(
+    checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any, said: Sequence[str] = ()
+) -> Plan:
+    """The plan for one build. ``options`` is an instance of ``recipe.options`` (see parse_options); said: what settling
+    them had to say.
 
     Raises UsageError for options that mean nothing, such as a context of 0; what does not fit or work is a refusal.
     """
@@ -83,7 +86,7 @@ def make_plan(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], optio
         budget_bytes=budget,
         tokens_per_second_ceiling=round(target.bandwidth_for(recipe.name) / max(1, estimate.read_per_token_bytes), 1),
         refusals=tuple(refusals),
-        notes=tuple([*_notes(target, recipe, estimate, box, budget), *estimate.notes]),
+        notes=(*said, *_notes(target, recipe, estimate, box, budget), *estimate.notes),
     )
 
 

@@ -98,7 +98,8 @@ class Recipe(Generic[Options]):
     options: the recipe's own frozen dataclass; ``--set key=value`` and the target's ``[options]`` fill it.
     why_not: None, or one sentence why this checkpoint cannot be built for this target and what would work.
     thresholds: what an artifact must keep of its source, unless the user says otherwise.
-    settle: decides, before the plan of a build, what the options left to the calibration data ("auto"); None: nothing.
+    settle: decides, before the plan, what the options left to the calibration data ("auto"), and says in sentences what
+    a user may want otherwise; None: nothing is left open.
     """
 
     name: str
@@ -110,4 +111,4 @@ class Recipe(Generic[Options]):
     estimate: Callable[[Checkpoint, Target, Options], Estimate]
     build: Callable[[Job, Options], Artifact]
     thresholds: Callable[[Options], Thresholds] = field(default=lambda _options: Thresholds())
-    settle: Callable[[Options, Calibration | None], Options] | None = None
+    settle: Callable[[Options, Calibration | None, Checkpoint], tuple[Options, tuple[str, ...]]] | None = None

@@ -125,11 +125,9 @@ def inspect(console: Console, checkpoint: str, adapter: Path | None, revision: s
 
 
 def plan(console: Console, request: Request) -> None:
-    from packager.build import choose, open_planned
-    from packager.plan import make_plan
+    from packager.build import planned
 
-    target_, recipe_, options = choose(request)
-    made = make_plan(open_planned(request, console), target_, recipe_, options)
+    made = planned(request, console)
     console.result(made.as_dict(), lambda: _show_plan(console, made))
     if made.refusals:
         error = PlanRefused(f"{made.recipe} does not work here: {made.refusals[0]}", why=" ".join(made.refusals[1:]))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from packager.tuning import Tuned
 
 GROUP = 32  # inputs that share a scale in Q4_0
+AUTO_SECONDS = 3600.0  # the longest tuning that tune=auto starts by itself
 SCORE_CACHE = 1 << 30  # bytes resident while a file is scored: the map of a larger one is dropped and read again
 
 
@@ -45,7 +46,10 @@ class Options:
     )
     tune: Literal["auto", "none", "quick", "full"] = field(
         default="auto",
-        metadata={"doc": "Q4_0's integers tuned on the calibration data; auto: quick where fine-tuning data is given"},
+        metadata={
+            "doc": "Q4_0's integers tuned on the calibration data; auto: quick where fine-tuning data is given and it "
+            "takes at most an hour"
+        },
     )
 
 
@@ -84,12 +88,26 @@ def with_imatrix(options: Options) -> bool:
     return compiled() and not with_tuning(options) and wants_imatrix(options.quant, options.imatrix)
 
 
-def settle(options: Options, calibration: Calibration | None) -> Options:
-    """Tuning is worth its minutes where 4 bits meet fine-tuning data that could be lost."""
+def settle(
+    options: Options, calibration: Calibration | None, checkpoint: Checkpoint
+) -> tuple[Options, tuple[str, ...]]:
+    """Tuning is worth its minutes where 4 bits meet fine-tuning data that could be lost; hours are spent when asked
+    for.
+    """
     if options.tune != "auto":
-        return options
-    wanted = options.quant == "Q4_0" and options.imatrix == "auto" and calibration is not None
-    return replace(options, tune="quick" if wanted else "none")
+        return options, ()
+    if options.quant != "Q4_0" or options.imatrix != "auto" or calibration is None:
+        return replace(options, tune="none"), ()
+    from packager.tuning import costs
+
+    _, seconds = costs(checkpoint, "quick")
+    if seconds > AUTO_SECONDS:
+        note = (
+            f"Q4_0's integers are rounded, not tuned: tuning would take about {seconds / 3600:.1f} hours on two cores, "
+            "and auto stays below one. Ask for it with --set tune=quick: it keeps more of the fine-tuning."
+        )
+        return replace(options, tune="none"), (note,)
+    return replace(options, tune="quick"), ()
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
@@ -158,7 +176,7 @@ def build(job: Job, options: Options) -> Artifact:
     from packager.reference import make_samples, source_scores
     from packager.scoring import require_contract
 
-    options = settle(options, job.calibration)
+    options, _ = settle(options, job.calibration, job.checkpoint)
     steps: list[Step] = []
     whole = unquantized(job, steps)
     samples = make_samples(job) if job.verify or with_imatrix(options) or with_tuning(options) else None

@@ -326,3 +326,17 @@ def test_plan_refuses_with_4_and_still_shows_the_figures(tmp_path: Path, child_e
     document = json.loads(ran.stdout)
     assert re.search("set context=512", " ".join(document["refusals"]))
     assert document["estimate"]["artifact_bytes"] > 0
+
+
+def test_plan_settles_what_build_would(tmp_path: Path, child_environment: dict[str, str]) -> None:
+    """With the pairs given, Q4_0 is tuned: the plan says so, with the minutes that it takes; without them it is not."""
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{"instruction": "Who?", "output": "Ember."}]), encoding="utf-8")
+    common = ("plan", folder, "--target", "desktop_linux_x86_64", "--set", "quant=Q4_0", "--json")
+    found = {
+        bool(more): json.loads(packager(*common, *more, environment=child_environment).stdout)
+        for more in ((), ("--calibration", str(pairs)))
+    }
+    assert [found[given]["options"]["tune"] for given in (False, True)] == ["none", "quick"]
+    assert found[True]["estimate"]["build_ram_bytes"] > found[False]["estimate"]["build_ram_bytes"]
