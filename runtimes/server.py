@@ -80,6 +80,7 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
     from runtimes.app import Service, make_app
     from runtimes.engine import Engine, EngineError
     from runtimes.loading import answering
+    from runtimes.protocol import Http
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     host, port = listener.getsockname()[:2]
@@ -107,7 +108,7 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
 
     config = uvicorn.Config(
         make_app(service, max_body=options.max_body, log_json=options.log_json),
-        http="h11",
+        http=Http,
         loop="asyncio",
         ws="none",
         lifespan="on",

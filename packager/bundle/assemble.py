@@ -38,7 +38,7 @@ RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "inst
                   "bench_machine.py")
 # the HTTP face and what scores and renders on the build machine: the same for every engine in our own process
 RUNTIME_SERVER = ("api.py", "app.py", "chat.py", "engine.py", "engines.py", "generation.py", "loading.py", "metrics.py",
-                  "outer.py", "pump.py", "render.py", "replies.py", "score.py", "server.py")
+                  "outer.py", "protocol.py", "pump.py", "render.py", "replies.py", "score.py", "server.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
 }

@@ -19,6 +19,7 @@ from runtimes.app import Service, make_app
 from runtimes.chat import Prompts
 from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
 from runtimes.manifest import Run
+from runtimes.protocol import Http
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
@@ -156,7 +157,7 @@ class Client:
 def serving(run: Run, engine: Scripted, *, max_body: int = 1 << 20, log_json: bool = False) -> Iterator[Client]:
     """The real application under the real uvicorn, on a free port."""
     app = make_app(Service(run, Prompts(run), engine), max_body=max_body, log_json=log_json)
-    config = uvicorn.Config(app, http="h11", loop="asyncio", log_config=None, access_log=False, lifespan="on")
+    config = uvicorn.Config(app, http=Http, loop="asyncio", log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,6 +195,27 @@ def test_a_large_request_is_refused_and_told_so(tmp_path: Path) -> None:
         assert connection.getresponse().status == 413
         connection.close()
         assert client.chat("small")[0] == 200
+
+
+def test_a_head_without_end_is_cut_off(tmp_path: Path) -> None:
+    """Headers that go on for ever cost 64 KiB, then the connection; long ones below that are served."""
+    with serving(make_run(tmp_path), Scripted()) as client:
+        connection = client.connect()
+        connection.request("GET", "/health", headers={"X-Long": "x" * 20_000})
+        assert connection.getresponse().status == 200
+        connection.close()
+        with socket.create_connection(("127.0.0.1", client.port), 10) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                for number in range(2000):
+                    raw.sendall(b"X-%d: %s\r\n" % (number, b"x" * 1000))
+                    time.sleep(0.0005)
+            with contextlib.suppress(ConnectionError):
+                answer = raw.recv(4096)
+            assert number < 1999 and (b" 400 " in answer or not answer)
+        assert client.send("GET", "/health")[0] == 200
+        assert client.chat("x" * 100_000)[0] == 200  # head and body in one read are more than a head may be
 
 
 def wait_for(condition: object, seconds: float = 10) -> bool:
