@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs. limits:
-    thresholds that replace the recipe's, by the names of gates.Thresholds.
+    thresholds that replace the recipe's, by the names of gates.Thresholds. template: the training template's name or
+    file. trust_calibration: the calibration is used whatever the source makes of its text.
     """
 
     checkpoint: str
@@ -43,6 +44,8 @@ class Request:
     seed: int = 0
     verify: bool = True
     limits: Mapping[str, float] = field(default_factory=dict)
+    template: str | None = None
+    trust_calibration: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,11 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
 def settled(
     recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint
 ) -> tuple[Any, tuple[str, ...]]:
-    """The options with nothing left open, and what the recipe says about it."""
-    return recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
+    """The options with nothing left open, and what is to be said beside the plan: by the tokenizer and by the
+    recipe.
+    """
+    options, said = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
+    return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *said)
 
 
 def planned(request: Request, progress: Progress) -> Plan:
@@ -169,12 +175,13 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
 
     Raises PlanRefused before any work when the plan refuses, GateFailed when the artifact is not its source.
     """
-    from packager import calibration
+    from packager import calibration, training
     from packager.plan import make_plan
 
     start = time.monotonic()
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
+    template = training.load(request.template) if request.template else None
     if request.limits and not request.verify:
         raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Take one of the two away.")
     if "min_behaviour" in request.limits and not (samples and samples.conversations):
@@ -202,6 +209,8 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         seed=request.seed,
         verify=request.verify,
         limits=request.limits,
+        training=template,
+        trust_calibration=request.trust_calibration,
     )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)

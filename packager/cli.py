@@ -178,6 +178,27 @@ def recipes_show(name: str, console: Console) -> None:
     views.recipe(console, name)
 
 
+@cli.group(invoke_without_command=True, epilog="Example: packager templates show qwen > my-model/chat_template.jinja")
+@common
+@click.pass_context
+def templates(context: click.Context, console: Console) -> None:
+    """List the training templates that `build --template` knows; `show NAME` prints one as Jinja."""
+    from packager import views
+
+    if context.invoked_subcommand is None:
+        views.templates(console)
+
+
+@templates.command("show", epilog="Example: packager templates show deepseekr1")
+@click.argument("name")
+@common
+def templates_show(name: str, console: Console) -> None:
+    """One training template as the chat template that a checkpoint trained with it should carry."""
+    from packager import views
+
+    views.template(console, name)
+
+
 @cli.command(
     epilog="Example: packager plan ./my-model --target jetson_orin_nano_8gb --set quant=Q4_K_M",
     short_help="What a build would make, need and yield.",
@@ -214,6 +235,13 @@ def plan(
 @source_options
 @recipe_options()
 @calibration_option
+@click.option(
+    "--template",
+    help="What the model was fine-tuned with: a LLaMA-Factory template name, the run's .yaml, or a Jinja file.",
+)
+@click.option(
+    "--trust-calibration", is_flag=True, help="Use the calibration file even if the model does not know its text."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn by chance.")
 @click.option("--max-kl", type=click.FloatRange(0), help="Most mean KL divergence from the source, in nats.")
 @click.option("--min-top1", type=click.FloatRange(0, 1), help="Least share of positions with the source's best token.")
@@ -236,6 +264,8 @@ def build(
     recipe: str | None,
     sets: tuple[str, ...],
     calibration: Path | None,
+    template: str | None,
+    trust_calibration: bool,
     seed: int,
     max_kl: float | None,
     min_top1: float | None,
@@ -254,7 +284,19 @@ def build(
     given = {"max_kl": max_kl, "min_top1": min_top1, "min_behaviour": min_behaviour}
     limits = {key: value for key, value in given.items() if value is not None}
     request = Request(
-        checkpoint, target, recipe, adapter, revision, name, sets, calibration, seed, not no_verify, limits
+        checkpoint,
+        target,
+        recipe,
+        adapter,
+        revision,
+        name,
+        sets,
+        calibration,
+        seed,
+        not no_verify,
+        limits,
+        template,
+        trust_calibration,
     )
     views.build(console, request, out)
 

@@ -49,6 +49,8 @@ def inspect(checkpoint: Checkpoint, adapter: Adapter | None = None) -> dict[str,
             "template_turn_end": tokenizer.turn_end,
             "agrees": not tokenizer.agreement,
             "agreement": list(tokenizer.agreement),
+            "remarks": list(tokenizer.remarks),
+            "typed_by_users_become_control_tokens": list(tokenizer.marks),
         },
         "adapter": None,
     }

@@ -1,9 +1,9 @@
 """For Ollama: a Modelfile, and a store that can be copied into ``~/.ollama/models`` as it is.
 
 Ollama renders prompts with Go templates, not with the GGUF's Jinja. The Go template is derived from the checkpoint's
-own template by rendering marked messages, then proven: what it yields must equal what the Jinja template yields for
-every conversation of the contract, or there is no bundle. Store layout: Ollama's ``docs`` on the registry format
-(schema version 2).
+own template by rendering marked messages, then proven: what it yields (go_template.py evaluates it; Ollama is not run
+here) must equal what the Jinja template yields for every conversation of the contract, or there is no bundle. Store
+layout: Ollama's ``docs`` on the registry format (schema version 2).
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packager import go_template
+from packager.contract import EDGES
 from packager.errors import GateFailed
+from packager.gguf_contract import adds_bos
+from packager.go_template import render as render_go
 from packager.recipe import Job
 from packager.store import Cost, Step, code_digest
 
@@ -128,15 +132,16 @@ def _common_head(left: str, right: str) -> str:
     return left[:count]
 
 
-def make(job: Job, model: Path, context: int, steps: list[Step]) -> dict[str, Path]:
-    """The bundle's ``ollama/`` folder. Raises GateFailed when the chat template cannot be said in Ollama's language."""
+def make(job: Job, model: Path, context: int, steps: list[Step]) -> tuple[dict[str, Path], list[str]]:
+    """The bundle's ``ollama/`` folder, and notes on the prompt. Raises GateFailed when the chat template cannot be
+    said in Ollama's language.
+    """
     tokenizer = job.checkpoint.tokenizer
+    template, notes = "", list[str]()
+    if tokenizer.chat_template is not None:
+        template, notes = proven_template(job, adds_bos(model, tokenizer.add_bos))
 
     def build(folder: Path, cost: Cost) -> None:
-        template = ""
-        if tokenizer.chat_template is not None:
-            shape = _proven_shape(job)
-            template = shape.go(tokenizer.bos or "" if tokenizer.add_bos else "")
         write_store(folder / "ollama", model, job.checkpoint.name, template, _parameters(job, context))
 
     step = job.store.step(
@@ -146,20 +151,27 @@ def make(job: Job, model: Path, context: int, steps: list[Step]) -> dict[str, Pa
             "checkpoint": job.checkpoint.digest,
             "context": context,
             "name": job.checkpoint.name,
-            "code": code_digest(Path(__file__)),
+            "template": template,
+            "code": code_digest(Path(__file__), Path(go_template.__file__)),
         },
         build,
         progress=job.progress,
     )
     steps.append(step)
-    return {"ollama": step.path / "ollama"}
+    return {"ollama": step.path / "ollama"}, notes
 
 
-def _proven_shape(job: Job) -> TurnShape:
+def proven_template(job: Job, bos_first: bool) -> tuple[str, list[str]]:
+    """The Go template that renders as the checkpoint's own, and notes on what Ollama's language cannot say. bos_first:
+    Ollama puts BOS before what it yields, because the GGUF says so. Raises GateFailed naming the first character that
+    differs.
+    """
     from packager.calibration import general
+    from packager.samples import contract_prompts
     from packager.template_probe import renderer
 
-    render = renderer(job.checkpoint.tokenizer.chat_template or "", job.checkpoint.tokenizer.special_tokens)
+    tokenizer = job.checkpoint.tokenizer
+    render = renderer(tokenizer.chat_template or "", tokenizer.special_tokens)
     shape = shape_of(render)
     fix = "Build for a desktop target instead: its server runs the checkpoint's own template."
     if shape is None:
@@ -168,23 +180,30 @@ def _proven_shape(job: Job) -> TurnShape:
             why="It does more than put text around each message.",
             fix=fix,
         )
-    for number, talk in enumerate(general().conversations, 1):
-        messages = list(talk[:-1])
-        if any(message["role"] == "system" and not message["content"] for message in messages):
-            continue  # Ollama itself takes an empty system message for none
-        expected, found = str(render(messages, True)), shape.render(messages)
-        if expected != found:
+    bos = tokenizer.bos or "" if bos_first else ""
+    template = shape.go(bos)
+    notes: list[str] = []
+    for number, prompt in enumerate(contract_prompts(general().conversations, ()), 1):
+        messages = prompt["messages"]
+        try:
+            expected = str(render(messages, True))
+        except Exception:
+            expected = ""  # a template that refuses a role: Ollama's would not, so it is no equal
+        found = bos + render_go(template, messages)
+        if expected != found and prompt["kind"] in EDGES:
+            notes.append(f"Ollama renders conversations of the kind {prompt['kind']!r} otherwise than the checkpoint")
+        elif expected != found:
             at = next(
                 (i for i, (x, y) in enumerate(zip(expected, found, strict=False)) if x != y),
                 min(len(expected), len(found)),
             )
             raise GateFailed(
                 "the chat template cannot be written as an Ollama template.",
-                why=f"Conversation {number} differs at character {at}: {found[at : at + 24]!r} instead of "
-                f"{expected[at : at + 24]!r}.",
+                why=f"Conversation {number} ({prompt['kind']}) differs at character {at}: {found[at : at + 24]!r} "
+                f"instead of {expected[at : at + 24]!r}.",
                 fix=fix,
             )
-    return shape
+    return template, sorted(set(notes))
 
 
 def _parameters(job: Job, context: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from packager.progress import Progress
     from packager.store import Store
     from packager.target import Target
+    from packager.training import Training
 
 Options = TypeVar("Options")
 
@@ -60,7 +61,8 @@ class Estimate:
 @dataclass(frozen=True)
 class Job:
     """Everything a build may use. ``checkpoint`` is already merged and all safetensors. limits: the user's own
-    thresholds, by the names of gates.Thresholds.
+    thresholds, by the names of gates.Thresholds. training: the template that the model was fine-tuned with, where it is
+    known. trust_calibration: the calibration is used whatever the source makes of its text.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +73,8 @@ class Job:
     seed: int = 0
     verify: bool = True
     limits: Mapping[str, float] = field(default_factory=dict)
+    training: Training | None = None
+    trust_calibration: bool = False
 
 
 @dataclass(frozen=True)

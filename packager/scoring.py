@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Scored:
     """What the runtime answered. distributions: token -> log-probability (natural) a position. tokenized: the ids of
-    the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages.
+    the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages. vocabulary:
+    what an engine that reads tokens out of the artifact does with them (runtimes/logits.py), None for others.
     """
 
     distributions: list[dict[int, float]]
     tokenized: list[list[int]]
     rendered: list[list[int]]
+    vocabulary: Mapping[str, Any] | None = None
 
 
 def score(
@@ -89,7 +91,7 @@ def score(
     )
     scored = step.read_json("scores.json")
     rendered = step.read_json("rendered.json")["ids"] if samples.prompts else []
-    return Scored(positions_of(scored), scored["tokenized"], rendered), step
+    return Scored(positions_of(scored), scored["tokenized"], rendered, scored.get("vocabulary")), step
 
 
 def runtime_copy(job: Job, engine: str) -> Step:
@@ -115,8 +117,9 @@ def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) 
     """Raise GateFailed unless every prompt's ids are transformers' own, with one BOS, in the artifact's tokenizer
     (named as in a sentence) and in what the server renders.
     """
-    from packager.contract import require_one_bos, require_same
+    from packager.contract import require_one_bos, require_same, token_names
 
+    name = token_names(job.checkpoint)
     require_one_bos(samples.prompts, job.checkpoint.tokenizer.bos_id)
     require_same(
         samples.prompts,
@@ -124,10 +127,12 @@ def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) 
         tokenizer,
         "The tokenizer.json has a pre-tokenizer or added tokens that the engine reads otherwise: compare "
         "it with the base model's.",
+        name,
     )
     require_same(
         samples.prompts,
         found.rendered,
         "the server on the box",
         "Report the chat template: the server must render it as transformers does.",
+        name,
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
 _ANSWER = "THE-ANSWER-OF-THE-PROBE"
+_SYSTEM = "THE-SYSTEM-PROMPT-OF-THE-PROBE"
+DAY = datetime(2026, 1, 1)  # the date in a template is fixed wherever texts are compared
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,14 @@ class Probe:
     """What was found.
 
     turn_end: the token that follows an assistant's answer, None when there is none. writes_bos: the text starts with
-    the
-    BOS token. error: why the template could not be rendered, "" when it could.
+    the BOS token. system: what becomes of a system message. marks: the added tokens that stand around the turns, in
+    order. error: why the template could not be rendered, "" when it could.
     """
 
     turn_end: str | None = None
     writes_bos: bool = False
+    system: Literal["kept", "ignored", "refused"] = "kept"
+    marks: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -45,12 +50,14 @@ def renderer(template: str, special_tokens: Mapping[str, str | None]) -> Callabl
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda _format: "01 January 2026"  # any fixed day: only the edges matter
+    environment.globals["strftime_now"] = DAY.strftime
     variables = {name: value or "" for name, value in special_tokens.items()}
     compiled = environment.from_string(template)
 
     def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+        return compiled.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
+        )
 
     return render
 
@@ -62,11 +69,28 @@ def probe(template: str, special_tokens: Mapping[str, str | None], tokens: Itera
     """
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = renderer(template, special_tokens)(messages, False)
+        render = renderer(template, special_tokens)
+        text = render(messages, False)
     except Exception as error:  # a template is a program: it may fail in any way, and all of them are its own fault
         return Probe(error=f"{type(error).__name__}: {error}")
     bos = special_tokens.get("bos_token")
     _, answered, tail = text.rpartition(_ANSWER)
     found = sorted((tail.index(token), -len(token), token) for token in tokens if token and token in tail)
     turn_end = found[0][2] if answered and found else None
-    return Probe(turn_end=turn_end, writes_bos=bool(bos) and text.startswith(str(bos)))
+    marks = sorted({token for token in tokens if token and token in text}, key=lambda token: (text.index(token), token))
+    return Probe(
+        turn_end=turn_end,
+        writes_bos=bool(bos) and text.startswith(str(bos)),
+        system=_of_system(render, messages),
+        marks=tuple(marks),
+    )
+
+
+def _of_system(
+    render: Callable[[list[dict[str, str]], bool], str], messages: list[dict[str, str]]
+) -> Literal["kept", "ignored", "refused"]:
+    try:
+        text = render([{"role": "system", "content": _SYSTEM}, *messages], False)
+    except Exception:  # as above: a template refuses in its own way
+        return "refused"
+    return "kept" if _SYSTEM in text else "ignored"

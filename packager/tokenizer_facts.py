@@ -41,7 +41,8 @@ class TokenizerFacts:
     add_bos: encoding plain text puts BOS first. vocab_size: highest id + 1. stop_ids: every id that ends an answer,
     sorted.
     sampling: defaults from generation_config.json (only keys that are there). agreement: one sentence for each
-    disagreement between tokenizer, template, config and generation config; empty when they agree.
+    disagreement between tokenizer, template, config and generation config; empty when they agree. remarks: what the
+    chat template cannot do. marks: the added tokens it puts around turns, which a user who types them writes too.
     """
 
     tokenizer_class: str
@@ -61,6 +62,8 @@ class TokenizerFacts:
     turn_end: str | None
     template_writes_bos: bool
     agreement: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -143,7 +146,24 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerFacts:
         turn_end=seen.turn_end,
         template_writes_bos=seen.writes_bos,
         agreement=tuple(remarks),
+        remarks=tuple(_about_template(template, seen)),
+        marks=seen.marks,
     )
+
+
+def _about_template(template: str | None, seen: Probe) -> list[str]:
+    """What a chat template cannot do, one sentence each."""
+    remarks = []
+    if seen.system == "ignored":
+        remarks.append("The chat template ignores system messages: a system prompt is lost without a word.")
+    if seen.system == "refused":
+        remarks.append("The chat template refuses system messages: a request with one gets an error.")
+    if template is not None and not seen.error and seen.turn_end is None:
+        remarks.append(
+            "The chat template ends an answer with no token of its own: only what the model itself learnt to write "
+            "(EOS) stops generation."
+        )
+    return remarks
 
 
 def _tokenizer_json(folder: Path) -> dict[str, Any]:

@@ -95,6 +95,35 @@ def recipe(console: Console, name: str) -> None:
     console.result(document, render)
 
 
+def templates(console: Console) -> None:
+    from packager.training import known
+
+    rows = sorted(known().items())
+    document = {"templates": [{"name": name, "reasoning": slots.reasoning} for name, slots in rows]}
+
+    def first(text: str) -> str:
+        return text.replace("\n", "⏎")
+
+    console.result(
+        document,
+        lambda: console.table(
+            ("template", "a question", "an answer"),
+            [(name, first(slots.user), first(slots.assistant)) for name, slots in rows],
+        ),
+    )
+
+
+def template(console: Console, name: str) -> None:
+    from packager.errors import UsageError
+    from packager.training import as_jinja, load
+
+    found = load(name)
+    if found.slots is None:
+        raise UsageError(f"{name} is a Jinja file already.", fix="`packager templates` lists the names.")
+    text = as_jinja(found.slots)
+    console.result({"name": found.name, "chat_template": text}, lambda: console.line(text))
+
+
 def inspect(console: Console, checkpoint: str, adapter: Path | None, revision: str | None, name: str | None) -> None:
     from packager.adapter import check_fit, open_adapter
     from packager.checkpoint import open_checkpoint

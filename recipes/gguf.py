@@ -173,6 +173,7 @@ def build(job: Job, options: Options) -> Artifact:
     from packager import llamacpp, ollama
     from packager.fidelity import compare, require_equal
     from packager.gates import measure, require_kept
+    from packager.gguf_contract import require_carried
     from packager.reference import make_samples, source_scores
     from packager.scoring import require_contract
 
@@ -188,6 +189,8 @@ def build(job: Job, options: Options) -> Artifact:
         exact = exact_form(job, whole, steps)
         found = _score(job, exact, "unquantized", samples, steps)
         require_contract(job, samples, found, "the GGUF's own tokenizer")
+        said = require_carried(job, samples, whole, found.vocabulary)
+        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
         score = compare(source, found.distributions, samples.targets)
         require_equal(score, "the unquantized GGUF")
         report["unquantized"] = {"run_as": exact_type(job, whole, exact), **score.as_dict()}
@@ -213,7 +216,11 @@ def build(job: Job, options: Options) -> Artifact:
         )
 
     files = {"model.gguf": model, **_tokenizer_files(job)}
-    extra = ollama.make(job, model, options.context, steps) if job.target.name == "ollama" else {}
+    extra: dict[str, Path] = {}
+    if job.target.name == "ollama":
+        extra, said = ollama.make(job, model, options.context, steps)
+        if "contract" in report:
+            report["contract"]["notes"] += said
     return Artifact(
         format="gguf",
         files=files,

@@ -82,12 +82,10 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def compile_template(source: str) -> jinja2.Template:
-    """The template set up as transformers sets it up (utils/chat_template_utils.py, 5.x). Raises ManifestError."""
+def compile_template(source: str, now: Callable[[], datetime] = datetime.now) -> jinja2.Template:
+    """The template set up as transformers sets it up (utils/chat_template_utils.py, 5.x). now: what the date is taken
+    from. Raises ManifestError.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -95,7 +93,7 @@ def compile_template(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
     try:
@@ -105,9 +103,9 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class Prompts:
-    """Renders and tokenizes. Safe to use from several threads."""
+    """Renders and tokenizes. Safe to use from several threads. now: the date of templates that write one."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, now: Callable[[], datetime] = datetime.now) -> None:
         from tokenizers import Tokenizer
 
         try:
@@ -118,7 +116,7 @@ class Prompts:
         self._tokenizer.no_truncation()
         self._template = None
         if run.chat_template is not None:
-            self._template = compile_template(_read(run.chat_template))
+            self._template = compile_template(_read(run.chat_template), now)
         self._special = dict(run.special_tokens)
         self._bos = run.bos_id if run.add_bos else None
 

@@ -175,6 +175,16 @@ class Scorer:
             raise EngineError("llama.cpp cannot tokenize the text")
         return list(out[:count])
 
+    def vocabulary(self, ids: Sequence[int]) -> dict[str, Any]:
+        """What llama.cpp itself does with the GGUF's tokens: whether it puts BOS before a text, and which of ``ids``
+        end an answer by its own account.
+        """
+        library, vocabulary = self._library, self._vocabulary
+        return {
+            "adds_bos": bool(library.llama_vocab_get_add_bos(vocabulary)),
+            "ends": [token for token in ids if library.llama_vocab_is_eog(vocabulary, token)],
+        }
+
     def close(self) -> None:
         """Free the context and the model."""
         if self._context:
@@ -238,6 +248,8 @@ def _library(path: str) -> Any:
         ("llama_model_get_vocab", c_void_p, (c_void_p,)),
         ("llama_vocab_n_tokens", c_int32, (c_void_p,)),
         ("llama_get_memory", c_void_p, (c_void_p,)),
+        ("llama_vocab_get_add_bos", c_bool, (c_void_p,)),
+        ("llama_vocab_is_eog", c_bool, (c_void_p, c_int32)),
         ("llama_memory_clear", None, (c_void_p, c_bool)),
         ("llama_decode", c_int32, (c_void_p, _Batch)),
         ("llama_get_logits_ith", POINTER(c_float), (c_void_p, c_int32)),

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ def main(argv: Sequence[str], verb: str = "score") -> int:
 
 
 def render(run: Run, question: dict[str, Any]) -> dict[str, Any]:
-    """Each conversation's text and ids, exactly as the server would feed them."""
+    """Each conversation's text and ids, exactly as the server would feed them on the first day of 2026: a template that
+    writes the date must not make two builds differ.
+    """
     from runtimes.chat import Prompts, TemplateRefused
 
-    prompts = Prompts(run)
+    prompts = Prompts(run, now=lambda: datetime(2026, 1, 1))
     try:
         texts = [prompts.render(conversation) for conversation in question["conversations"]]
     except TemplateRefused as error:
@@ -64,6 +67,8 @@ def score(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str
     scored, done = [], 0
     with scorer(run.engine)(run, longest=longest, max_rss_bytes=ceiling, verbose=verbose) as engine:
         tokenized = [engine.tokenize(text) for text in question.get("tokenize") or []]
+        # an engine that reads tokens out of the artifact itself says what it makes of their ends
+        vocabulary = engine.vocabulary(run.stop_ids) if hasattr(engine, "vocabulary") else None
         for sequence in sequences:
             rows: dict[int, Mapping[int, float]] = {}
             for position, row in engine.top(sequence["ids"], sequence["positions"], top):
@@ -78,7 +83,7 @@ def score(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str
                     "logprobs": [list(row.values()) for row in found],
                 }
             )
-    return {"sequences": scored, "tokenized": tokenized, "engine": engine.version}
+    return {"sequences": scored, "tokenized": tokenized, "vocabulary": vocabulary, "engine": engine.version}
 
 
 def _progress(done: int, total: int) -> None:

@@ -50,6 +50,7 @@ def test_the_verbs_are_those_of_the_documentation() -> None:
         "inspect",
         "targets",
         "recipes",
+        "templates",
         "plan",
         "build",
         "verify",

@@ -84,7 +84,7 @@ def test_templates_that_only_put_text_around_messages_are_expressed(template: st
     assert shape is not None
     for talk in talks():
         assert shape.render(talk) == render(talk, True)
-    assert ollama._proven_shape(job(template)) == shape
+    assert ollama.proven_template(job(template), False)[0] == shape.go("")
 
 
 def test_the_go_template_of_chatml() -> None:
@@ -128,7 +128,7 @@ def test_templates_that_do_more_are_refused(template: str) -> None:
     do.
     """
     with pytest.raises(GateFailed, match="cannot be written as an Ollama template") as caught:
-        ollama._proven_shape(job(template))
+        ollama.proven_template(job(template), False)
     assert "desktop target" in caught.value.fix
 
 

@@ -38,6 +38,28 @@ def test_the_end_of_a_turn_is_a_stop_token(folder: Path) -> None:
     assert "ends an answer with 3 (<|im_end|>)" in found.agreement[0]
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endfor %}", "ignores system"),
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML, "refuses system"),
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}", "ends an answer with no token"),
+    ],
+)
+def test_what_a_template_cannot_do_is_told(folder: Path, template: str, says: str) -> None:
+    """A system prompt that is lost or refused, and answers that nothing ends."""
+    (folder / "chat_template.jinja").write_text(template)
+    (sentence,) = facts(folder).remarks
+    assert says in sentence
+
+
+def test_the_marks_of_a_template_are_found(folder: Path) -> None:
+    """In the order in which they stand: a user who types them writes control tokens."""
+    (folder / "chat_template.jinja").write_text(CHATML)
+    assert facts(folder).marks == ("<|im_start|>", "<|im_end|>")
+    assert facts(folder).remarks == ()
+
+
 def test_ends_that_differ_are_all_stops(folder: Path) -> None:
     """config, generation config and tokenizer each name an end; all are stops and one sentence names the three."""
     write_json(folder / "generation_config.json", {"eos_token_id": [3, 1]})

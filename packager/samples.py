@@ -1,0 +1,266 @@
+"""What a model is asked, rendered once: the contract's prompts, the scored conversations, the calibration.
+
+Everything is rendered and tokenized by transformers with the checkpoint's own tokenizer, in a child
+(children/samples.py); where the training template is known, conversations are rendered by that too, as training did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from packager import calibration, training
+from packager.calibration import DATA, Calibration, Conversation, Message, general, split, spread
+from packager.errors import InputError
+from packager.recipe import Job
+from packager.store import Cost, Step, code_digest
+from packager.tools import CHILDREN, follow, version_of
+
+POSITIONS = 256
+HELD_OUT_AT_LEAST = 8
+PAIRS = 32  # fine-tuning pairs asked again
+PAIR_POSITIONS = 768  # tokens of their answers, at most
+LONGEST = 512  # tokens a sequence
+CALIBRATION_TOKENS = 8192
+OWN_PROMPTS = 8
+JUDGED, JUDGED_TOKENS = 8, 128  # pieces of the calibration file that the source itself is asked about
+FINE_TUNING = "fine-tuning pair"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the source is asked. sequences: {"ids", "positions", "set"} for scoring; the set is "general" (conversations
+    the package carries) or "tuning" (a fine-tuning pair, scored at every token of its answer). prompts: {"ids", "text",
+    "messages", "kind", "trained"} as transformers renders them; trained: the ids of the training template, None where
+    it is not known. calibration: id lists for input statistics. step: where it is stored. held_out: whether the pairs
+    that are scored are kept out of the calibration. typed: special tokens that become control tokens when a user types
+    them. notes: what the contract found and let pass.
+    """
+
+    sequences: tuple[Mapping[str, Any], ...]
+    prompts: tuple[Mapping[str, Any], ...]
+    calibration: tuple[list[int], ...]
+    step: Step
+    held_out: bool = False
+    typed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    training: str | None = None
+    judged: tuple[list[int], ...] = field(default=())
+
+    @property
+    def targets(self) -> list[int | None]:
+        """The token that follows each scored position, in order."""
+        return [sequence["ids"][p] for sequence in self.sequences for p in sequence["positions"]]
+
+    def contract(self) -> dict[str, Any]:
+        """What was compared, as it stands in an artifact's report."""
+        return {
+            "conversations": len(self.prompts),
+            "kinds": sorted({str(prompt.get("kind")) for prompt in self.prompts}),
+            "training_template": self.training,
+            "typed_control_tokens": list(self.typed),
+            "notes": list(self.notes),
+        }
+
+
+def contract_talks() -> list[dict[str, Any]]:
+    """The conversations that only the contract renders: {"kind", "messages"}; no score and no calibration sees them."""
+    found: list[dict[str, Any]] = json.loads((DATA / "contract.json").read_text(encoding="utf-8"))
+    return found
+
+
+def contract_prompts(
+    conversations: tuple[tuple[Message, ...], ...], own: tuple[tuple[Message, ...], ...]
+) -> list[dict[str, Any]]:
+    """What a server is asked, as {"kind", "messages"}: the user's own conversations first (up to OWN_PROMPTS), then
+    those given, all cut before their last answer, then the contract's own.
+    """
+    talks = [(FINE_TUNING, talk) for talk in own[:OWN_PROMPTS]] + [("general", talk) for talk in conversations]
+    cut: list[dict[str, Any]] = []
+    for kind, talk in talks:
+        messages = list(talk[:-1]) if talk[-1]["role"] == "assistant" else list(talk)
+        cut.append({"kind": _edge(messages) or kind, "messages": messages})
+    return [*cut, *contract_talks()]
+
+
+def _edge(messages: Sequence[Message]) -> str | None:
+    """The kind of a conversation that a training template may render in its own way (contract.EDGES)."""
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"]:
+        return "empty system"
+    if any(message["role"] == "assistant" and "</think>" in message["content"] for message in messages):
+        return "earlier thoughts"
+    if any(message["content"] != message["content"].strip() for message in messages):
+        return "outer spaces"
+    return None
+
+
+def divide(talks: tuple[Conversation, ...]) -> tuple[list[Conversation], list[Conversation], bool]:
+    """Fine-tuning conversations as (for calibration, to be asked again, whether the two are disjoint).
+
+    Every tenth is held out where that leaves enough; of a few pairs all serve both, since what is asked again must be
+    what was taught.
+    """
+    answered = [talk for talk in talks if talk[-1]["role"] == "assistant" and len(talk) > 1]
+    held = answered[::10]
+    if len(held) < HELD_OUT_AT_LEAST:
+        return list(talks), answered[:PAIRS], False
+    away = {id(talk) for talk in held}
+    return [talk for talk in talks if id(talk) not in away], held[:PAIRS], True
+
+
+def make_samples(job: Job) -> Samples:
+    """Render and tokenize what the build needs, once.
+
+    Raises GateFailed when the training template and the checkpoint's tokenizer disagree, before anything is converted;
+    InputError when the chat template refuses everything.
+    """
+    from packager.contract import require_one_bos, require_training
+    from packager.modelfile import require_agreement
+
+    checkpoint, own, trained = job.checkpoint, job.calibration, job.training
+    builtin = general()
+    templated = checkpoint.tokenizer.chat_template is not None
+    taught, asked, held_out = divide(own.conversations if own else ())
+    prompts = contract_prompts(builtin.conversations, own.conversations if own else ()) if templated else []
+    texts = [*(own.texts if own else ()), *builtin.texts]
+    inputs = {
+        "checkpoint": checkpoint.digest,
+        "calibration": own.digest if own else None,
+        "builtin": builtin.digest,
+        "contract": contract_talks(),
+        "training": trained.digest if trained else None,
+        "transformers": version_of("transformers"),
+        "templated": templated,
+        "code": code_digest(
+            Path(__file__), CHILDREN / "samples.py", Path(calibration.__file__), Path(training.__file__)
+        ),
+    }
+
+    def make(folder: Path, cost: Cost) -> None:
+        talks = [*taught, *builtin.conversations]
+        follow(
+            CHILDREN / "samples.py",
+            {
+                "checkpoint": str(checkpoint.path),
+                "output": str(folder / "samples.json"),
+                "conversations": [list(talk) for talk in talks] if templated else [],
+                "prompts": [prompt["messages"] for prompt in prompts],
+                "pairs": [list(talk) for talk in asked] if templated else [],
+                "texts": [*texts, *([] if templated else [plain(talk) for talk in talks])],
+                "training": trained.as_job() if trained else None,
+            },
+            "rendering the samples",
+            job.progress,
+            cost,
+            work=folder,
+            path=[CHILDREN.parent.parent],
+        )
+
+    step = job.store.step("samples", inputs, make, progress=job.progress)
+    found = step.read_json("samples.json")
+    kept = [{**prompt, **asked_} for prompt, asked_ in zip(found["prompts"], prompts, strict=True) if prompt]
+    notes = []
+    if len(kept) < len(prompts):
+        refusal = found["refusal"] or "it gave no reason"
+        if not kept:
+            raise InputError(
+                f"the chat template of {checkpoint.name} refuses every conversation: {refusal}.",
+                fix="Compare it with the base model's chat template; a tokenizer without one can be packaged too.",
+            )
+        notes.append(
+            f"the chat template refuses {len(prompts) - len(kept)} of {len(prompts)} sample conversations "
+            f"({refusal}); the others are checked"
+        )
+    require_one_bos(kept, checkpoint.tokenizer.bos_id)
+    if trained:
+        notes += require_training(checkpoint, trained, kept, found)
+    notes += require_agreement(checkpoint, kept, trained.name if trained else None)
+    for note in notes:
+        job.progress.note(note)
+    return Samples(
+        sequences=(
+            *_general(found, len(builtin.conversations), templated),
+            *_pairs(found["pairs"], checkpoint.tokenizer.stop_ids),
+        ),
+        prompts=tuple(kept),
+        calibration=tuple(_calibration(found, own, len(builtin.conversations))),
+        step=step,
+        held_out=held_out,
+        typed=tuple(found["typed"]),
+        notes=tuple(notes),
+        training=trained.name if trained else None,
+        judged=tuple(_judged(found, own, len(taught))),
+    )
+
+
+def plain(talk: tuple[Message, ...]) -> str:
+    """A conversation as text, for a model without a chat template."""
+    return "\n".join(message["content"] for message in talk)
+
+
+def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapping[str, Any]]:
+    """Every other conversation that the package carries, at POSITIONS positions spread over them."""
+    rendered = found["conversations" if templated else "texts"][-count:][1::2]  # the others are in the calibration
+    cut = [ids[:LONGEST] for ids in rendered if ids]  # without those that the template refuses
+    return [
+        {"ids": ids, "positions": positions, "set": "general"}
+        for ids, positions in zip(cut, spread([len(ids) for ids in cut], POSITIONS), strict=True)
+        if positions
+    ]
+
+
+def _pairs(pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int]) -> list[Mapping[str, Any]]:
+    """Each pair at every token of its answer, the end token included, as long as there is room.
+
+    A template that renders an answer differently from what follows its generation prompt (thoughts taken out) leaves
+    nothing to compare: such a pair is left out.
+    """
+    chosen: list[Mapping[str, Any]] = []
+    room = PAIR_POSITIONS
+    for pair in filter(None, pairs):
+        begin, ids = len(pair["prompt"]), pair["whole"]
+        if ids[:begin] != pair["prompt"]:
+            continue
+        end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in stops), len(ids))
+        if begin < end <= LONGEST and end - begin <= room:
+            room -= end - begin
+            chosen.append({"ids": ids[:end], "positions": list(range(begin, end)), "set": "tuning"})
+    return chosen
+
+
+def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:
+    """Fine-tuning data first, then general text, until the budget of tokens is full; never less than a quarter
+    general. Of the ``count`` conversations that the package carries every other one: the rest is what is scored, and a
+    score on what was tuned on says nothing.
+    """
+    general_part = split(found["texts"][len(own.texts) if own else 0], LONGEST)
+    mine: list[list[int]] = []
+    talks = found["conversations"]
+    talks = talks[:-count] + talks[-count:][::2]
+    for ids in [*filter(None, talks), *(found["texts"][: len(own.texts)] if own else [])]:
+        mine += split(ids, LONGEST)
+    room = CALIBRATION_TOKENS
+    chosen: list[list[int]] = []
+    for piece in mine:
+        if sum(map(len, chosen)) + len(piece) > room * 3 // 4:
+            break
+        chosen.append(piece)
+    for piece in general_part:
+        if sum(map(len, chosen)) + len(piece) > room:
+            break
+        chosen.append(piece)
+    return chosen
+
+
+def _judged(found: Mapping[str, Any], own: Calibration | None, talks: int) -> list[list[int]]:
+    """A few pieces of what the user gave, spread over it: whether the model knows such text is asked of the source."""
+    if own is None:
+        return []
+    pieces = [ids[:JUDGED_TOKENS] for ids in found["conversations"][:talks] if ids and len(ids) > 1]
+    for ids in found["texts"][: len(own.texts)]:
+        pieces += [piece for piece in split(ids, JUDGED_TOKENS) if len(piece) > 1]
+    step = max(1, len(pieces) / JUDGED)
+    return [pieces[int(number * step)] for number in range(min(JUDGED, len(pieces)))]
