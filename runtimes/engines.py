@@ -14,7 +14,7 @@ from typing import Protocol
 
 from runtimes.manifest import ManifestError, Run
 
-MODULES = {"llamacpp": "llamacpp"}
+MODULES = {"llamacpp": "llamacpp", "transformers": "transformers_"}
 
 
 class Scorer(Protocol):

@@ -35,6 +35,7 @@ from typing import Any
 from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
 from runtimes.logits import open_scorer as open_scorer
 from runtimes.manifest import Run
+from runtimes.memory import resident_bytes as resident_bytes
 from runtimes.threads import wait_politely
 
 # Prompt tokens read between two chances to cancel, without a GPU. llama.cpp's own micro-batch is 512.
@@ -350,22 +351,6 @@ def _refusal(error: Mapping[str, Any]) -> EngineError:
     if error.get("code") == 400:
         return RequestRefused(message)
     return EngineError(f"llama.cpp failed: {message}")
-
-
-def resident_bytes() -> int:
-    """Resident set of this process in bytes; 0 where the system does not tell."""
-    try:
-        with Path("/proc/self/statm").open(encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        pass
-    try:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    except ImportError:
-        return 0
 
 
 @contextlib.contextmanager

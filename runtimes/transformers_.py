@@ -1,0 +1,247 @@
+"""GPTQ and AWQ folders with torch and transformers alone: no GPU, no vLLM and no compiler needed.
+
+Made to answer correctly anywhere, not fast: the weights are dequantized as they are used, requests take turns token by
+token. A server with a GPU runs vLLM (vllm_.py). It does not follow JSON schemas, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtimes.detokenize import Detokenizer
+from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
+from runtimes.manifest import Run
+from runtimes.memory import resident_bytes
+from runtimes.threads import wait_politely
+
+if TYPE_CHECKING:
+    from runtimes.torch_model import Model
+
+CHUNK = 256  # prompt tokens between two chances to cancel, and a turn of the others
+SCORE_CHUNK = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
+
+
+class Turns:
+    """A lock that is given away in the order in which it was asked for: no answer starves beside another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._busy = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._busy:
+                self._busy = True
+                return
+            mine = threading.Lock()
+            mine.acquire()
+            self._waiting.append(mine)
+        mine.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._busy = False
+
+
+class Transformers:
+    """One loaded folder. Each of ``slots`` requests has ``context`` tokens of its own. Raises EngineError."""
+
+    def __init__(self, run: Run, *, verbose: bool = False) -> None:
+        self.context, self.slots = run.context, run.slots
+        self._model = load_model(run, verbose)
+        self._words = Detokenizer(run.tokenizer)
+        self._stop_ids = frozenset(run.stop_ids)
+        self._turns = Turns()
+        self.version = version()
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
+        """Generate in the calling thread; ``emit`` is called for every piece and cancels by returning True."""
+        from runtimes.sampling import Sampler, top_logprobs
+
+        self._check(prompt, sampling)
+        room = self.context - len(prompt)
+        most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        state = _Stream(self._words, sampling, len(prompt), emit)
+        if most < 1:
+            state.finish("length")
+            return
+        cache = self._model.cache()
+        logits: Any = None
+        for begin in range(0, len(prompt), CHUNK):
+            part = prompt[begin : begin + CHUNK]
+            with self._turns:
+                logits = self._model.read(part, cache, [len(part) - 1])[0]
+            if emit(Piece("")):
+                return
+        sampler = Sampler(sampling, prompt)
+        while True:
+            token = sampler.choose(logits)
+            top = None
+            if sampling.logprobs is not None and token not in self._stop_ids:
+                chosen = {token: float(top_logprobs(logits, len(logits))[token])}
+                top = (chosen, top_logprobs(logits, sampling.logprobs))
+            if token in self._stop_ids:
+                state.ended(token)
+                return
+            if state.take(token, top):
+                return
+            if state.tokens == most:
+                state.finish("length")
+                return
+            with self._turns:
+                logits = self._model.read([token], cache, [0])[0]
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
+        """The pieces of one answer; closing the iterator cancels and frees the slot."""
+        return iterate(lambda emit: self.stream(prompt, sampling, emit))
+
+    def score(self, tokens: Sequence[int], top: int) -> Iterator[Mapping[int, float]]:
+        """The distribution after every prefix of ``tokens``, cut to the ``top`` likeliest tokens."""
+        for _, row in distributions(self._model, tokens, range(1, len(tokens) + 1), top, self._turns):
+            yield row
+
+    def memory(self) -> int:
+        """Resident bytes of this process; the model runs in it."""
+        return resident_bytes()
+
+    def close(self) -> None:
+        """Free the model. Running generations must have ended."""
+        del self._model
+
+    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        if not prompt:
+            raise RequestRefused("The prompt is empty.", code="empty_prompt")
+        if len(prompt) >= self.context:
+            raise RequestRefused(
+                f"The prompt has {len(prompt)} tokens, but this model is served with a context of {self.context} "
+                "tokens, the answer included. Shorten the prompt.",
+                code="context_length_exceeded",
+            )
+        if any(not 0 <= token < self._model.vocabulary for token in prompt):
+            raise RequestRefused(f"A token id of the prompt lies outside the vocabulary of {self._model.vocabulary}.")
+        if sampling.schema is not None:
+            raise RequestRefused(
+                "This engine cannot hold an answer to a JSON Schema; ask for JSON in the prompt, or use a bundle of "
+                "the gguf recipe.",
+                code="unsupported",
+                param="response_format",
+            )
+
+
+class _Stream:
+    """Turns tokens into pieces: whole characters, stop strings, the last piece's counts."""
+
+    def __init__(self, words: Detokenizer, sampling: Sampling, prompt_tokens: int, emit: Emit) -> None:
+        self.words, self.emit, self.prompt_tokens = words, emit, prompt_tokens
+        self.text, self.stops = words.stream(), StopScanner(sampling.stop)
+        self.tokens = 0
+
+    def take(self, token: int, top: tuple[Mapping[int, float], Mapping[int, float]] | None) -> bool:
+        """One token more; True when the answer is over or not wanted any longer."""
+        self.tokens += 1
+        logprobs: tuple[Logprob, ...] = ()
+        if top is not None:
+            chosen, others = top
+            near = tuple(self._logprob(other, value) for other, value in others.items())
+            logprobs = (self._logprob(token, chosen[token], near),)
+        text, stopped = self.stops.feed(self.text.step(self.words.tokenizer, token) or "")
+        cancelled = self.emit(Piece(text, (token,), self.tokens, logprobs))
+        if stopped and not cancelled:
+            self.emit(Piece("", (), self.tokens, (), "stop", self.prompt_tokens))
+        return stopped or cancelled
+
+    def ended(self, token: int) -> None:
+        """The model's own end."""
+        self.tokens += 1
+        if not self.emit(Piece("", (token,), self.tokens)):
+            self.finish("stop")
+
+    def finish(self, reason: str) -> None:
+        self.emit(Piece(self.stops.rest(), (), self.tokens, (), reason, self.prompt_tokens))
+
+    def _logprob(self, token: int, value: float, top: tuple[Logprob, ...] = ()) -> Logprob:
+        raw = self.words.bytes_of(token)
+        return Logprob(token, raw.decode(errors="replace"), tuple(raw), value, top)
+
+
+class Scorer:
+    """A folder opened for scoring alone."""
+
+    def __init__(self, run: Run, verbose: bool) -> None:
+        self._model = load_model(run, verbose)
+        self._words = Detokenizer(run.tokenizer)
+        self.version = version()
+
+    def top(self, ids: Sequence[int], positions: Sequence[int], top: int) -> Iterator[tuple[int, dict[int, float]]]:
+        """For each position p, ascending: p and the ``top`` likeliest tokens after ids[:p], with log-probabilities."""
+        return distributions(self._model, ids, positions, top, contextlib.nullcontext())
+
+    def tokenize(self, text: str) -> list[int]:
+        """The folder's own tokenizer: special tokens recognised, none added."""
+        return self._words.encode(text)
+
+
+def distributions(
+    model: Model, ids: Sequence[int], positions: Sequence[int], top: int, turns: contextlib.AbstractContextManager[None]
+) -> Iterator[tuple[int, dict[int, float]]]:
+    """What ``Scorer.top`` gives; each piece of the sequence is computed in a turn of its own. Raises ValueError."""
+    from runtimes.sampling import top_logprobs
+
+    wanted = sorted(set(positions))
+    if not wanted:
+        return
+    if wanted[0] < 1 or wanted[-1] > len(ids):
+        raise ValueError(f"positions {wanted[0]} to {wanted[-1]} do not lie in a sequence of {len(ids)} tokens")
+    if any(not 0 <= token < model.vocabulary for token in ids):
+        raise ValueError(f"a token id lies outside the vocabulary of {model.vocabulary}")
+    asked, cache = set(wanted), model.cache()
+    for begin in range(0, wanted[-1], SCORE_CHUNK):
+        part = ids[begin : min(begin + SCORE_CHUNK, wanted[-1])]
+        rows = [at for at in range(len(part)) if begin + at + 1 in asked]
+        with turns:
+            logits = model.read(part, cache, rows)
+        for row, values in zip(rows, logits, strict=True):
+            yield begin + row + 1, top_logprobs(values, top)
+
+
+@contextlib.contextmanager
+def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
+    """A Scorer; sequences may have any length. Weights are read into memory, so max_rss_bytes bounds nothing."""
+    yield Scorer(run, verbose)
+
+
+def load_model(run: Run, verbose: bool) -> Model:
+    """The model in the folder of ``run.model``. Raises EngineError."""
+    wait_politely()
+    for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(key, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from runtimes.int4 import UnknownForm
+    from runtimes.torch_model import open_model
+
+    try:
+        return open_model(run.model.parent, str(run.settings.get("device", "cpu")), run.threads)
+    except (UnknownForm, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise EngineError(f"{run.model.parent.name} cannot be loaded: {error}") from None
+
+
+def version() -> str:
+    from importlib.metadata import version as of
+
+    return f"transformers {of('transformers')}, torch {of('torch')}"
+
+
+def load(run: Run, *, verbose: bool) -> Transformers:
+    """The engine of a manifest. Raises EngineError."""
+    return Transformers(run, verbose=verbose)
