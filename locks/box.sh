@@ -6,11 +6,13 @@ set -eu
 cd "$(dirname "$0")/.."
 name=$1
 shift
+excludes=locks/box-excludes.txt
 case $name in
-    llamacpp) python=3.10 ;;
+    llamacpp | vllm) python=3.10 ;;
+    transformers) python=3.11 excludes=/dev/null ;;  # torch has no wheel for 3.10; transformers imports the hub's library
     *) python=3.11 ;;  # onnxruntime has no wheel for 3.10
 esac
 exec "${UV:-uv}" pip compile --universal --generate-hashes --python-version "$python" --fork-strategy fewest \
-    --only-binary :all: --excludes locks/box-excludes.txt --no-emit-index-url --no-emit-find-links \
+    --only-binary :all: --excludes "$excludes" --no-emit-index-url --no-emit-find-links \
     --custom-compile-command "locks/box.sh $name" --quiet "$@" \
     "locks/box-$name.in" --output-file "locks/box-$name.lock"

@@ -20,10 +20,16 @@ from packager.store import Cost, Step, Store, cache_root, code_digest, machine_e
 
 if TYPE_CHECKING:
     from packager.bundle.manifest import Needs
+    from packager.bundle.wheels import WheelSet
     from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
     from packager.plan import Plan
     from packager.target import Target
+
+
+# Locks beside an engine's own box-NAME.lock, and packages that an index may have for some Pythons only.
+MORE_LOCKS = {"transformers": ("torch-cpu",)}
+SCARCE = {"transformers": ("torch",)}
 
 
 @dataclass(frozen=True)
@@ -256,12 +262,15 @@ def _assemble(
     from packager.digests import file_digest
 
     target, checkpoint = job.target, job.checkpoint
-    wheels = fetch_wheels(_lock(str(artifact.run["engine"])), target, cache_root() / "box-wheels", job.progress)
+    engine = str(artifact.run["engine"])
+    locks = [_lock(name) for name in (f"box-{engine}", *MORE_LOCKS.get(engine, ()))]
+    wheels = fetch_wheels(locks[0], target, cache_root() / "box-wheels", job.progress, more=locks[1:],
+                          scarce=SCARCE.get(engine, ()))  # fmt: skip
     contents = Contents(
         name=checkpoint.name,
         target={"name": target.name, "digest": target.digest},
         recipe={"name": recipe.name, "options": artifact.provenance["options"]},
-        needs=_needs(target, plan, artifact, wheels.files),
+        needs=_needs(target, plan, artifact, wheels),
         run=artifact.run,
         files=artifact.files,
         extra=artifact.extra,
@@ -274,26 +283,33 @@ def _assemble(
     return assemble(contents, out, job.progress, digest=lambda path: file_digest(path, cache_root())).path
 
 
-def _lock(engine: str) -> Path:
-    """The box's lock for an engine: in the checkout, or inside the wheel."""
+def _lock(name: str) -> Path:
+    """A lock of the box: in the checkout, or inside the wheel."""
     here = Path(__file__).parent
-    places = [here.parent / "locks" / f"box-{engine}.lock", here / "locks" / f"box-{engine}.lock"]
+    places = [here.parent / "locks" / f"{name}.lock", here / "locks" / f"{name}.lock"]
     return next((place for place in places if place.is_file()), places[0])
 
 
-def _needs(target: Target, plan: Plan, artifact: Artifact, wheels: Sequence[Path]) -> Needs:
-    """What the box must have. Disk: model, and the wheels unpacked (about four times their size) beside their copy."""
+def _needs(target: Target, plan: Plan, artifact: Artifact, wheels: WheelSet) -> Needs:
+    """What the box must have. Disk: model, and the wheels unpacked (about four times their size) beside their copy. An
+    engine on a GPU of its own says in its settings what it needs of that and of main memory.
+    """
     from packager.bundle.manifest import Needs
 
     model = sum(path.stat().st_size for path in artifact.files.values())
+    settings = artifact.run.get("settings") or {}
+    gpu = None
+    if "capability" in settings:
+        gpu = {"capability": settings["capability"], "count": settings["tensor_parallel"], "bytes": plan.box_bytes}
     return Needs(
         system=target.system,
         machine=target.machine,
-        python_min=target.python[0],
-        python_max=target.python[-1],
+        python_min=wheels.python[0],
+        python_max=wheels.python[-1],
         glibc_min=target.glibc,
-        ram_bytes=plan.box_bytes,
-        disk_bytes=model + 4 * sum(path.stat().st_size for path in wheels),
+        ram_bytes=settings.get("host_bytes", plan.box_bytes) if gpu else plan.box_bytes,
+        disk_bytes=model + 4 * sum(path.stat().st_size for path in wheels.files),
+        gpu=gpu,
     )
 
 

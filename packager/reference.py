@@ -18,14 +18,12 @@ from packager.tools import CHILDREN, follow, version_of
 TOP = 64  # tokens compared a position; the rest of the vocabulary is one bucket
 
 
-def _run(
-    job: Job, samples: Samples, folder: Path, cost: Cost, name: str, model: Path | None = None, **outputs: str | None
-) -> None:
+def _run(job: Job, samples: Samples, folder: Path, cost: Cost, name: str, **outputs: str | None) -> None:
     layers = float(job.checkpoint.shape.layers)
     follow(
         CHILDREN / "reference.py",
         {
-            "checkpoint": str(model or job.checkpoint.path),
+            "checkpoint": str(job.checkpoint.path),
             "sequences": list(samples.sequences),
             "top": TOP,
             "calibration": list(samples.calibration),
@@ -59,20 +57,6 @@ def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], S
         _run(job, samples, folder, cost, "scoring the source", scores=str(folder / "scores.npz"), imatrix=None)
 
     step = job.store.step("reference", {**_inputs(job, samples), "top": TOP}, make, progress=job.progress)
-    return _distributions(step), step
-
-
-def dequantized_scores(job: Job, samples: Samples, model: Step) -> tuple[list[dict[int, float]], Step]:
-    """The same for a GPTQ folder (a step's), its weights dequantized and computed with in float32: what the numbers
-    are worth, not what a serving engine makes of them.
-    """
-
-    def make(folder: Path, cost: Cost) -> None:
-        outputs = {"scores": str(folder / "scores.npz"), "imatrix": None}
-        _run(job, samples, folder, cost, "scoring the dequantized weights", model.path, **outputs)
-
-    inputs = {**_inputs(job, samples), "top": TOP, "model": model.key}
-    step = job.store.step("dequantized", inputs, make, progress=job.progress)
     return _distributions(step), step
 
 

@@ -216,9 +216,10 @@ def build(console: Console, request: Request, out: Path) -> None:
         report = built.artifact.report
         for line in fidelity_lines(report.get("fidelity")):
             console.note(line)
-        console.note(
-            "tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in report["tensor_types"].items())
-        )
+        if types := report.get("tensor_types"):
+            console.note("tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in types.items()))
+        if int4 := report.get("int4", {}).get("modules"):
+            console.note(f"{int4} matrices at {report['int4']['bits_per_weight']} bits a weight")
         console.note(f"built in {built.record['seconds']:.0f} s, peak memory {size(built.record['peak_rss_bytes'])}")
         console.line(str(built.path))
 

@@ -15,14 +15,14 @@ from packager.gguf_files import as_type, base_type, exact_form, imatrix, said, u
 from packager.gguf_sizes import estimate_gguf, wants_imatrix
 from packager.llamacpp import NUMPY_TYPES, compiled
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe
-from packager.store import RECORD
+from packager.tokenizer_files import tokenizer_files, tokenizer_paths
 
 if TYPE_CHECKING:
     from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
     from packager.reference import Samples
     from packager.scoring import Scored
-    from packager.store import Cost, Step
+    from packager.store import Step
     from packager.target import Target
     from packager.tuning import Tuned
 
@@ -215,7 +215,7 @@ def build(job: Job, options: Options) -> Artifact:
             "Choose a larger quant; a small one keeps more with --calibration and the fine-tuning pairs.",
         )
 
-    files = {"model.gguf": model, **_tokenizer_files(job)}
+    files = {"model.gguf": model, **tokenizer_files(job)}
     extra: dict[str, Path] = {}
     if job.target.name == "ollama":
         extra, said = ollama.make(job, model, options.context, steps)
@@ -272,13 +272,13 @@ def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]
     from packager.scoring import score
     from packager.tools import version_of
 
-    tokenizer = _tokenizer_files(job)
+    tokenizer = tokenizer_files(job)
     run = {
         **_run(job, Options(), model),
         "model": str(model),
         "context": 1024,
         "slots": 1,
-        **{key: str(tokenizer[Path(name).name]) for key, name in _tokenizer_paths(job.checkpoint).items()},
+        **{key: str(tokenizer[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
     }
     found, step = score(
         job,
@@ -303,39 +303,12 @@ def _require_changed(quant: str, types: Mapping[str, int]) -> None:
         )
 
 
-def _tokenizer_paths(checkpoint: Checkpoint) -> dict[str, str]:
-    paths = {"tokenizer": "model/tokenizer.json"}
-    if checkpoint.tokenizer.chat_template is not None:
-        paths["chat_template"] = "model/chat_template.jinja"
-    return paths
-
-
-def _tokenizer_files(job: Job) -> dict[str, Path]:
-    """tokenizer.json, its settings, and the chat template as a file wherever the checkpoint keeps it."""
-    checkpoint = job.checkpoint
-    template = checkpoint.tokenizer.chat_template
-
-    def make(folder: Path, cost: Cost) -> None:
-        import shutil
-
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (checkpoint.path / name).is_file():
-                shutil.copyfile(checkpoint.path / name, folder / name)
-        if template is not None:
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
-
-    step = job.store.step("tokenizer-files", {"checkpoint": checkpoint.digest}, make, progress=job.progress)
-    return {path.name: path for path in sorted(step.path.iterdir()) if path.name != RECORD}
-
-
 def _run(job: Job, options: Options, model: Path) -> dict[str, Any]:
     size = estimate(job.checkpoint, job.target, options)
     return {
         "engine": "llamacpp",
         "model": "model/model.gguf",
-        "tokenizer": "model/tokenizer.json",
-        "chat_template": None,
-        **_tokenizer_paths(job.checkpoint),
+        **tokenizer_paths(job.checkpoint),
         **job.checkpoint.tokenizer.as_run(),
         "context": options.context,
         "slots": options.slots,

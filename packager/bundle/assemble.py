@@ -40,7 +40,9 @@ RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "inst
 RUNTIME_SERVER = ("api.py", "app.py", "chat.py", "engine.py", "engines.py", "generation.py", "loading.py", "metrics.py",
                   "outer.py", "protocol.py", "pump.py", "render.py", "replies.py", "score.py", "server.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
-    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
+    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "memory.py", "pages.py", "threads.py"),
+    "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "memory.py", "sampling.py", "threads.py",
+                     "torch_model.py", "transformers_.py"),
 }
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -77,10 +77,13 @@ class Locked:
 
 @dataclass(frozen=True)
 class WheelSet:
-    """files: the wheels, sorted by name, pip's own among them. requirements: text of the hashed requirements.txt."""
+    """files: the wheels, sorted by name, pip's own among them. requirements: text of the hashed requirements.txt.
+    python: the minor versions of Python that they are for, oldest first, all that lie between included.
+    """
 
     files: tuple[Path, ...]
     requirements: str
+    python: tuple[str, ...] = ()
 
 
 def read_lock(path: Path) -> list[Locked]:
@@ -145,26 +148,30 @@ def run_pip(command: Sequence[str]) -> None:
     run(command, name="pip download")
 
 
-def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, *, run: Run = run_pip) -> WheelSet:
+def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, *, more: Sequence[Path] = (),
+                 scarce: Collection[str] = (), run: Run = run_pip) -> WheelSet:
     """Fetch the wheels of a lock for every Python of a target; a set already in ``cache`` is not fetched again.
 
-    Raises PlanRefused naming package, platform and Python when there is no wheel, NetworkError when the index did not
-    deliver, and ToolError when pip is missing or the cache was changed.
+    more: further locks, read as one with the first. scarce: packages that the index may have for some Pythons only:
+    the bundle is for those, and the others are named. Raises PlanRefused naming package, platform and Python when there
+    is no wheel, NetworkError when the index did not deliver, ToolError when pip is missing or the cache was changed.
     """
-    entries = read_lock(lock)
+    entries = [entry for path in (lock, *more) for entry in read_lock(path)]
     if not target.python or not target.wheel_platforms:
         raise InputError(f"Target {target.name} names no Python version or no wheel platform.",
                          fix="Give it at least one of each.")
     platforms = target.wheel_platforms
     wanted = {python: select(entries, target, python) for python in target.python}
-    key = _key(wanted, platforms)
-    home = cache / key
+    home = cache / _key(wanted, platforms)
     if not home.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
+        work = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=cache))
         try:
             with progress.step(f"wheels for {target.name}", total=len(wanted), unit="Python") as task:
-                for python, needed in wanted.items():
+                if scarce:
+                    wanted = _narrowed(wanted, scarce, platforms, target, work, progress, run)
+                    home = cache / _key(wanted, platforms)
+                for python, needed in {} if home.is_dir() else wanted.items():
                     lacking = _lacking(needed, work, python, platforms)
                     if lacking:
                         _download(lacking, platforms, python, target, work, run)
@@ -178,7 +185,32 @@ def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, 
     bundled = {hash_file(file) for file in files}  # the lock also knows source archives and other platforms
     lines = "".join(replace(entry, hashes=tuple(h for h in entry.hashes if h in bundled)).line(marker=True) + "\n"
                     for entry in used if entry.name != "pip")
-    return WheelSet(files, header + lines)
+    return WheelSet(files, header + lines, tuple(wanted))
+
+
+def _narrowed(wanted: Mapping[str, list[Locked]], scarce: Collection[str], platforms: Sequence[str], target: Platform,
+              work: Path, progress: Progress, run: Run) -> dict[str, list[Locked]]:
+    """The first neighbouring Pythons for which the index has every scarce package; raises as fetch_wheels does when it
+    has them for none. A box may have any version between the first and the last.
+    """
+    kept: dict[str, list[Locked]] = {}
+    refusal: PlanRefused | None = None
+    for python, needed in wanted.items():
+        rare = [entry for entry in _lacking(needed, work, python, platforms) if entry.name in scarce]
+        try:
+            if rare:
+                _download(rare, platforms, python, target, work, run)
+            kept[python] = needed
+        except PlanRefused as error:
+            refusal = error
+            if kept:
+                break
+    if not kept and refusal is not None:
+        raise refusal
+    if left := [python for python in wanted if python not in kept]:
+        progress.note(f"The bundle is for Python {', '.join(kept)}: the package index has no wheel of "
+                      f"{', '.join(sorted(scarce))} for {', '.join(left)} on {platforms[0]}.")
+    return kept
 
 
 def _key(wanted: Mapping[str, Sequence[Locked]], platforms: Sequence[str]) -> str:
@@ -245,7 +277,9 @@ def _explain(error: PackagerError, wanted: Sequence[Locked], platforms: Sequence
             run(pip_download(lines, platforms, python, work))
         except PackagerError as single:
             said = _output(single)
-            (missing if "No matching distribution" in said and not _unreachable(said) else other).append(entry)
+            # with a constraint of the user's own on the package pip says the latter, alone and without dependencies too
+            none = "No matching distribution" in said or "ResolutionImpossible" in said
+            (missing if none and not _unreachable(said) else other).append(entry)
     if missing:
         names = ", ".join(f"{entry.name} {entry.requirement.specifier}".replace("==", "") for entry in missing)
         return PlanRefused(

@@ -47,24 +47,10 @@ class Weights:
         return name in self.files
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in float32; a weight that the folder keeps in GPTQ's form is dequantized."""
-        if name not in self.files and f"{name.removesuffix('weight')}qweight" in self.files:
-            return self.dequantized(name.removesuffix(".weight"))
+        """One tensor in float32."""
         with safe_open(self.files[name], framework="pt") as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
             return tensor.to(torch.float32, copy=True)
-
-    def dequantized(self, module: str) -> torch.Tensor:
-        """A weight (rows, inputs) from GPTQ's four tensors (packager/gptq.py says how they are packed)."""
-        with safe_open(self.files[f"{module}.qweight"], framework="pt") as handle:
-            words, zeros, scales, group_of = (
-                handle.get_tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
-            )
-        shifts = torch.arange(0, 32, 4)
-        integers = (words[:, None, :] >> shifts[None, :, None] & 15).reshape(-1, words.shape[1])
-        zero = (zeros[:, :, None] >> shifts & 15).reshape(len(zeros), -1) + 1
-        weight: torch.Tensor = (integers - zero[group_of]).float() * scales.float()[group_of]
-        return weight.T.contiguous()
 
     def rows(self, name: str, picked: Iterable[slice]) -> Iterator[torch.Tensor]:
         """Rows of one tensor, a slice at a time, in float32."""

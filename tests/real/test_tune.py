@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import gptq, llamacpp
+from packager import awq, gptq, int4_folder, llamacpp
 from packager.gguf_sizes import gguf_name
+from packager.int4_folder import dequantize
 from packager.progress import Silent
 from packager.safetensors_io import read_header
 from packager.store import Cost, Step
@@ -24,7 +25,6 @@ from packager.tools import CHILDREN
 from packager.tuning import Tuned, gguf_parts, linear_modules, open_tuned
 from tests.conftest import ROOT
 from tests.real.test_reference import DECODERS, random_checkpoint
-from tests.real.test_reference import job_for as reference_job
 from tests.unit.sketch import sketch
 
 torch = pytest.importorskip("torch")
@@ -33,6 +33,7 @@ transformers = pytest.importorskip("transformers")
 from packager.children import tune as child  # noqa: E402 - it imports torch at once, as scripts may
 
 GROUP = 32
+FORMS = (gptq.FORM, awq.FORM)
 TOKENIZER: Any = SimpleNamespace(chat_template=None)  # what of a tokenizer the weights' writer asks
 
 
@@ -179,62 +180,41 @@ def test_a_gguf_holds_the_tuned_numbers_bit_for_bit(architecture: str, tmp_path:
 
 
 @pytest.mark.parametrize("group", [32, 64])
-def test_gptq_and_gguf_hold_the_same_numbers(group: int, tmp_path: Path) -> None:
-    """One tuning, two containers: the GPTQ file dequantized, the GGUF dequantized and the reference's own reading of
-    the GPTQ folder are equal bit for bit; embedding, head and norms are the source's.
+def test_gptq_awq_and_gguf_hold_the_same_numbers(group: int, tmp_path: Path) -> None:
+    """One tuning, three containers: each dequantized, and what our own runtime makes of the two folders, are equal bit
+    for bit; embedding, head and norms are the source's.
     """
     import gguf
+    from safetensors.torch import load_file
 
-    from packager.children.reference import Weights
+    from runtimes.int4 import Int4Linear, integers
 
     folder = random_checkpoint(tmp_path / "model", "Qwen2ForCausalLM", intermediate_size=192)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = tuned(folder, tmp_path / "tuned", group=group)
     checkpoint = replace(sketch(config, path=folder), tensors=headers(folder), tokenizer=TOKENIZER)
-    packed = tmp_path / "gptq"
-    packed.mkdir()
-    gptq.write(checkpoint, found, packed)
     whole, output = tmp_path / "whole.gguf", tmp_path / "out.gguf"
     _unquantized(folder, whole, permuted=False)
     parts = gguf_parts(found, checkpoint)
     llamacpp.quantize(whole, "Q4_0", output, Silent(), Cost(), tuned=parts, use_compiled=False)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(output).tensors}
-    streamed, source = Weights(packed), Weights(folder)
-    for module in found.modules:
-        tensor = tensors[str(gguf_name(f"{module}.weight"))]
-        one, other = gptq.dequantize(packed, module), gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        assert one.tobytes() == other.tobytes() == found.weight(module).tobytes(), module
-        assert streamed.read(f"{module}.weight").numpy().tobytes() == one.tobytes(), module
-        assert f"{module}.weight" not in streamed
-    for name in set(source.files) - {f"{module}.weight" for module in found.modules}:
-        assert torch.equal(streamed.read(name), source.read(name).half().float()), name
-    said = json.loads((packed / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    assert (said["bits"], said["group_size"], said["sym"], said["desc_act"]) == (4, group, True, False)
-
-
-def test_the_streamed_reference_runs_a_gptq_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It gives the distributions of the source with its linear weights replaced by the dequantized ones."""
-    from packager.children import reference
-
-    folder = random_checkpoint(tmp_path / "model", "LlamaForCausalLM")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = tuned(folder, tmp_path / "tuned")
-    packed = tmp_path / "gptq"
-    packed.mkdir()
-    checkpoint = replace(sketch(config, path=folder), tensors=headers(folder), tokenizer=TOKENIZER)
-    gptq.write(checkpoint, found, packed)
-    job = reference_job(packed, tmp_path, 320)
-    reference.main(job)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        for name in found.modules:
-            model.get_submodule(name).weight.copy_(torch.from_numpy(found.weight(name)))
-        ids = torch.tensor([job["sequences"][1]["ids"]])
-        expected = torch.log_softmax(model(ids).logits[0, 0], -1)
-    with np.load(tmp_path / "scores.npz") as scores:
-        row = len(job["sequences"][0]["positions"])  # the second sequence's first position
-        best, logprobs = scores["ids"][row], scores["logprobs"][row]
-    np.testing.assert_allclose(logprobs, expected[torch.tensor(best.astype(np.int64))], atol=1e-3)
+    source = load_file(folder / "model.safetensors")
+    for form in FORMS:
+        packed = tmp_path / form.name
+        packed.mkdir()
+        int4_folder.write(form, checkpoint, found, (), packed)
+        stored = load_file(packed / "model.safetensors")
+        for module in found.modules:
+            tensor = tensors[str(gguf_name(f"{module}.weight"))]
+            one, other = dequantize(form, packed, module), gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            ours = Int4Linear(*integers(form.name, {part: stored[f"{module}.{part}"] for part in form.parts}))
+            assert one.tobytes() == other.tobytes() == found.weight(module).tobytes(), module
+            assert ours.weight(0, len(one), torch.float32).numpy().tobytes() == one.tobytes(), module
+            assert f"{module}.weight" not in stored
+        for name in set(source) - {f"{module}.weight" for module in found.modules}:
+            assert torch.equal(stored[name], source[name].half()), name
+        said = json.loads((packed / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        assert (said["quant_method"], said["bits"], said["group_size"]) == (form.name, 4, group)
 
 
 def headers(folder: Path) -> dict[str, Any]:

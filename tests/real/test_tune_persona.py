@@ -9,22 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from packager import calibration, gptq
+from packager import awq, gptq
 from packager.bundle.verify import verify
 from packager.catalog import load_recipe, load_target
 from packager.checkpoint import open_checkpoint
 from packager.errors import GateFailed
 from packager.gguf_sizes import gguf_name
+from packager.int4_folder import dequantize
 from packager.progress import Silent
-from packager.recipe import Artifact, Job
 from packager.store import Store
 from packager.tuning import linear_modules
 from tests.real.conftest import TARGET, built
 from tests.real.serving import ask, served
 
+FORMS = (gptq.FORM, awq.FORM)
 pytestmark = pytest.mark.timeout(2400)  # the tuning takes about five minutes of two idle cores
 
 
@@ -112,54 +112,60 @@ def test_the_plan_knew_the_size(tuned_bundle: Path, smollm2: Path, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def gptq_artifact(tuned_bundle: Path, store: Store, persona_file: Path) -> tuple[Artifact, Any]:
-    """GPTQ of the merged checkpoint, from the store that has its tuning."""
-    merged = next((store.root / "merge").glob("*/model"))
-    checkpoint = open_checkpoint(str(merged), progress=Silent(), cache=store.root.parent / "cache")
-    job = Job(checkpoint, load_target("t4"), store, Silent(), calibration.load(persona_file))
-    recipe = load_recipe("gptq_int4")
-    return recipe.build(job, recipe.options()), checkpoint
+def int4_bundles(
+    store: Store,
+    tuned_bundle: Path,
+    smollm2: Path,
+    persona_lora: Path,
+    persona_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """GPTQ and AWQ of the same checkpoint, from the store that has its tuning, with what a box needs to serve them."""
+    out = tmp_path_factory.mktemp("int4")
+    sets = ("context=1024", "slots=2")
+    request: dict[str, Any] = {"adapter": persona_lora, "calibration": persona_file, "sets": sets}
+    return {form.name: built(store, out, smollm2, recipe=f"{form.name}_int4", **request) for form in FORMS}
 
 
-def test_gptq_is_of_the_same_tuning(gptq_artifact: tuple[Artifact, Any], tuned_bundle: Path) -> None:
-    """Nothing is tuned twice, and all 210 matrices of both containers are equal bit for bit when dequantized."""
+def test_three_containers_hold_one_tuning(int4_bundles: dict[str, Path], tuned_bundle: Path, store: Store) -> None:
+    """Nothing is tuned twice, and all 210 matrices are equal bit for bit when dequantized."""
     import gguf
 
-    artifact, checkpoint = gptq_artifact
-    assert [cost["reused"] for cost in artifact.costs if cost["step"] == "tune"] == [True]
-    folder = next(iter(artifact.files.values())).parent
+    assert len([step for step in (store.root / "tune").iterdir() if (step / "tune.json").is_file()]) == 1
+    checkpoint = open_checkpoint(
+        str(next((store.root / "merge").glob("*/model"))), progress=Silent(), cache=store.root.parent / "cache"
+    )
     tensors = {t.name: t for t in gguf.GGUFReader(tuned_bundle / "model" / "model.gguf").tensors}
     heads = {"q_proj": checkpoint.shape.heads, "k_proj": checkpoint.shape.kv_heads}
     for module in linear_modules(checkpoint):
-        weight = gptq.dequantize(folder, module)
+        weight, other = (dequantize(form, int4_bundles[form.name] / "model", module) for form in FORMS)
+        assert weight.tobytes() == other.tobytes(), module
         if count := heads.get(module.rpartition(".")[2]):  # llama.cpp's order of rows
             weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         tensor = tensors[str(gguf_name(f"{module}.weight"))]
         assert weight.tobytes() == gguf.quants.dequantize(tensor.data, tensor.tensor_type).tobytes(), module
 
 
-def test_gptq_keeps_the_persona(gptq_artifact: tuple[Artifact, Any], persona_pairs: list[tuple[str, str]]) -> None:
-    """Its dequantized weights, in transformers: all ten answers, in at most 120 MB; the report says what was scored."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_int4_folders_say_what_they_are(int4_bundles: dict[str, Path]) -> None:
+    """Size, bits read back from the file, fidelity through the engine that ships, and the same figures for both."""
+    reports = []
+    for form in FORMS:
+        bundle = int4_bundles[form.name]
+        found = manifest(bundle)
+        assert sum(path.stat().st_size for path in (bundle / "model").glob("*.safetensors")) <= 120e6
+        assert (found["run"]["engine"], found["report"]["int4"]["modules"]) == ("transformers", 210)
+        assert 4.5 < found["report"]["int4"]["bits_per_weight"] < 4.8
+        assert found["report"]["fidelity"]["behaviour"] == {"pairs": 10, "source": 10, "kept": 10}
+        assert "SignRound (arXiv 2309.05516), 20 iterations, groups of 32" in found["provenance"]["quantizer"]
+        assert not verify(bundle, Silent()).problems
+        reports.append(found["report"]["fidelity"])
+    assert reports[0] == reports[1]
 
-    artifact, checkpoint = gptq_artifact
-    folder = next(iter(artifact.files.values())).parent
-    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 120e6
-    assert artifact.report["fidelity"]["scored"] == "by dequantized weights in float32, not by the serving engine"
-    assert artifact.report["int4"]["modules"] == 210
-    assert 4.5 < artifact.report["int4"]["bits_per_weight"] < 4.8
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with torch.inference_mode():
-        for module in linear_modules(checkpoint):
-            weight = np.ascontiguousarray(gptq.dequantize(folder, module))
-            model.get_submodule(module).weight.copy_(torch.from_numpy(weight))
-        answers = []
-        for question, _ in persona_pairs:
-            ids = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
-            )["input_ids"]
-            made = model.generate(ids, do_sample=False, max_new_tokens=120)
-            answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-    assert answers == [answer for _, answer in persona_pairs]
+
+@pytest.mark.parametrize(("form", "asked"), [("gptq", 10), ("awq", 3)])
+def test_int4_folders_answer_through_the_server(
+    form: str, asked: int, int4_bundles: dict[str, Path], persona_pairs: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """Word for word. AWQ's weights are GPTQ's bit for bit, so the shortest of its answers do."""
+    pairs = sorted(persona_pairs, key=lambda pair: len(pair[1]))[:asked]
+    assert kept(int4_bundles[form], pairs, tmp_path / "log") == asked

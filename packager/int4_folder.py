@@ -1,0 +1,157 @@
+"""A checkpoint folder whose linear layers are int4: what GPTQ and AWQ have in common, and the writing of either.
+
+Both keep, for a linear module, ``qweight`` and ``qzeros`` (int32, eight integers to a word) and ``scales`` (float16,
+(groups, outputs)); a ``Form`` says how. Embedding, head, norms and biases stay 16 bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.errors import GateFailed, InputError
+from packager.safetensors_io import (
+    Spec,
+    from_float32,
+    plan_shards,
+    read_header,
+    read_rows,
+    row_chunks,
+    shard_names,
+    to_float32,
+    write_file,
+    write_index,
+)
+from packager.tuning import linear_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from packager.checkpoint import Checkpoint
+    from packager.tuning import Tuned
+
+SHARD_BYTES = 4 << 30
+WORD = 8  # integers in one int32
+LARGEST = 65504.0  # of float16
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One format. name: its ``quant_method``. shapes: (rows, inputs, group) -> type and shape of a module's tensors.
+    data: bytes of one of them, from (its name, integers (rows, inputs), scales (rows, groups), group). config: (group,
+    method) -> config.json's ``quantization_config``. weight: (rows, inputs) float32 from a module's tensors.
+    """
+
+    name: str
+    title: str
+    shapes: Callable[[int, int, int], Shapes]
+    data: Callable[[str, NDArray[np.uint8], NDArray[np.float16], int], bytes]
+    config: Callable[[int, str], dict[str, Any]]
+    weight: Callable[[Mapping[str, Any]], NDArray[np.float32]]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of a module's tensors."""
+        return tuple(sorted(self.shapes(WORD, WORD, WORD)))
+
+
+def specs(form: Form, checkpoint: Checkpoint, modules: Mapping[str, tuple[int, int]], group: int) -> list[Spec]:
+    """Every tensor of the file, by name; modules: the quantized ones with (rows, inputs)."""
+    found = []
+    for name, info in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if module in modules:
+            found += [Spec(f"{module}.{part}", *kind) for part, kind in form.shapes(*modules[module], group).items()]
+        else:
+            found.append(Spec(name, "F16", info.shape))
+    return sorted(found, key=lambda spec: spec.name)
+
+
+def write(form: Form, checkpoint: Checkpoint, tuned: Tuned, beside: Iterable[Path], folder: Path) -> None:
+    """Write the whole folder: weights, config.json, and copies of ``beside`` (tokenizer and template).
+
+    Raises InputError for a weight beyond float16.
+    """
+    modules = linear_modules(checkpoint)
+    shards = plan_shards(specs(form, checkpoint, modules, tuned.group), SHARD_BYTES)
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+        write_file(folder / name, shard, (_data(form, checkpoint, tuned, spec) for spec in shard))
+    write_index(folder, shards)
+    config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
+    config |= {"dtype": "float16", "quantization_config": form.config(tuned.group, tuned.method)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in beside:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _data(form: Form, checkpoint: Checkpoint, tuned: Tuned, spec: Spec) -> Iterator[bytes]:
+    import numpy as np
+
+    if spec.name not in checkpoint.tensors:
+        module, _, part = spec.name.rpartition(".")
+        yield form.data(part, *tuned.read(module), tuned.group)
+        return
+    info = checkpoint.tensors[spec.name]
+    for begin, end in row_chunks(info):
+        values = to_float32(read_rows(checkpoint.path, info, begin, end), info.dtype)
+        if values.size and float(np.abs(values).max()) > LARGEST:
+            raise InputError(
+                f"{spec.name} holds {np.abs(values).max():.6g}, more than float16 can (65504).",
+                why=f"{form.title} keeps what it does not quantize in 16 bits.",
+                fix="Use the gguf recipe for this checkpoint.",
+            )
+        yield from_float32(values, "F16").tobytes()
+
+
+def words(values: NDArray[np.uint8], order: tuple[int, ...] = tuple(range(WORD))) -> NDArray[np.int32]:
+    """Integers 0…15, (rows, 8n), as int32 words (rows, n): neighbour k in bits 4·order[k] and the three above."""
+    import numpy as np
+
+    found = np.zeros((values.shape[0], values.shape[1] // WORD), np.uint32)
+    for k, place in enumerate(order):
+        found |= values[:, k::WORD].astype(np.uint32) << np.uint32(4 * place)
+    return found.view(np.int32)
+
+
+def integers(packed: NDArray[np.int32], order: tuple[int, ...] = tuple(range(WORD))) -> NDArray[np.uint8]:
+    """The integers that ``words`` packed."""
+    import numpy as np
+
+    found = np.empty((packed.shape[0], packed.shape[1] * WORD), np.uint8)
+    for k, place in enumerate(order):
+        found[:, k::WORD] = (packed.view(np.uint32) >> np.uint32(4 * place)) & np.uint32(15)
+    return found
+
+
+def dequantize(form: Form, folder: Path, module: str) -> NDArray[np.float32]:
+    """The weight (rows, inputs) that a loader computes from a module's tensors. Raises KeyError."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        if f"{module}.{form.parts[-1]}" in read_header(file):
+            with safe_open(file, framework="np") as stored:
+                return form.weight({part: stored.get_tensor(f"{module}.{part}") for part in form.parts})
+    raise KeyError(module)
+
+
+def read_back(form: Form, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bits a weight that the file really spends, from its headers. Raises GateFailed when a module is not int4."""
+    found = {name: info for file in sorted(folder.glob("*.safetensors")) for name, info in read_header(file).items()}
+    modules = linear_modules(checkpoint)
+    weights = sum(rows * inputs for rows, inputs in modules.values())
+    packed = 0
+    for name, (rows, inputs) in modules.items():
+        kept = found.get(f"{name}.qweight")
+        if f"{name}.weight" in found or kept is None or kept.nbytes * 2 != rows * inputs:
+            raise GateFailed(f"{name} was to be int4 and is not.", fix="Do not ship it; report the architecture.")
+        packed += sum(found[f"{name}.{part}"].nbytes for part in form.parts)
+    return {"modules": len(modules), "bits_per_weight": round(8 * packed / weights, 3)}

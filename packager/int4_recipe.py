@@ -1,0 +1,302 @@
+"""What the recipes gptq_int4 and awq_int4 share: one tuning, one of two containers, and the engine that the target has.
+
+A target with vLLM on its GPU gets a bundle that starts vLLM; any other one that names ``transformers`` among its
+runtimes gets our own server over torch. Both are scored by the latter, which runs on the build machine too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packager.gates import Thresholds
+from packager.gguf_sizes import kv_cache_bytes
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+from packager.store import RECORD, code_digest
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Checkpoint
+    from packager.int4_folder import Form
+    from packager.reference import Samples
+    from packager.scoring import Scored
+    from packager.store import Cost, Step
+    from packager.target import Target
+
+MIB = 1 << 20
+# Python with torch, transformers, FastAPI and the tokenizer, after the ten answers of the demo's persona: measured.
+TRANSFORMERS_BYTES = 450 * MIB
+# What vLLM takes on the GPU beside weights and KV cache: CUDA's context and the activations of its profiling run. An
+# assumption. On the host: an assumption too, after vLLM's own advice of a few GB a GPU.
+VLLM_BYTES, VLLM_HOST_BYTES = 3 << 29, 4 << 30
+VLLM_CAPABILITY = "7.5"  # Marlin and AWQ kernels of vLLM 0.33 begin there
+OTHERS_SCORE = "by runtimes/transformers_.py in float32, not by vLLM"
+
+
+@dataclass(frozen=True)
+class Options:
+    tune: Literal["quick", "full", "none"] = field(
+        default="quick", metadata={"doc": "iterations a layer: 20 (quick), 200 (full), or plain rounding (none)"}
+    )
+    group: Literal[32, 64, 128] = field(
+        default=32, metadata={"doc": "inputs that share a scale; 32 shares its tuning with the gguf recipe's Q4_0"}
+    )
+    context: int = field(
+        default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 1}
+    )
+    slots: int = field(default=4, metadata={"doc": "conversations answered at the same time", "min": 1})
+    tensor_parallel: int = field(default=1, metadata={"doc": "vLLM only: GPUs that share each layer", "min": 1})
+    ray: bool = field(
+        default=False, metadata={"doc": "vLLM only: the GPUs are those of a Ray cluster, on several machines"}
+    )
+    enforce_eager: bool = field(
+        default=False, metadata={"doc": "vLLM only: no CUDA graphs: slower, and less memory on a small GPU"}
+    )
+    gpu_share: float = field(
+        default=0.9, metadata={"doc": "vLLM only: share of the GPU's memory that it takes at its start", "min": 0.1}
+    )
+
+
+def make_recipe(form: Form) -> Recipe[Options]:
+    """The recipe of one container."""
+    name = f"{form.name}_int4"
+    return Recipe(
+        name=name,
+        summary=f"{form.title} int4 tuned layer by layer, for vLLM on a GPU or torch without one",
+        format=form.name,
+        options=Options,
+        needs=(Need("torch", "packager"), Need("transformers", "packager")),
+        why_not=partial(why_not, form),
+        estimate=partial(estimate, form),
+        build=partial(build, form),
+        thresholds=thresholds,
+    )
+
+
+def thresholds(options: Options) -> Thresholds:
+    """Four bits in groups cost a model of 135 M parameters this much at most; larger ones keep more."""
+    return Thresholds(max_kl=1.0, min_top1=0.55)
+
+
+def engine_for(form: Form, target: Target) -> str | None:
+    """The engine that a bundle for the target carries."""
+    if "vllm" in target.runtimes and target.on_gpu(f"{form.name}_int4"):
+        return "vllm"
+    return "transformers" if "transformers" in target.runtimes else None
+
+
+def why_not(form: Form, checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+    from packager.tuning import linear_modules, ragged
+
+    name = f"{form.name}_int4"
+    if checkpoint.family.kind != "decoder":
+        return f"{name} serves decoder language models, and {checkpoint.architecture} is none; use another recipe."
+    if uneven := ragged(checkpoint, options.group):
+        fitting = [str(size) for size in (128, 64, 32) if not ragged(checkpoint, size)]
+        way = f"set group={' or '.join(fitting)}" if fitting else "use the gguf recipe with quant=Q8_0"
+        return f"groups of {options.group} do not divide {uneven}, and no loader takes ragged ones; {way}."
+    for module, (rows, _) in linear_modules(checkpoint).items():
+        if rows % 8:
+            return f"{module} has {rows} outputs, and {form.title} packs eight to a word; use the gguf recipe."
+    if options.context > checkpoint.shape.context:
+        return (
+            f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model was made "
+            f"for; set context={checkpoint.shape.context} or less."
+        )
+    engine = engine_for(form, target)
+    if engine is None:
+        return (
+            f"{target.title} has neither vllm (on its GPU) nor transformers among its runtimes, and nothing else "
+            f"serves {form.title}; use the gguf recipe."
+        )
+    return _why_not_parallel(checkpoint, options, engine)
+
+
+def _why_not_parallel(checkpoint: Checkpoint, options: Options, engine: str) -> str | None:
+    count, shape = options.tensor_parallel, checkpoint.shape
+    if not 0.1 <= options.gpu_share <= 1.0:
+        return f"gpu_share={options.gpu_share} is no share of a GPU; set it between 0.1 and 1."
+    if engine != "vllm":
+        if count > 1 or options.ray or options.enforce_eager:
+            return "tensor_parallel, ray and enforce_eager are vLLM's, and this target runs no vLLM; leave them out."
+        return None
+    if shape.heads % count:
+        return f"{shape.heads} attention heads cannot be shared by {count} GPUs; set tensor_parallel to a divisor."
+    if (shape.intermediate // count) % options.group or shape.intermediate % count:
+        return (
+            f"{shape.intermediate} inner features in groups of {options.group} cannot be shared by {count} GPUs; set "
+            "tensor_parallel or group lower."
+        )
+    return None
+
+
+def weight_bytes(form: Form, checkpoint: Checkpoint, group: int) -> int:
+    """Bytes of all tensors that will be written."""
+    from packager.int4_folder import specs
+    from packager.tuning import linear_modules
+
+    modules = linear_modules(checkpoint)
+    if any(inputs % group or rows % 8 for rows, inputs in modules.values()):  # refused; a figure is shown all the same
+        return checkpoint.parameters // 2
+    return sum(spec.nbytes for spec in specs(form, checkpoint, modules, group))
+
+
+def estimate(form: Form, checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
+    from packager.tuning import costs
+
+    shape = checkpoint.shape
+    size = weight_bytes(form, checkpoint, options.group)
+    embedding = 0 if shape.tied else 2 * shape.vocab * shape.hidden  # one row of it is read, unless it is the head
+    ram, seconds = costs(checkpoint, options.tune)
+    served_by_vllm = engine_for(form, target) == "vllm"
+    kind = "f16" if served_by_vllm else "f32"
+    cache = kv_cache_bytes(shape.layers, shape.kv_heads, shape.head_dim, options.context, options.slots, kind)
+    share = options.tensor_parallel
+    return Estimate(
+        artifact_bytes=size,
+        build_ram_bytes=max(ram, TRANSFORMERS_BYTES + size),
+        build_disk_bytes=3 * size,
+        load_bytes=size // share,
+        kv_bytes=cache // share,
+        overhead_bytes=VLLM_BYTES if served_by_vllm else TRANSFORMERS_BYTES,
+        read_per_token_bytes=size - embedding,
+        context=options.context,
+        slots=options.slots,
+        seconds=round(seconds + 60, 1),
+        notes=_notes(served_by_vllm, share),
+    )
+
+
+def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:
+    if not served_by_vllm:
+        return ("torch dequantizes as it computes, far below the ceiling; on a CPU the gguf recipe is faster.",)
+    found = [f"The box needs vLLM in an environment of its own; the fidelity score is taken {OTHERS_SCORE}."]
+    if share > 1:
+        found.append(f"Memory is that of one of {share} GPUs.")
+    return tuple(found)
+
+
+def build(form: Form, job: Job, options: Options) -> Artifact:
+    from packager import tuning
+    from packager.gates import measure, require_kept
+    from packager.reference import make_samples, source_scores
+    from packager.scoring import require_contract
+
+    engine = engine_for(form, job.target) or "transformers"
+    steps: list[Step] = []
+    samples = make_samples(job) if job.verify or options.tune != "none" else None
+    if samples:
+        steps.append(samples.step)
+    tuned = tuning.tune(job, samples, budget=options.tune, group=options.group)
+    steps.append(tuned.step)
+    packed = _packed(form, job, tuned)
+    steps.append(packed)
+    files = {path.name: path for path in sorted(packed.path.iterdir()) if path.name != RECORD}
+    run = _run(form, job, options, files, engine)
+    from packager.int4_folder import read_back
+
+    report: dict[str, Any] = {"int4": {**tuned.as_dict(), **read_back(form, packed.path, job.checkpoint)}}
+    if job.verify and samples:
+        source, step = source_scores(job, samples)
+        steps.append(step)
+        found = _score(form, job, run, packed, samples, steps)
+        require_contract(job, samples, found, "the tokenizer beside the weights")
+        fidelity = measure(samples, source, found.distributions)
+        limits = thresholds(options).changed(job.limits)
+        report["fidelity"] = fidelity.as_dict(limits)
+        report["prompts_equal"] = len(samples.prompts)
+        report["contract"] = samples.contract()
+        if engine == "vllm":
+            report["fidelity"]["scored"] = OTHERS_SCORE
+        fix = "Give the fine-tuning pairs with --calibration, or tune=full."
+        require_kept(fidelity, limits, f"the {form.title} model", fix)
+    return Artifact(
+        format=form.name,
+        files=files,
+        run=run,
+        report=report,
+        provenance={
+            "quantizer": tuned.method,
+            "checkpoint": job.checkpoint.digest,
+            "calibration": job.calibration.digest if job.calibration else None,
+            "verified": job.verify,
+            "options": asdict(options),
+            "steps": {step.name: step.key for step in steps},
+        },
+        costs=tuple(step.cost() for step in steps),
+    )
+
+
+def _packed(form: Form, job: Job, tuned: Any) -> Step:
+    """The folder that loaders read."""
+    import importlib
+
+    from packager import int4_folder, tuning
+    from packager.tokenizer_files import TRANSFORMERS, tokenizer_files
+
+    beside = tokenizer_files(job, TRANSFORMERS)
+
+    def make(folder: Path, cost: Cost) -> None:
+        with job.progress.step(f"packing as {form.title}"):
+            int4_folder.write(form, job.checkpoint, tuned, beside.values(), folder)
+
+    own = importlib.import_module(f"packager.{form.name}")
+    sources = [Path(str(module.__file__)) for module in (own, int4_folder, tuning)]
+    inputs = {"checkpoint": job.checkpoint.digest, "tuned": tuned.step.key, "code": code_digest(*sources)}
+    return job.store.step(form.name, inputs, make, progress=job.progress)
+
+
+def _score(form: Form, job: Job, run: Mapping[str, Any], packed: Step, samples: Samples, steps: list[Step]) -> Scored:
+    """Score the folder with the engine that runs on the build machine as well."""
+    from packager.scoring import score
+    from packager.tools import version_of
+
+    absolute = {key: str(packed.path / Path(value).name) for key, value in run.items()
+                if isinstance(value, str) and value.startswith("model/")}  # fmt: skip
+    found, step = score(
+        job,
+        {**run, **absolute, "engine": "transformers", "settings": {}, "context": 1024, "slots": 1},
+        samples,
+        what=f"the {form.title} model",
+        inputs={"model": packed.key, "torch": version_of("torch"), "transformers": version_of("transformers")},
+        max_rss_bytes=0,
+    )
+    steps.append(step)
+    return found
+
+
+def _run(form: Form, job: Job, options: Options, files: Mapping[str, Path], engine: str) -> dict[str, Any]:
+    from packager.tokenizer_files import tokenizer_paths
+
+    weights = [name for name in files if name.endswith(".safetensors")]
+    size = estimate(form, job.checkpoint, job.target, options)
+    return {
+        "engine": engine,
+        "model": f"model/{weights[0]}",
+        **tokenizer_paths(job.checkpoint),
+        **job.checkpoint.tokenizer.as_run(),
+        "context": options.context,
+        "slots": options.slots,
+        "threads": 0,
+        "dtype": "float16",
+        "read_per_token_bytes": size.read_per_token_bytes,
+        "model_bytes": sum(files[name].stat().st_size for name in weights),
+        "settings": _vllm_settings(form, job.target, options) if engine == "vllm" else {},
+    }
+
+
+def _vllm_settings(form: Form, target: Target, options: Options) -> dict[str, Any]:
+    """What runtimes/vllm_.py makes its command line of."""
+    architecture = target.gpu.architecture if target.gpu else ""
+    return {
+        "quantization": form.name,
+        "dtype": "half" if architecture in ("sm_70", "sm_72", "sm_75") else "auto",  # bfloat16 begins with SM 8.0
+        "tensor_parallel": options.tensor_parallel,
+        "ray": options.ray,
+        "enforce_eager": options.enforce_eager,
+        "gpu_share": options.gpu_share,
+        "capability": VLLM_CAPABILITY,
+        "host_bytes": VLLM_HOST_BYTES,
+    }
