@@ -173,8 +173,3 @@ class PredictResponse(BaseModel):
 
 class AnswerResponse(BaseModel):
     answer: str
-
-
-class Health(BaseModel):
-    status: Literal["ok", "loading", "stopping"]
-    model: str

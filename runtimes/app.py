@@ -1,40 +1,26 @@
-"""The HTTP face: FastAPI routes over one Service. No CORS, no file access, nothing fetched from elsewhere."""
+"""The HTTP face of a language model: chat and completions over one Service."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from enum import Enum
-from importlib import resources
+from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
-from runtimes.api import AnswerResponse, ChatRequest, CompletionRequest, Health, PredictRequest, PredictResponse
+from runtimes.api import AnswerResponse, ChatRequest, CompletionRequest, PredictRequest, PredictResponse
 from runtimes.chat import Prompts, TemplateRefused
 from runtimes.engine import Engine, Piece, RequestRefused, Sampling
-from runtimes.generation import Streamed, Whole, refused
+from runtimes.face import make_face, require_model
+from runtimes.generation import Streamed, Whole
 from runtimes.manifest import Run
 from runtimes.metrics import Metrics
-from runtimes.outer import Outer
 from runtimes.pump import Pump
 from runtimes.replies import Reply, error_body
-
-log = logging.getLogger("runtimes")
-_ASSETS = {
-    "swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui.css": "text/css",
-    "favicon-32x32.png": "image/png",
-}
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
-)
 
 
 class Service:
@@ -68,9 +54,18 @@ class Service:
             raise HTTPException(503, "The server is stopping.")
         return self.pump
 
+    @property
+    def card(self) -> dict[str, Any]:
+        """What /v1/models tells beside the name."""
+        return {"max_model_len": self.run.context}
+
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.run.name:
-            raise HTTPException(404, f"The model {name!r} does not exist here; this server has {self.run.name!r}.")
+        require_model(self.run, name)
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are taken."""
+        return self.pump is not None
 
     def user_turn(self, text: str) -> list[int]:
         """One user message as the model should see it: through the chat template where there is one."""
@@ -79,30 +74,24 @@ class Service:
         return self.prompts.plain(text)
 
 
+def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> Service:
+    """Load the model. Raises ManifestError or EngineError."""
+    prompts = Prompts(run)
+    return Service(run, prompts, engine.load(run, verbose=verbose))
+
+
 def make_app(service: Service, *, max_body: int, log_json: bool) -> Any:
     """The ASGI application. max_body: bytes; larger requests get a 413."""
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.start()
-        try:
-            yield
-        finally:
-            await service.stop()
+    def add_routes(app: FastAPI) -> None:
+        _add_generation(app, service)
 
-    app = FastAPI(
-        title=service.run.name,
-        description="A packaged model on this machine. Works without a network; nothing is sent elsewhere.",
-        version="1",
-        docs_url=None,
-        redoc_url=None,
-        lifespan=lifespan,
-    )
-    _add_errors(app)
-    _add_generation(app, service)
-    _add_status(app, service)
-    _add_docs(app)
-    return Outer(app, service.metrics, max_body=max_body, log_json=log_json)
+        @app.exception_handler(TemplateRefused)
+        async def template(_: Request, error: TemplateRefused) -> Response:
+            body = error_body(f"The chat template refuses: {error}", "invalid_request_error", param="messages")
+            return JSONResponse(body, 400)
+
+    return make_face(service, add_routes, max_body=max_body, log_json=log_json)
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -166,90 +155,3 @@ def _prompt_ids(service: Service, prompt: str | list[int] | list[str]) -> list[i
     if any(not 0 <= token < size for token in ids):
         raise RequestRefused(f"A token id of the prompt lies outside the vocabulary of {size}.", param="prompt")
     return ids
-
-
-def _add_status(app: FastAPI, service: Service) -> None:
-    tags: list[str | Enum] = ["status"]
-
-    @app.get("/v1/models", tags=tags, summary="The one model served here")
-    async def models() -> dict[str, Any]:
-        card = {
-            "id": service.run.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "packager",
-            "max_model_len": service.run.context,
-        }
-        return {"object": "list", "data": [card]}
-
-    @app.get("/health", tags=tags, response_model=Health, summary="200 once the model has answered a token")
-    async def health() -> Response:
-        working = service.pump is not None
-        body = Health(status="ok" if working else "stopping", model=service.run.name)
-        return JSONResponse(body.model_dump(), 200 if working else 503)
-
-    @app.get("/metrics", tags=tags, summary="For Prometheus")
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _add_docs(app: FastAPI) -> None:
-    files = resources.files("fastapi_swagger.resources")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        page = get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title=app.title,
-            swagger_js_url="/docs/swagger-ui-bundle.js",
-            swagger_css_url="/docs/swagger-ui.css",
-            swagger_favicon_url="/docs/favicon-32x32.png",
-            swagger_ui_parameters={"validatorUrl": None},
-        )
-        page.headers["Content-Security-Policy"] = _POLICY
-        return page
-
-    @app.get("/docs/{name}", include_in_schema=False)
-    async def asset(name: str) -> Response:
-        if name not in _ASSETS:
-            raise HTTPException(404, "There is no such file.")
-        data = files.joinpath(name).read_bytes()
-        return Response(data, media_type=_ASSETS[name], headers={"Cache-Control": "public, max-age=86400"})
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in ("body", "query")]
-        param = ".".join(where) or None
-        message = first["msg"]
-        if first["type"] == "extra_forbidden":
-            message = f"Unrecognized request argument: {param}. This server does not support it."
-        elif first["type"] == "json_invalid":
-            message = f"The body is not valid JSON: {first.get('ctx', {}).get('error', message)}."
-        elif param:
-            message = f"{param}: {message}"
-        return JSONResponse(error_body(message, "invalid_request_error", param=param, code=first["type"]), 400)
-
-    @app.exception_handler(RequestRefused)
-    async def refuse(_: Request, error: RequestRefused) -> Response:
-        return refused(error)
-
-    @app.exception_handler(TemplateRefused)
-    async def template(_: Request, error: TemplateRefused) -> Response:
-        body = error_body(f"The chat template refuses: {error}", "invalid_request_error", param="messages")
-        return JSONResponse(body, 400)
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        kinds = {404: "not_found_error", 503: "overloaded_error"}
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 503: "not_ready"}
-        kind = kinds.get(error.status_code, "invalid_request_error")
-        body = error_body(str(error.detail), kind, code=codes.get(error.status_code))
-        return JSONResponse(body, error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def defect(_: Request, error: Exception) -> Response:
-        log.exception("a defect of the server", exc_info=error)
-        return JSONResponse(error_body("The server failed; its log says more.", "server_error"), 500)

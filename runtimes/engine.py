@@ -22,6 +22,10 @@ class RequestRefused(EngineError):
         self.param = param
 
 
+class Busy(Exception):
+    """Too many requests wait already."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.

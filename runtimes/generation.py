@@ -9,21 +9,12 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from runtimes.engine import EngineError, Piece, RequestRefused, Sampling
-from runtimes.pump import Answer, Busy, Pump, Stopwatch
+from runtimes.engine import Busy, EngineError, Piece, Sampling
+from runtimes.face import refused
+from runtimes.pump import Answer, Pump, Stopwatch
 from runtimes.replies import Reply, error_body
 
 CUT_OFF = "The server is stopping; the answer was cut off."
-
-
-def refused(error: Exception) -> JSONResponse:
-    """The HTTP answer to an engine's or queue's refusal."""
-    if isinstance(error, RequestRefused):
-        return JSONResponse(error_body(str(error), "invalid_request_error", param=error.param, code=error.code), 400)
-    if isinstance(error, Busy):
-        body = error_body(f"{error} Try again later.", "overloaded_error", code="overloaded")
-        return JSONResponse(body, 503, {"Retry-After": "1"})
-    return JSONResponse(error_body(str(error), "server_error", code="engine_failed"), 500)
 
 
 class Generation(Response):

@@ -10,8 +10,15 @@ _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 
 
-class Metrics:
-    """One registry a server, so that two servers in one process do not mix. memory: resident bytes, asked at scrape."""
+_COMPUTE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_TEXTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class BaseMetrics:
+    """What every model's server counts. One registry a server, so that two in one process do not mix.
+
+    memory: resident bytes, asked at scrape.
+    """
 
     def __init__(self, memory: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -19,10 +26,41 @@ class Metrics:
         self.requests = Counter(
             "packager_requests", "Requests answered, by path and HTTP status", ["path", "status"], registry=registry
         )
+        self.prompt_tokens = Counter("packager_prompt_tokens", "Tokens of all prompts", registry=registry)
+        self.ready = Gauge("packager_ready", "1 when the model is loaded and has answered", registry=registry)
+        resident = Gauge("packager_resident_memory_bytes", "Resident memory of the server", registry=registry)
+        resident.set_function(memory)
+
+    def text(self) -> bytes:
+        """The exposition format, version 0.0.4."""
+        return generate_latest(self.registry)
+
+
+class EncoderMetrics(BaseMetrics):
+    """Of a server of embeddings or labels."""
+
+    def __init__(self, memory: Callable[[], int]) -> None:
+        super().__init__(memory)
+        registry = self.registry
+        self.batch = Histogram("packager_batch_texts", "Texts computed together", buckets=_TEXTS, registry=registry)
+        self.compute = Histogram(
+            "packager_batch_seconds", "Time to compute one batch", buckets=_COMPUTE, registry=registry
+        )
+        self.waited = Histogram(
+            "packager_wait_seconds", "From a text's arrival to its batch", buckets=_COMPUTE, registry=registry
+        )
+        self.waiting = Gauge("packager_waiting", "Texts that wait for a batch", registry=registry)
+
+
+class Metrics(BaseMetrics):
+    """Of a server that generates text."""
+
+    def __init__(self, memory: Callable[[], int]) -> None:
+        super().__init__(memory)
+        registry = self.registry
         self.cancelled = Counter(
             "packager_cancelled", "Generations that the client gave up on", registry=registry
         )
-        self.prompt_tokens = Counter("packager_prompt_tokens", "Tokens of all prompts", registry=registry)
         self.cached_tokens = Counter(
             "packager_cached_prompt_tokens", "Prompt tokens that a slot still held", registry=registry
         )
@@ -38,10 +76,3 @@ class Metrics:
         )
         self.running = Gauge("packager_running", "Answers being generated", registry=registry)
         self.waiting = Gauge("packager_waiting", "Requests that wait for a slot", registry=registry)
-        self.ready = Gauge("packager_ready", "1 when the model is loaded and has answered", registry=registry)
-        resident = Gauge("packager_resident_memory_bytes", "Resident memory of the server", registry=registry)
-        resident.set_function(memory)
-
-    def text(self) -> bytes:
-        """The exposition format, version 0.0.4."""
-        return generate_latest(self.registry)

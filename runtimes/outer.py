@@ -11,11 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtimes.metrics import Metrics
+from runtimes.metrics import BaseMetrics
 from runtimes.replies import error_body
 
 PATHS = frozenset(
-    ["/v1/chat/completions", "/v1/completions", "/v1/models", "/predict", "/answer", "/health", "/metrics", "/docs"]
+    ["/v1/chat/completions", "/v1/completions", "/v1/models", "/predict", "/answer", "/health", "/metrics", "/docs",
+     "/v1/embeddings", "/classify"]
 )
 
 LINGER_S = 2.0  # a connection closed on bytes that nobody read is reset, and the refusal lost with it
@@ -25,7 +26,7 @@ LINGER_BYTES = 64 * 2**20
 class Outer:
     """ASGI middleware. max_body: bytes of a request's body. log_json: one JSON line a request on standard output."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, max_body: int, log_json: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: BaseMetrics, *, max_body: int, log_json: bool) -> None:
         self.app, self.metrics, self.max_body, self.log_json = app, metrics, max_body, log_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,14 +14,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from runtimes.engine import Engine, EngineError, Piece, Sampling
+from runtimes.engine import Busy, Engine, EngineError, Piece, Sampling
 from runtimes.metrics import Metrics
 
 MAX_WAITING = 256
-
-
-class Busy(Exception):
-    """Too many requests wait already."""
 
 
 class Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from runtimes.chat import Prompts
 from runtimes.engines import module
 from runtimes.manifest import ManifestError, Run, read_bundle
 
@@ -77,11 +77,11 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
     # imported before the model, so that an incomplete install is told at once
     import uvicorn
 
-    from runtimes.app import Service, make_app
-    from runtimes.engine import Engine, EngineError
+    from runtimes.engine import EngineError
     from runtimes.loading import answering
     from runtimes.protocol import Http
 
+    face = importlib.import_module(f"runtimes.{getattr(source, 'FACE', 'app')}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -91,15 +91,12 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with answering(listener, run.name):
-            prompts = Prompts(run)
-            engine: Engine = source.load(run, verbose=options.verbose)
+            service = face.open_service(source, run, verbose=options.verbose)
     except (ManifestError, EngineError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED if isinstance(error, EngineError) else UNUSABLE
     finally:
         signal.signal(signal.SIGINT, interrupt)
-    service = Service(run, prompts, engine)
-
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             """Let answers end for a while, then end them: uvicorn itself would cut them with a traceback."""
@@ -107,7 +104,7 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        make_app(service, max_body=options.max_body, log_json=options.log_json),
+        face.make_app(service, max_body=options.max_body, log_json=options.log_json),
         http=Http,
         loop="asyncio",
         ws="none",

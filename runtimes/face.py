@@ -1,0 +1,186 @@
+"""What every model's HTTP face has: errors, status, metrics, an API page. No CORS, no file access, nothing fetched."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from enum import Enum
+from importlib import resources
+from typing import Any, Literal, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from runtimes.engine import Busy, RequestRefused
+from runtimes.manifest import Run
+from runtimes.metrics import BaseMetrics
+from runtimes.outer import Outer
+from runtimes.replies import error_body
+
+log = logging.getLogger("runtimes")
+_ASSETS = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon-32x32.png": "image/png",
+}
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+)
+
+
+class Health(BaseModel):
+    status: Literal["ok", "loading", "stopping"]
+    model: str
+
+
+class Service(Protocol):
+    """The model behind the routes; it is loaded and has answered when it comes here."""
+
+    run: Run
+
+    @property
+    def metrics(self) -> BaseMetrics: ...
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are taken."""
+        ...
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What /v1/models tells beside the name."""
+        ...
+
+    def start(self) -> None:
+        """Begin to take requests; called on the event loop."""
+        ...
+
+    def cancel_all(self) -> None:
+        """End everything that runs; called on the event loop."""
+        ...
+
+    async def stop(self) -> None:
+        """Cancel what still runs and free the model."""
+        ...
+
+
+def make_face(service: Service, add_routes: Callable[[FastAPI], None], *, max_body: int, log_json: bool) -> Any:
+    """The ASGI application. add_routes: adds what this kind of model answers. max_body: bytes; more gets a 413."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(
+        title=service.run.name,
+        description="A packaged model on this machine. Works without a network; nothing is sent elsewhere.",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    _add_errors(app)
+    add_routes(app)
+    _add_status(app, service)
+    _add_docs(app)
+    return Outer(app, service.metrics, max_body=max_body, log_json=log_json)
+
+
+def require_model(run: Run, name: str | None) -> None:
+    """A 404 for another model's name."""
+    if name is not None and name != run.name:
+        raise HTTPException(404, f"The model {name!r} does not exist here; this server has {run.name!r}.")
+
+
+def refused(error: Exception) -> JSONResponse:
+    """The HTTP answer to an engine's or queue's refusal."""
+    if isinstance(error, RequestRefused):
+        return JSONResponse(error_body(str(error), "invalid_request_error", param=error.param, code=error.code), 400)
+    if isinstance(error, Busy):
+        body = error_body(f"{error} Try again later.", "overloaded_error", code="overloaded")
+        return JSONResponse(body, 503, {"Retry-After": "1"})
+    return JSONResponse(error_body(str(error), "server_error", code="engine_failed"), 500)
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    tags: list[str | Enum] = ["status"]
+
+    @app.get("/v1/models", tags=tags, summary="The one model served here")
+    async def models() -> dict[str, Any]:
+        card = {"id": service.run.name, "object": "model", "created": 0, "owned_by": "packager"}
+        return {"object": "list", "data": [{**card, **service.card}]}
+
+    @app.get("/health", tags=tags, response_model=Health, summary="200 once the model has answered")
+    async def health() -> Response:
+        body = Health(status="ok" if service.serving else "stopping", model=service.run.name)
+        return JSONResponse(body.model_dump(), 200 if service.serving else 503)
+
+    @app.get("/metrics", tags=tags, summary="For Prometheus")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_docs(app: FastAPI) -> None:
+    files = resources.files("fastapi_swagger.resources")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        page = get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url="/docs/swagger-ui-bundle.js",
+            swagger_css_url="/docs/swagger-ui.css",
+            swagger_favicon_url="/docs/favicon-32x32.png",
+            swagger_ui_parameters={"validatorUrl": None},
+        )
+        page.headers["Content-Security-Policy"] = _POLICY
+        return page
+
+    @app.get("/docs/{name}", include_in_schema=False)
+    async def asset(name: str) -> Response:
+        if name not in _ASSETS:
+            raise HTTPException(404, "There is no such file.")
+        data = files.joinpath(name).read_bytes()
+        return Response(data, media_type=_ASSETS[name], headers={"Cache-Control": "public, max-age=86400"})
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part not in ("body", "query")]
+        param = ".".join(where) or None
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = f"Unrecognized request argument: {param}. This server does not support it."
+        elif first["type"] == "json_invalid":
+            message = f"The body is not valid JSON: {first.get('ctx', {}).get('error', message)}."
+        elif param:
+            message = f"{param}: {message}"
+        return JSONResponse(error_body(message, "invalid_request_error", param=param, code=first["type"]), 400)
+
+    @app.exception_handler(RequestRefused)
+    async def refuse(_: Request, error: RequestRefused) -> Response:
+        return refused(error)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        kinds = {404: "not_found_error", 503: "overloaded_error"}
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 503: "not_ready"}
+        kind = kinds.get(error.status_code, "invalid_request_error")
+        body = error_body(str(error.detail), kind, code=codes.get(error.status_code))
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, error: Exception) -> Response:
+        log.exception("a defect of the server", exc_info=error)
+        return JSONResponse(error_body("The server failed; its log says more.", "server_error"), 500)
