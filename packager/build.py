@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Locks beside an engine's own box-NAME.lock, and packages that an index may have for some Pythons only.
 MORE_LOCKS = {"transformers": ("torch-cpu",)}
-SCARCE = {"transformers": ("torch",)}
+SCARCE = {"transformers": ("torch",), "ort_encoder": ("onnxruntime", "numpy")}
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     Raises PlanRefused before any work when the plan refuses, GateFailed when the artifact is not its source.
     """
     from packager import calibration, training
+    from packager.encoder_fidelity import refuse_for_decoders
     from packager.plan import make_plan
 
     start = time.monotonic()
@@ -195,6 +196,8 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
             "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
         )
     opened = open_merged(request, store, progress)
+    if opened.checkpoint.family.kind == "decoder":
+        refuse_for_decoders(request.limits)
     options, said = settled(recipe, options, samples, opened.checkpoint)
     plan = make_plan(opened.checkpoint, target, recipe, options, said)
     if plan.refusals:

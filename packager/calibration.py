@@ -1,7 +1,8 @@
 """Calibration data: text and fine-tuning pairs, and the token samples that come of them.
 
 Pairs are rendered with the checkpoint's own chat template, as training did (children/samples.py). Formats read: alpaca
-JSON or JSONL (instruction, input, output, system, history), messages or ShareGPT conversations, and plain text.
+JSON or JSONL (instruction, input, output, system, history), messages or ShareGPT conversations, and plain text. Texts
+with labels, for classifiers: JSON or JSONL records {"text", "label"}, or a .csv or .tsv with these columns.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ Conversation = tuple[Message, ...]
 @dataclass(frozen=True)
 class Calibration:
     """conversations: whole dialogues with their answers. texts: plain text. digest: SHA-256 of the file's bytes. name:
-    its name.
+    its name. labels: of each text, for a classifier; None where the file gives none, empty where it never does.
     """
 
     conversations: tuple[Conversation, ...]
     texts: tuple[str, ...]
     digest: str
     name: str
+    labels: tuple[str | None, ...] = ()
 
 
 def load(path: Path) -> Calibration:
@@ -52,18 +54,45 @@ def load(path: Path) -> Calibration:
     if not text.strip():
         raise InputError(f"the calibration file {path} is empty.", fix="Give some fine-tuning pairs or a text.")
     digest = hashlib.sha256(raw).hexdigest()
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _table(path, text, digest)
     if path.suffix.lower() not in (".json", ".jsonl"):
         return Calibration((), (text,), digest, path.name)
     conversations: list[Conversation] = []
     texts: list[str] = []
+    labels: list[str | None] = []
     for number, record in enumerate(_records(path, text), 1):
         if isinstance(record, Mapping) and isinstance(record.get("text"), str):
             texts.append(record["text"])
+            labels.append(None if record.get("label") is None else str(record["label"]))
         else:
             conversations.append(_conversation(path, number, record))
     if not conversations and not texts:
         raise InputError(f"the calibration file {path} holds no record.", fix="Give some fine-tuning pairs or a text.")
-    return Calibration(tuple(conversations), tuple(texts), digest, path.name)
+    known = tuple(labels) if any(label is not None for label in labels) else ()
+    return Calibration(tuple(conversations), tuple(texts), digest, path.name, known)
+
+
+def _table(path: Path, text: str, digest: str) -> Calibration:
+    """A .csv or .tsv with a header that has "text" and, for a classifier, "label"."""
+    import csv
+    import io
+
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        if "text" not in (rows.fieldnames or ()):
+            raise InputError(
+                f"the calibration file {path} has no column called text.",
+                why=f"Its columns are: {', '.join(rows.fieldnames or ())}.",
+                fix='Write the header "text,label" (or "text" alone) into its first line.',
+            )
+        found = [(row["text"], row.get("label") or None) for row in rows if row["text"]]
+    except csv.Error as error:
+        raise InputError(f"the calibration file {path} is no table (line {rows.line_num}): {error}.") from error
+    if not found:
+        raise InputError(f"the calibration file {path} holds no record.", fix="Give some fine-tuning pairs or a text.")
+    labels = tuple(label for _, label in found)
+    return Calibration((), tuple(row for row, _ in found), digest, path.name, labels if any(labels) else ())
 
 
 def general() -> Calibration:

@@ -250,6 +250,14 @@ def plan(
     type=click.FloatRange(0, 1),
     help="Least share of the fine-tuning pairs (--calibration) still answered word for word.",
 )
+@click.option("--min-cosine", type=click.FloatRange(-1, 1), help="Embedders: least mean cosine to the source.")
+@click.option("--min-rank", type=click.FloatRange(-1, 1), help="Embedders: least rank correlation of similarities.")
+@click.option("--min-agreement", type=click.FloatRange(0, 1), help="Classifiers: least share with the source's label.")
+@click.option(
+    "--max-accuracy-loss",
+    type=click.FloatRange(0, 1),
+    help="Classifiers: most accuracy that may be lost on the labelled texts of --calibration.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not run the artifact against its source. The manifest says so.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for OUT/<model>-<target>-<recipe>/."
@@ -270,6 +278,10 @@ def build(
     max_kl: float | None,
     min_top1: float | None,
     min_behaviour: float | None,
+    min_cosine: float | None,
+    min_rank: float | None,
+    min_agreement: float | None,
+    max_accuracy_loss: float | None,
     no_verify: bool,
     out: Path,
     console: Console,
@@ -281,7 +293,15 @@ def build(
     from packager import views
     from packager.build import Request
 
-    given = {"max_kl": max_kl, "min_top1": min_top1, "min_behaviour": min_behaviour}
+    given = {
+        "max_kl": max_kl,
+        "min_top1": min_top1,
+        "min_behaviour": min_behaviour,
+        "min_cosine": min_cosine,
+        "min_rank": min_rank,
+        "min_agreement": min_agreement,
+        "max_accuracy_loss": max_accuracy_loss,
+    }
     limits = {key: value for key, value in given.items() if value is not None}
     request = Request(
         checkpoint,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from packager.encoder_fidelity import EncoderThresholds
 from packager.gates import Thresholds
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class Recipe(Generic[Options]):
 
     options: the recipe's own frozen dataclass; ``--set key=value`` and the target's ``[options]`` fill it.
     why_not: None, or one sentence why this checkpoint cannot be built for this target and what would work.
-    thresholds: what an artifact must keep of its source, unless the user says otherwise.
+    thresholds: what an artifact must keep of its source, unless the user says otherwise. encoder_thresholds: the same
+    for embedders and classifiers, where it makes them.
     settle: decides, before the plan, what the options left to the calibration data ("auto"), and says in sentences what
     a user may want otherwise; None: nothing is left open.
     """
@@ -115,4 +117,5 @@ class Recipe(Generic[Options]):
     estimate: Callable[[Checkpoint, Target, Options], Estimate]
     build: Callable[[Job, Options], Artifact]
     thresholds: Callable[[Options], Thresholds] = field(default=lambda _options: Thresholds())
+    encoder_thresholds: EncoderThresholds | None = None
     settle: Callable[[Options, Calibration | None, Checkpoint], tuple[Options, tuple[str, ...]]] | None = None

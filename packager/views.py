@@ -81,6 +81,7 @@ def recipe(console: Console, name: str) -> None:
         "format": found.format,
         "options": [{"key": k, "type": t, "default": d, "doc": doc} for k, t, d, doc in keys],
         "thresholds": asdict(found.thresholds(found.options())),
+        "encoder_thresholds": asdict(found.encoder_thresholds) if found.encoder_thresholds else None,
     }
 
     def render() -> None:
@@ -91,6 +92,12 @@ def recipe(console: Console, name: str) -> None:
             f"\nThe artifact must keep (with the default options): mean KL at most {least.max_kl:g} nats, top-1 at "
             f"least {least.min_top1:.0%}, and {least.min_behaviour:.0%} of the fine-tuning pairs word for word."
         )
+        if encoder := found.encoder_thresholds:
+            console.line(
+                f"An embedder: mean cosine at least {encoder.min_cosine:g}, rank correlation at least "
+                f"{encoder.min_rank:g}. A classifier: the source's label for {encoder.min_agreement:.0%} of the texts, "
+                f"at most {encoder.max_accuracy_loss:.0%} of accuracy lost."
+            )
 
     console.result(document, render)
 
@@ -185,11 +192,7 @@ def _show_plan(console: Console, made: Any) -> None:
                 f"({e['slots']} × {e['context']} tokens), runtime {size(e['overhead_bytes'])}; "
                 f"{size(plain['budget_bytes'])} are free for it",
             ),
-            (
-                "decode ceiling",
-                f"{plain['tokens_per_second_ceiling']:.0f} tokens/s (bandwidth ÷ "
-                f"{size(e['read_per_token_bytes'])} read per token)",
-            ),
+            _ceiling(plain["tokens_per_second_ceiling"], e),
         ]
     )
     for note in plain["notes"]:
@@ -198,6 +201,13 @@ def _show_plan(console: Console, made: Any) -> None:
     console.line("It fits." if not plain["refusals"] else "Refused:")
     for refusal in plain["refusals"]:
         console.line(f"  - {refusal}")
+
+
+def _ceiling(rate: float, estimate: Mapping[str, Any]) -> tuple[str, str]:
+    """An encoder, which has no KV cache, reads its weights once a text; a language model once a token."""
+    read, unit = size(estimate["read_per_token_bytes"]), "token" if estimate["kv_bytes"] else "text"
+    name = "decode ceiling" if estimate["kv_bytes"] else "ceiling"
+    return name, f"{rate:.0f} {unit}s/s (bandwidth ÷ {read} read per {unit})"
 
 
 def build(console: Console, request: Request, out: Path) -> None:
@@ -230,6 +240,10 @@ def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
     """An artifact's fidelity in words, as it stands in the manifest."""
     if not found:
         return []
+    if "min_cosine" in found["thresholds"]:
+        from packager.encoder_fidelity import lines as encoder_lines
+
+        return encoder_lines(found)
     lines = []
     for name in ("general", "tuning"):
         if score := found[name]:

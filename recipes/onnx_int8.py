@@ -10,8 +10,9 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from packager.encoder_fidelity import EncoderThresholds
 from packager.gates import Thresholds
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe
 
@@ -34,6 +35,13 @@ class Options:
         default=4,
         metadata={"doc": "conversations answered at the same time, or texts that an encoder computes together",
                   "min": 1},
+    )
+    favour: Literal["speed", "fidelity"] = field(
+        default="speed",
+        metadata={"doc": "encoders: activations in 8 bits by token (speed), or by blocks of 64 inputs (fidelity)"},
+    )
+    pooling: Literal["auto", "mean", "cls", "max", "mean_sqrt_len"] = field(
+        default="auto", metadata={"doc": "embedders: how token states become a vector; auto: as the model's files say"}
     )
 
 
@@ -92,4 +100,5 @@ RECIPE = Recipe(
     estimate=estimate,
     build=build,
     thresholds=thresholds,
+    encoder_thresholds=EncoderThresholds(),
 )

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 VERBS = {
     "check": ("check", "does this box fit the bundle? one sentence if it does not"),
-    "serve": ("server", "answer over HTTP: OpenAI API, /predict, /answer, /docs, /health, /metrics"),
+    "serve": ("server", "answer over HTTP: OpenAI API, /predict, /docs, /health, /metrics; /answer or /classify"),
     "bench": ("bench", "measure latency, memory and throughput on this box"),
     "score": ("score", "log-probabilities of given token sequences, for the fidelity gate"),
+    "encode": ("encode", "vectors or logits of given texts, for the fidelity gate of encoders"),
     "render": ("render", "conversations to the token ids that the server feeds the model"),
 }
 

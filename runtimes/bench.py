@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -247,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     given = options.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is ended, no report is written
     try:
+        if read_manifest(given.bundle)["run"].get("task", "generate") != "generate":
+            return int(importlib.import_module("runtimes.bench_encoder").main(given))
         context = int(read_manifest(given.bundle)["run"].get("context") or 2048)
         plan = Plan.of(given.quick, given.repeats, context, given.streams)
         report = run(given.bundle, plan, url=given.url, wait=given.wait)

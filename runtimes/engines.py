@@ -1,7 +1,8 @@
 """The engine that a manifest names: one module of this folder, of which a bundle carries only its own.
 
 A module that serves in this process offers ``load(run, verbose=...)`` (an Engine) and ``open_scorer(run, ...)`` (a
-Scorer). One that starts an outside server instead offers ``serve(run, options)``, which gives the exit code.
+Scorer). ``FACE`` names the module of its HTTP face where that is not ``app`` (chat): it has ``open_service`` and
+``make_app``. One that starts an outside server instead offers ``serve(run, options)``, which gives the exit code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from runtimes.manifest import ManifestError, Run
 
-MODULES = {"llamacpp": "llamacpp", "transformers": "transformers_"}
+MODULES = {"llamacpp": "llamacpp", "transformers": "transformers_", "ort_encoder": "ort_encoder"}
 
 
 class Scorer(Protocol):

@@ -16,7 +16,7 @@ class ManifestError(Exception):
 @dataclass(frozen=True)
 class Run:
     """How to run the model: paths resolved, everything else as in the manifest. context is per slot, in tokens.
-    settings: what only this engine understands.
+    settings: what only this engine understands. task: "generate", "embed" or "classify".
     """
 
     engine: str
@@ -36,6 +36,7 @@ class Run:
     kv_type: str = "f16"
     gpu_layers: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "generate"
 
 
 def inside(folder: Path, relative: str) -> Path:
@@ -93,6 +94,7 @@ def parse_run(run: Any, *, name: str = "model", folder: Path | None = None) -> R
             kv_type=str(run.get("kv_type", "f16")),
             gpu_layers=int(run.get("gpu_layers", 0)),
             settings=dict(run.get("settings") or {}),
+            task=str(run.get("task", "generate")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"The manifest's run object cannot be used: {error!r}.") from None

@@ -36,13 +36,17 @@ AT_FDCWD = -100
 # What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
 RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
                   "bench_machine.py")
-# the HTTP face and what scores and renders on the build machine: the same for every engine in our own process
-RUNTIME_SERVER = ("api.py", "app.py", "chat.py", "engine.py", "engines.py", "generation.py", "loading.py", "metrics.py",
-                  "outer.py", "protocol.py", "pump.py", "render.py", "replies.py", "score.py", "server.py")
+# the HTTP face of every engine in our own process
+RUNTIME_FACE = ("engine.py", "engines.py", "face.py", "loading.py", "memory.py", "metrics.py", "outer.py",
+                "protocol.py", "replies.py", "server.py")
+# language models: chat and completions, and what scores and renders on the build machine
+RUNTIME_SERVER = (*RUNTIME_FACE, "api.py", "app.py", "chat.py", "generation.py", "pump.py", "render.py", "score.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
-    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "memory.py", "pages.py", "threads.py"),
-    "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "memory.py", "sampling.py", "threads.py",
-                     "torch_model.py", "transformers_.py"),
+    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
+    "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "threads.py", "torch_model.py",
+                     "transformers_.py"),
+    "ort_encoder": (*RUNTIME_FACE, "batches.py", "bench_encoder.py", "encode.py", "encoder_app.py", "encoding.py",
+                    "ort_encoder.py"),
 }
 
 

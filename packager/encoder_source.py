@@ -1,0 +1,181 @@
+"""Both sides of an encoder's comparison: the texts, what transformers makes of them, what the shipped runtime does.
+
+The texts are the package's own (packager/data/sentences.json: short and long, several languages, code, pairs that mean
+the same) and the user's, from --calibration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.calibration import DATA, Calibration
+from packager.encoder_fidelity import Score, compare_labels, compare_vectors
+from packager.errors import GateFailed, InputError
+from packager.scoring import runtime_copy
+from packager.store import code_digest, digest_of
+from packager.tools import CHILDREN, follow, version_of
+
+if TYPE_CHECKING:
+    from packager.encoder_facts import EncoderFacts
+    from packager.recipe import Job
+    from packager.store import Cost, Step
+
+OWN_TEXTS = 256  # of the user's file, evenly spaced
+
+
+@dataclass(frozen=True)
+class Texts:
+    """sets: "general" and "tuning" (the user's own) -> places in ``all``. truth: label ids where they are known."""
+
+    all: tuple[str, ...]
+    sets: Mapping[str, range]
+    truth: tuple[int | None, ...]
+
+    @property
+    def digest(self) -> str:
+        return digest_of([list(self.all), list(self.truth)])[:40]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids: token ids of each text. outputs: its vector, or a classifier's logits."""
+
+    ids: list[list[int]]
+    outputs: list[list[float]]
+
+
+def make_texts(own: Calibration | None, labels: Sequence[str]) -> Texts:
+    """The texts to compare on. labels: a classifier's, else none. Raises InputError for a label that it has not."""
+    general = json.loads((DATA / "sentences.json").read_text(encoding="utf-8"))
+    mine = _own(own, labels) if own else []
+    chosen = [mine[place * len(mine) // OWN_TEXTS] for place in range(OWN_TEXTS)] if len(mine) > OWN_TEXTS else mine
+    return Texts(
+        all=(*general, *(text for text, _ in chosen)),
+        sets={"general": range(len(general)), "tuning": range(len(general), len(general) + len(chosen))},
+        truth=(*([None] * len(general)), *(label for _, label in chosen)),
+    )
+
+
+def _own(own: Calibration, labels: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Every text of the user's file with its label id. A plain text file holds one text a line."""
+    found: list[tuple[str, int | None]] = []
+    marks = own.labels or (None,) * len(own.texts)
+    for text, mark in zip(own.texts, marks, strict=True):
+        label = None if mark is None or not labels else _label_id(mark, labels, own.name)
+        parts = [text] if mark is not None else text.splitlines()
+        found += [(part.strip(), label) for part in parts if part.strip()]
+    found += [(turn["content"], None) for talk in own.conversations for turn in talk if turn["content"].strip()]
+    return found
+
+
+def _label_id(mark: str, labels: Sequence[str], name: str) -> int:
+    if mark in labels:
+        return list(labels).index(mark)
+    if mark.isascii() and mark.isdigit() and int(mark) < len(labels):
+        return int(mark)
+    raise InputError(
+        f"{name} has the label {mark!r}, which this classifier does not know.",
+        why=f"Its labels are {', '.join(labels)} (or their numbers from 0).",
+        fix="Correct the label, or id2label in config.json.",
+    )
+
+
+def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded, Step]:
+    """What transformers makes of the texts in float32, once."""
+
+    def make(folder: Path, cost: Cost) -> None:
+        asked = {
+            "checkpoint": str(job.checkpoint.path),
+            "texts": list(texts.all),
+            "classify": facts.task == "classify",
+            "max_length": facts.max_length,
+            "pooling": facts.pooling,
+            "normalize": facts.normalize,
+            "lower_case": facts.lower_case,
+            "prompt": facts.prompt,
+            "threads": os.cpu_count() or 1,
+            "output": str(folder / "encoded.json"),
+        }
+        count = float(len(texts.all))
+        name = "the source's answers (float32)"
+        follow(CHILDREN / "encode.py", asked, name, job.progress, cost, work=folder, total=count, unit="texts")
+
+    inputs = {
+        "checkpoint": job.checkpoint.digest,
+        "texts": texts.digest,
+        "settings": {**facts.settings(), "max_length": facts.max_length},
+        "torch": version_of("torch"),
+        "transformers": version_of("transformers"),
+        "code": code_digest(CHILDREN / "encode.py"),
+    }
+    step = job.store.step("encoded-source", inputs, make, progress=job.progress)
+    return Encoded(**step.read_json("encoded.json")), step
+
+
+def shipped_outputs(
+    job: Job, run: Mapping[str, Any], texts: Texts, *, what: str, model: str
+) -> tuple[Encoded, Step]:
+    """What the runtime that ships makes of them. run: the manifest's with absolute paths; model: identifies it."""
+    runtime = runtime_copy(job, str(run["engine"]))
+
+    def make(folder: Path, cost: Cost) -> None:
+        follow(
+            "runtimes",
+            {"run": dict(run), "texts": list(texts.all)},
+            f"asking {what}",
+            job.progress,
+            cost,
+            work=folder,
+            total=float(len(texts.all)),
+            unit="texts",
+            path=[runtime.path],
+            arguments=["encode", "--input", "{job}", "--output", folder / "encoded.json"],
+        )
+
+    told = {key: value for key, value in run.items() if key not in ("model", "tokenizer")}
+    inputs = {
+        "model": model,
+        "run": told,
+        "texts": texts.digest,
+        "runtime": runtime.key,
+        "engine": version_of("onnxruntime"),
+    }
+    step = job.store.step("encoded", inputs, make, progress=job.progress)
+    found = step.read_json("encoded.json")
+    return Encoded(found["ids"], found["outputs"]), step
+
+
+def require_same_ids(texts: Texts, source: Encoded, found: Encoded) -> None:
+    """Raise GateFailed naming the first text that the box would tokenize otherwise than training did."""
+    for text, expected, got in zip(texts.all, source.ids, found.ids, strict=True):
+        if expected != got:
+            place = next(
+                (number for number, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other),
+                min(len(expected), len(got)),
+            )
+            raise GateFailed(
+                f"The box tokenizes {text[:60]!r} otherwise than transformers, first at token {place}: "
+                f"{expected[place : place + 3]} in transformers, {got[place : place + 3]} on the box.",
+                why="tokenizer.json and tokenizer_config.json disagree (casing, special tokens or the longest text).",
+                fix="Save the tokenizer again with save_pretrained from the library it was trained with.",
+            )
+
+
+def compare(facts: EncoderFacts, texts: Texts, source: Encoded, found: Encoded) -> dict[str, Score | None]:
+    """A score for each set of texts; None for an empty one."""
+
+    def score(places: range) -> Score | None:
+        if not places:
+            return None
+        one, other = ([side.outputs[place] for place in places] for side in (source, found))
+        if facts.task == "embed":
+            return compare_vectors(one, other)
+        truth = [texts.truth[place] for place in places]
+        return compare_labels(one, other, truth, several=facts.scores == "sigmoid")
+
+    return {name: score(places) for name, places in texts.sets.items()}

@@ -1,0 +1,362 @@
+"""An encoder's ONNX file from its exported graph and the checkpoint's tensors: in float32, or in 8 bits.
+
+The weights stand in ``model.onnx.data`` beside ``model.onnx`` (ONNX external data), so the writer holds a few rows of
+one tensor at a time and the box maps the file. In 8 bits every linear layer's weight has one scale for each output
+(per channel) or for each 64 inputs (blocks), every embedding table one for each row; layer norms, biases and the heads
+of classifiers stay in float32.
+
+``speed``: standard operators only. An activation is rounded to 8 bits with a scale and an offset of its own for every
+token (LLM.int8(), Dettmers et al. 2022, "vector-wise"), multiplied as integers, and scaled back. onnxruntime's own
+quantize_dynamic takes one scale for a whole batch: then a text's vector depends on its neighbours (measured: a
+difference of 0.03 in MiniLM's components), and outliers cost everybody (cosine 0.992). Weights keep to seven of the
+eight bits: x86 processors without VNNI add pairs of products in 16 bits, which 255 × 127 × 2 would overflow
+(onnxruntime's "reduce_range").
+
+``fidelity``: onnxruntime's MatMulNBits, weights in blocks of 64 in all eight bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packager.errors import InputError
+from packager.safetensors_io import TensorInfo, read_rows, row_chunks, to_float32
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from packager.checkpoint import Checkpoint
+
+Form = Literal["float32", "speed", "fidelity"]
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+BLOCKS = (64, 32, 16)  # inputs that share a scale: the first that divides
+ROW_LIMIT, BLOCK_LIMIT = 63, 127  # largest magnitude of a stored weight
+ALIGN = 4096  # of each tensor in the file, so that it can be mapped by itself
+SMALL = 1024  # elements: below, a tensor stays as it is
+
+
+@dataclass(frozen=True)
+class Written:
+    """What stands in the file: bytes and number of tensors by ONNX type ("INT8", "FLOAT"), and how many matrices are
+    in 8 bits.
+    """
+
+    bytes_by_type: Mapping[str, int]
+    count_by_type: Mapping[str, int]
+    rounded: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of the data file. source: the checkpoint's; role: what is stored of it."""
+
+    name: str
+    kind: str  # numpy's
+    shape: tuple[int, ...]
+    source: TensorInfo
+    role: Literal["float", "rows", "rows_transposed", "blocks", "scale_rows", "scale_columns", "scale_blocks", "sums"]
+    block: int = 0
+
+
+def block_for(inputs: int) -> int | None:
+    """The block size that divides a layer's inputs; None when none does."""
+    return next((size for size in BLOCKS if inputs % size == 0), None)
+
+
+def source_of(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """The checkpoint's tensor for a parameter of transformers' model. Raises InputError when it has none.
+
+    Checkpoints differ in the prefix before the encoder's names; BERT's first ones call a layer norm's weight gamma.
+    """
+    old = {"weight": "gamma", "bias": "beta"}
+    head, _, last = name.rpartition(".")
+    spellings = [name, f"{head}.{old.get(last, last)}"] if "LayerNorm" in head or "layer_norm" in head else [name]
+    for spelling in spellings:
+        for prefix in checkpoint.family.prefixes:
+            for candidate in (prefix + spelling, spelling.removeprefix(prefix) if prefix else spelling):
+                if candidate in checkpoint.tensors:
+                    return checkpoint.tensors[candidate]
+    raise InputError(
+        f"The tensor {name} of a {checkpoint.architecture} is missing.",
+        why="The weights are of another model than config.json says, or the head was never trained.",
+        fix="Save the model again with save_pretrained, and compare config.json's architectures.",
+    )
+
+
+def fill(skeleton: Path, checkpoint: Checkpoint, folder: Path, form: Form) -> None:
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``. The same inputs give the same bytes."""
+    import onnx
+
+    model = onnx.load(str(skeleton), load_external_data=False)
+    graph = model.graph
+    parameters = {value.name for value in graph.input} - {"input_ids", "attention_mask", "token_type_ids"}
+    writer = _Writer(checkpoint, form)
+    nodes = writer.rewrite(list(graph.node), parameters)
+    kept = [value for value in graph.input if value.name not in parameters]
+    _name_dimensions(kept, list(graph.output))
+    for entries, fresh in ((graph.node, nodes), (graph.input, kept)):
+        del entries[:]
+        entries.extend(fresh)
+    del graph.value_info[:]
+    _forget_where_it_was_made(model)
+    if any(node.domain == "com.microsoft" for node in nodes):
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    offsets, total = _layout(writer.parts)
+    with (folder / DATA).open("wb") as file:
+        file.truncate(total)
+    for part in writer.parts:
+        _store(checkpoint.path, folder / DATA, part, offsets[part.name])
+        graph.initializer.append(_external(part, offsets[part.name]))
+    graph.initializer.extend(writer.constants)
+    (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+
+
+class _Writer:
+    """Turns the graph's products and look-ups by parameters into those by what is stored."""
+
+    def __init__(self, checkpoint: Checkpoint, form: Form) -> None:
+        self.checkpoint, self.form = checkpoint, form
+        self.parts: list[_Part] = []
+        self.constants: list[Any] = []
+        self.rounded: dict[str, str] = {}  # an activation -> the name its rounded form begins with
+
+    def rewrite(self, nodes: list[Any], parameters: set[str]) -> list[Any]:
+        turned = {
+            node.output[0]: node.input[0]
+            for node in nodes
+            if node.op_type == "Transpose" and node.input[0] in parameters
+        }
+        readers: dict[str, list[str]] = {}
+        for node in nodes:
+            for name in node.input:
+                readers.setdefault(turned.get(name, name), []).append(node.op_type)
+        found: list[Any] = []
+        quantized: set[str] = set()
+        for node in nodes:
+            weight = turned.get(node.input[1]) if node.op_type == "MatMul" else None
+            table = node.input[0] if node.op_type == "Gather" and node.input[0] in parameters else None
+            if self.form != "float32" and weight is not None and set(readers[weight]) == {"Transpose", "MatMul"}:
+                found += self._product(node, weight)
+                quantized.add(weight)
+            elif self.form != "float32" and table is not None and set(readers[table]) == {"Gather"}:
+                found += self._look_up(node, table)
+                quantized.add(table)
+            else:
+                found.append(node)
+        found = [node for node in found if not (node.op_type == "Transpose" and node.input[0] in quantized)]
+        used = {name for node in found for name in node.input}
+        for name in sorted((parameters - quantized) & used):
+            source = source_of(self.checkpoint, name)
+            self.parts.append(_Part(name, "<f4", source.shape, source, "float"))
+        return found
+
+    def _product(self, node: Any, weight: str) -> list[Any]:
+        source = source_of(self.checkpoint, weight)
+        outputs, inputs = source.shape
+        if self.form == "fidelity":
+            block = block_for(inputs)
+            assert block is not None, "the plan refuses inputs that no block divides"
+            blocks = inputs // block
+            self.parts += [
+                _Part(f"{weight}.q8", "|u1", (outputs, blocks, block), source, "blocks", block),
+                _Part(f"{weight}.scale", "<f4", (outputs, blocks), source, "scale_blocks", block),
+            ]
+            return [
+                _node(
+                    "MatMulNBits",
+                    [node.input[0], f"{weight}.q8", f"{weight}.scale"],
+                    node.output[0],
+                    domain="com.microsoft",
+                    K=inputs,
+                    N=outputs,
+                    bits=8,
+                    block_size=block,
+                    accuracy_level=4,  # activations in 8 bits too, a block of 64 at a time
+                )
+            ]
+        self.parts += [
+            _Part(f"{weight}.q8", "|i1", (inputs, outputs), source, "rows_transposed"),
+            _Part(f"{weight}.scale", "<f4", (outputs,), source, "scale_columns"),
+            _Part(f"{weight}.sums", "<f4", (outputs,), source, "sums"),
+        ]
+        before, fresh = self._activation(node.input[0])
+        out = node.output[0]
+        # (scale · q + least) W  =  scale · (q W8) · scale_W  +  least · (sum of W's column)
+        return [
+            *fresh,
+            _node("MatMulInteger", [f"{before}.q8", f"{weight}.q8"], f"{out}.integer"),
+            _node("Cast", [f"{out}.integer"], f"{out}.float", to=1),
+            _node("Mul", [f"{out}.float", f"{before}.scale"], f"{out}.scaled"),
+            _node("Mul", [f"{out}.scaled", f"{weight}.scale"], f"{out}.product"),
+            _node("Mul", [f"{before}.least", f"{weight}.sums"], f"{out}.offset"),
+            _node("Add", [f"{out}.product", f"{out}.offset"], out),
+        ]
+
+    def _activation(self, name: str) -> tuple[str, list[Any]]:
+        """The rounded form of an activation, made once however many layers read it."""
+        if name in self.rounded:
+            return name, []
+        self.rounded[name] = name
+        self._constant("last.axis", "<i8", [-1])
+        self._constant("levels", "<f4", 1 / 255)
+        self._constant("least.scale", "<f4", 1e-20)
+        self._constant("one", "<f4", 1.0)
+        self._constant("zero", "|u1", 0)
+        return name, [
+            _node("ReduceMin", [name, "last.axis"], f"{name}.least", keepdims=1),
+            _node("ReduceMax", [name, "last.axis"], f"{name}.most", keepdims=1),
+            _node("Sub", [f"{name}.most", f"{name}.least"], f"{name}.range"),
+            _node("Mul", [f"{name}.range", "levels"], f"{name}.step"),
+            _node("Max", [f"{name}.step", "least.scale"], f"{name}.scale"),
+            _node("Sub", [name, f"{name}.least"], f"{name}.shifted"),
+            _node("Div", [f"{name}.shifted", f"{name}.scale"], f"{name}.levels"),
+            _node("QuantizeLinear", [f"{name}.levels", "one", "zero"], f"{name}.q8"),
+        ]
+
+    def _look_up(self, node: Any, table: str) -> list[Any]:
+        source = source_of(self.checkpoint, table)
+        if not any(part.name == f"{table}.q8" for part in self.parts):
+            self.parts += [
+                _Part(f"{table}.q8", "|i1", source.shape, source, "rows"),
+                _Part(f"{table}.scale", "<f4", (source.shape[0], 1), source, "scale_rows"),
+            ]
+        out, ids = node.output[0], node.input[1]
+        return [
+            _node("Gather", [f"{table}.q8", ids], f"{out}.q8", axis=0),
+            _node("Gather", [f"{table}.scale", ids], f"{out}.scale", axis=0),
+            _node("Cast", [f"{out}.q8"], f"{out}.float", to=1),
+            _node("Mul", [f"{out}.float", f"{out}.scale"], out),
+        ]
+
+    def _constant(self, name: str, kind: str, value: Any) -> None:
+        import numpy as np
+        from onnx import numpy_helper
+
+        if not any(constant.name == name for constant in self.constants):
+            self.constants.append(numpy_helper.from_array(np.array(value, dtype=kind), name))
+
+
+def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+    from onnx import helper
+
+    return helper.make_node(kind, inputs, [output], name=f"{kind}:{output}", **attributes)
+
+
+def _name_dimensions(inputs: list[Any], outputs: list[Any]) -> None:
+    for value in (*inputs, *outputs):
+        names = ("batch", "length")
+        for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
+            if not dimension.HasField("dim_value"):
+                dimension.dim_param = name
+
+
+def _forget_where_it_was_made(model: Any) -> None:
+    """Stack traces and file names of the exporting machine stand in the metadata."""
+    graph = model.graph
+    for holder in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+
+
+def _layout(parts: list[_Part]) -> tuple[dict[str, int], int]:
+    """Where each tensor begins in the data file, and the file's size."""
+    import math
+
+    import numpy as np
+
+    offsets, end = {}, 0
+    for part in parts:
+        offsets[part.name] = end = -(-end // ALIGN) * ALIGN
+        end += math.prod(part.shape) * np.dtype(part.kind).itemsize
+    return offsets, end
+
+
+def _external(part: _Part, offset: int) -> Any:
+    import math
+
+    import numpy as np
+    from onnx import TensorProto, helper
+
+    kind = np.dtype(part.kind)
+    tensor = TensorProto(name=part.name, data_type=helper.np_dtype_to_tensor_dtype(kind), dims=part.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    size = math.prod(part.shape) * kind.itemsize
+    for key, value in (("location", DATA), ("offset", offset), ("length", size)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _store(source: Path, data: Path, part: _Part, offset: int) -> None:
+    """Write one tensor, a few million elements at a time. Raises nothing but what the disk raises."""
+    import numpy as np
+
+    if 0 in part.shape:
+        return
+    goal = np.memmap(data, dtype=part.kind, mode="r+", offset=offset, shape=part.shape or (1,))
+    for begin, end in row_chunks(part.source):
+        rows = to_float32(read_rows(source, part.source, begin, end), part.source.dtype)
+        if part.role == "rows_transposed":
+            goal[:, begin:end] = _transformed(rows, part).T
+        elif part.shape:
+            goal[begin:end] = _transformed(rows, part)
+        else:
+            goal[0] = rows
+    goal.flush()
+    del goal
+
+
+def _transformed(rows: NDArray[Any], part: _Part) -> NDArray[Any]:
+    """What is stored of some rows of a weight [rows, inputs]."""
+    import numpy as np
+
+    found: NDArray[Any]
+    if part.role == "float":
+        return rows
+    limit = {"rows": 127, "scale_rows": 127, "blocks": BLOCK_LIMIT, "scale_blocks": BLOCK_LIMIT}.get(
+        part.role, ROW_LIMIT
+    )
+    grouped = rows.reshape(len(rows), -1, part.block) if part.block else rows
+    scale = np.abs(grouped).max(axis=-1, keepdims=True) / np.float32(limit)
+    scale[scale == 0] = 1
+    if part.role.startswith("scale"):
+        found = scale.reshape(len(rows), *part.shape[1:])
+        return found
+    whole = np.rint(grouped / scale)
+    if part.role == "sums":
+        found = (whole.sum(axis=-1, dtype=np.float64, keepdims=True) * scale).astype(np.float32)[:, 0]
+    elif part.role == "blocks":
+        found = (whole + 128).astype(np.uint8)
+    else:
+        found = whole.astype(np.int8)
+    return found
+
+
+def read_back(folder: Path) -> Written:
+    """What the file really holds, from its own tensors."""
+    import math
+
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    rounded = 0
+    for tensor in model.graph.initializer:
+        kind = TensorProto.DataType.Name(tensor.data_type)
+        width = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        sizes[kind] = sizes.get(kind, 0) + math.prod(tensor.dims) * width
+        counts[kind] = counts.get(kind, 0) + 1
+        rounded += kind in ("INT8", "UINT8") and len(tensor.dims) > 1
+    return Written(dict(sorted(sizes.items())), dict(sorted(counts.items())), rounded)
+
+
+def linear_inputs(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    """Name and inputs of every matrix of the encoder's layers, for the plan."""
+    for name, tensor in checkpoint.tensors.items():
+        if len(tensor.shape) == 2 and "embeddings" not in name and ".layer." in name:
+            yield name, tensor.shape[1]

@@ -1,0 +1,181 @@
+"""The benchmark of an embedder or classifier: latency and texts per second, one text and several a request.
+
+Requests go through HTTP to the bundle's own server, never the same text twice. Figures are of at least five repeats.
+There is no roofline: an encoder multiplies all tokens of a text at once, so arithmetic bounds it and not the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from runtimes import bench_machine as box
+from runtimes.bench import FAILED, LOAD_PER_CORE, SCHEMA_VERSION, say, server, write
+from runtimes.bench_load import BenchError, Client, percentiles, spread
+from runtimes.check import read_manifest, size
+
+PATHS = {"embed": "/v1/embeddings", "classify": "/classify"}
+TEXTS = (1, 8)  # of one request
+
+
+@dataclass(frozen=True)
+class Plan:
+    """requests: in each repeat. words: lengths of the texts (a word is one token or two)."""
+
+    repeats: int
+    requests: int
+    words: tuple[int, ...]
+
+    @classmethod
+    def of(cls, quick: bool, repeats: int, context: int) -> Plan:
+        """Texts leave room in the model's length."""
+        words = (24,) if quick else (24, 96)
+        return cls(max(5, repeats), 10 if quick else 40, tuple(max(1, min(count, context // 4)) for count in words))
+
+
+def ask(client: Client, path: str, texts: Sequence[str]) -> tuple[float, int]:
+    """Seconds of one request, and its tokens. Raises BenchError."""
+    connection = http.client.HTTPConnection(client.host, client.port, timeout=client.timeout)
+    body = json.dumps({"input": list(texts), "truncate": True})
+    try:
+        connection.connect()
+        begun = time.perf_counter()
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        said = response.read()
+        seconds = time.perf_counter() - begun
+    except (OSError, http.client.HTTPException) as error:
+        raise BenchError(f"The server broke off a request: {error!r}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise BenchError(f"The server answered {response.status}: {said[:300].decode('utf-8', 'replace')}")
+    return seconds, int(json.loads(said)["usage"]["prompt_tokens"])
+
+
+def measure(client: Client, path: str, plan: Plan) -> list[dict[str, Any]]:
+    """One row for each number and length of texts, after some requests that warm the server up."""
+    for _ in range(5):
+        ask(client, path, [client.words(plan.words[0])])
+    rows = []
+    for words in plan.words:
+        for texts in TEXTS:
+            say(f"{texts} text(s) of {words} words, {plan.repeats} × {plan.requests} requests …")
+            every: list[float] = []
+            rates, tokens, p99 = [], 0, []
+            for _ in range(plan.repeats):
+                asked = [
+                    ask(client, path, [client.words(words) for _ in range(texts)]) for _ in range(plan.requests)
+                ]
+                seconds = [one for one, _ in asked]
+                every += seconds
+                tokens += sum(count for _, count in asked)
+                rates.append(texts * len(seconds) / sum(seconds))
+                p99.append(percentiles(seconds)["p99"])
+            latency = percentiles(every) | {"p99_repeats": spread(p99), "mean": statistics.fmean(every) * 1000}
+            rows.append(
+                {
+                    "texts": texts,
+                    "words": words,
+                    "tokens_per_text": round(tokens / (len(every) * texts), 1),
+                    "latency_ms": latency,
+                    "texts_per_second": spread(rates),
+                }
+            )
+    return rows
+
+
+def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, Any]:
+    """The whole report. url: measure a server that already runs (no cold start, no memory)."""
+    manifest = read_manifest(bundle)
+    facts = manifest["run"]
+    path = PATHS[facts["task"]]
+    before = box.load_average()
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION, "bundle": manifest["bundle"], "name": manifest.get("name"),
+        "target": manifest.get("target"), "recipe": manifest.get("recipe"), "engine": facts["engine"],
+        "task": facts["task"],
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 - Python 3.10
+        "settings": {"repeats": plan.repeats, "requests": plan.requests, "slots": facts.get("slots"),
+                     "context": facts.get("context"), "server": url or "own"},
+        "machine": box.machine(), "versions": box.versions(), "model_bytes": facts.get("model_bytes"),
+        "cold_start": None, "memory": None, "notes": [],
+    }
+    if url is None:
+        ready, first = [], []
+        for index in range(plan.repeats):
+            say(f"cold start {index + 1} of {plan.repeats} …")
+            with server(bundle, wait) as (_, client, started):
+                ready.append(time.perf_counter() - started)
+                ask(client, path, [client.words(8)])
+                first.append(time.perf_counter() - started)
+        report["cold_start"] = {"ready_seconds": spread(ready), "first_answer_seconds": spread(first)}
+        with server(bundle, wait) as (child, client, _):
+            report["batches"] = measure(client, path, plan)
+            report["memory"] = box.process_memory(child.pid) | {
+                "method": "VmHWM and Pss of the server's process tree after the last repeat"}
+    else:
+        client = Client(url)
+        if not client.ready():
+            raise BenchError(f"No server is ready at {url}: its /health does not answer 200.")
+        report["batches"] = measure(client, path, plan)
+    report["load"] = {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
+    if before and before[0] > LOAD_PER_CORE * (os.cpu_count() or 1):
+        report["notes"].append(
+            f"The machine was busy before the run (load {before[0]} on {os.cpu_count()} cores): figures are too low."
+        )
+    return report
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The figures for people."""
+    lines: list[tuple[str, ...]] = [("texts", "tokens each", "p50 ms", "p95 ms", "p99 ms", "texts/s")]
+    for row in report["batches"]:
+        latency, rate = row["latency_ms"], row["texts_per_second"]
+        lines.append((str(row["texts"]), f"{row['tokens_per_text']:.0f}",
+                      *(f"{latency[name]:.1f}" for name in ("p50", "p95", "p99")),
+                      f"{rate['mean']:.1f} ± {rate['sd'] or 0:.1f}"))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The table and the lines under it."""
+    lines = ["", table(report), "Latency is of a whole request through HTTP."]
+    if cold := report["cold_start"]:
+        first = cold["first_answer_seconds"]
+        lines.append(f"cold start to first answer {first['mean']:.2f} ± {first['sd']:.2f} s")
+    if memory := report["memory"]:
+        peak, pss = memory["peak_rss_bytes"], memory["pss_bytes"]
+        lines.append(f"peak memory                {size(peak) if peak else 'unknown'}"
+                     f" (proportional {size(pss) if pss else 'unknown'})")
+    return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
+
+
+def main(given: argparse.Namespace) -> int:
+    """Run the benchmark with bench's own options; the exit code is as there."""
+    try:
+        context = int(read_manifest(given.bundle)["run"].get("context") or 128)
+        plan = Plan.of(given.quick, given.repeats, context)
+        report = run(given.bundle, plan, url=given.url, wait=given.wait)
+        if not given.json:
+            write(given.output, report)
+    except (BenchError, ValueError, OSError) as error:
+        say(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        say("interrupted; no report was written")
+        return 130
+    say(summary(report))
+    sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if given.json else f"{given.output}\n")
+    return 0

@@ -1,0 +1,263 @@
+"""The HTTP face of an encoder: /v1/embeddings (OpenAI's), or /classify (vLLM's shape, with names) and /predict.
+
+A value that cannot be honoured is refused by name, never dropped. A text that is too long is refused, as OpenAI does
+it, unless the request says ``"truncate": true``; then the answer names the texts that were cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Sequence
+from enum import Enum
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from runtimes.batches import Batches
+from runtimes.encoding import Encoder, Text, labelled
+from runtimes.engine import Busy, EngineError, RequestRefused
+from runtimes.face import make_face, refused, require_model
+from runtimes.manifest import Run
+from runtimes.metrics import EncoderMetrics
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_TEXTS = 2048  # OpenAI's limit
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Finish = Callable[[Sequence[Text], list[Any]], dict[str, Any]]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class EmbeddingRequest(Strict):
+    input: str | list[str] | list[Token] | list[list[Token]] = Field(
+        description="a text, a list of texts, or token ids with their special tokens"
+    )
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="only the model's own number is accepted")
+    user: str | None = None
+    truncate: bool = Field(False, description="cut texts that are too long, and say which")
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"input": ["A red kite circled.", "A bird of prey."]}]}
+    )
+
+
+class ClassifyRequest(Strict):
+    input: str | list[str] = Field(description="a text or a list of texts")
+    pair: str | list[str] | None = Field(None, description="the second text of each pair, for models of pairs")
+    model: str | None = None
+    user: str | None = None
+    truncate: bool = Field(False, description="cut texts that are too long, and say which")
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"input": "A wonderful evening."}]})
+
+
+class PredictRequest(Strict):
+    text: str = Field(min_length=1)
+
+
+class PredictResponse(BaseModel):
+    result: str
+
+
+class EncoderService:
+    """The model behind the routes."""
+
+    def __init__(self, run: Run, engine: Encoder) -> None:
+        self.run, self.engine = run, engine
+        self.batches: Batches | None = None
+        self.metrics = EncoderMetrics(engine.memory)
+        self.size = len(engine.compute([engine.reader.read("a")])[0])
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What /v1/models tells beside the name."""
+        settings = self.engine.settings
+        common = {"task": self.engine.task, "max_model_len": self.engine.context}
+        if self.engine.task == "classify":
+            return {**common, "labels": list(settings.labels), "scores": settings.scores}
+        return {
+            **common,
+            "dimensions": self.size,
+            "pooling": settings.pooling,
+            "normalized": settings.normalize,
+            "prompt": settings.prompt,
+        }
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are taken."""
+        return self.batches is not None
+
+    def start(self) -> None:
+        """Begin to take requests; called on the event loop."""
+        self.batches = Batches(self.engine, self.metrics)
+        self.metrics.ready.set(1)
+
+    def cancel_all(self) -> None:
+        """Give up what waits; called on the event loop."""
+        if self.batches is not None:
+            self.batches.cancel_all()
+
+    async def stop(self) -> None:
+        """Cancel what waits and free the model."""
+        batches, self.batches = self.batches, None
+        if batches is not None:
+            await asyncio.to_thread(batches.close)
+        await asyncio.to_thread(self.engine.close)
+
+    def working(self) -> Batches:
+        """The queue, or a 503 while the server stops."""
+        if self.batches is None:
+            raise HTTPException(503, "The server is stopping.")
+        return self.batches
+
+
+class Computed(Response):
+    """Reads, computes and answers while it is sent; a client that goes away takes its waiting texts with it."""
+
+    def __init__(self, service: EncoderService, read: Callable[[], list[Text]], finish: Finish) -> None:
+        super().__init__()
+        self.batches, self.read, self.finish = service.working(), read, finish
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._answer())
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled():
+            await work.result()(scope, receive, send)
+
+    async def _answer(self) -> Response:
+        try:
+            texts = await asyncio.to_thread(self.read)  # a megabyte of text takes the tokenizer a while
+            rows = await self.batches.compute(texts)
+        except (EngineError, Busy) as error:
+            return refused(error)
+        return await asyncio.to_thread(lambda: JSONResponse(self.finish(texts, rows)))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> EncoderService:
+    """Load the model. Raises ManifestError or EngineError."""
+    return EncoderService(run, engine.load(run, verbose=verbose))
+
+
+def make_app(service: EncoderService, *, max_body: int, log_json: bool) -> Any:
+    """The ASGI application. max_body: bytes; larger requests get a 413."""
+    add = _add_classifier if service.engine.task == "classify" else _add_embedder
+    return make_face(service, lambda app: add(app, service), max_body=max_body, log_json=log_json)
+
+
+def _add_embedder(app: FastAPI, service: EncoderService) -> None:
+    tags: list[str | Enum] = ["vectors"]
+
+    @app.post("/v1/embeddings", tags=tags, response_class=JSONResponse, summary="Texts to vectors")
+    async def embeddings(request: EmbeddingRequest) -> Response:
+        require_model(service.run, request.model)
+        if request.dimensions not in (None, service.size):
+            raise RequestRefused(
+                f"This model gives {service.size} dimensions, and nothing says that it was trained to be cut.",
+                param="dimensions",
+            )
+
+        def vector(row: NDArray[Any]) -> str | list[float]:
+            if request.encoding_format == "base64":
+                return base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
+            return [float(value) for value in row]
+
+        def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:
+            data = [
+                {"object": "embedding", "index": place, "embedding": vector(row)} for place, row in enumerate(rows)
+            ]
+            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+
+        return Computed(service, lambda: _texts(service, request.input, request.truncate), finish)
+
+
+def _add_classifier(app: FastAPI, service: EncoderService) -> None:
+    tags: list[str | Enum] = ["labels"]
+    settings, reader = service.engine.settings, service.engine.reader
+
+    @app.post("/classify", tags=tags, response_class=JSONResponse, summary="Texts to labels with scores")
+    async def classify(request: ClassifyRequest) -> Response:
+        require_model(service.run, request.model)
+
+        def read() -> list[Text]:
+            if request.pair is None:
+                return _texts(service, request.input, request.truncate)
+            firsts, seconds = _listed(request.input), _listed(request.pair)
+            if len(firsts) != len(seconds):
+                raise RequestRefused("input and pair have different lengths.", param="pair")
+            _few(firsts)
+            return [
+                reader.read(one, other, truncate=request.truncate)
+                for one, other in zip(firsts, seconds, strict=True)
+            ]
+
+        def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:
+            data = [{"index": place, **labelled(row, settings)} for place, row in enumerate(rows)]
+            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+
+        return Computed(service, read, finish)
+
+    @app.post("/predict", tags=tags, response_model=PredictResponse, summary="One text in, its best label out")
+    async def predict(request: PredictRequest) -> Response:
+        def read() -> list[Text]:
+            return [reader.read(request.text, param="text")]
+
+        return Computed(service, read, lambda _, rows: {"result": labelled(rows[0], settings)["label"]})
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _few(texts: Sequence[object]) -> None:
+    if not 0 < len(texts) <= MAX_TEXTS:
+        raise RequestRefused(f"A request holds 1 to {MAX_TEXTS} texts, this one {len(texts)}.", param="input")
+
+
+def _texts(service: EncoderService, given: str | Sequence[str | int | list[int]], truncate: bool) -> list[Text]:
+    """The request's input as texts. Raises RequestRefused."""
+    reader = service.engine.reader
+    if isinstance(given, str):
+        return [reader.read(given, truncate=truncate)]
+    ids = [token for token in given if isinstance(token, int)]
+    if ids:
+        return [reader.from_ids(ids, truncate=truncate)]
+    _few(given)
+    found: list[Text] = []
+    for entry in given:
+        if isinstance(entry, str):
+            found.append(reader.read(entry, truncate=truncate))
+        elif isinstance(entry, list):
+            found.append(reader.from_ids(entry, truncate=truncate))
+    return found
+
+
+def _counted(texts: Sequence[Text]) -> dict[str, Any]:
+    """The usage, and which texts were cut."""
+    tokens = sum(len(text.ids) for text in texts)
+    cut = [place for place, text in enumerate(texts) if text.cut]
+    return {"usage": {"prompt_tokens": tokens, "total_tokens": tokens}, **({"truncated": cut} if cut else {})}
