@@ -303,7 +303,8 @@ def _needs(target: Target, plan: Plan, artifact: Artifact, wheels: WheelSet) -> 
     settings = artifact.run.get("settings") or {}
     gpu = None
     if "capability" in settings:
-        gpu = {"capability": settings["capability"], "count": settings["tensor_parallel"], "bytes": plan.box_bytes}
+        count = 1 if settings["ray"] else settings["tensor_parallel"]  # Ray's other GPUs are in other machines
+        gpu = {key: settings[key] for key in ("capability", "vllm")} | {"count": count, "bytes": plan.box_bytes}
     return Needs(
         system=target.system,
         machine=target.machine,

@@ -31,7 +31,8 @@ TRANSFORMERS_BYTES = 450 * MIB
 # What vLLM takes on the GPU beside weights and KV cache: CUDA's context and the activations of its profiling run. An
 # assumption. On the host: an assumption too, after vLLM's own advice of a few GB a GPU.
 VLLM_BYTES, VLLM_HOST_BYTES = 3 << 29, 4 << 30
-VLLM_CAPABILITY = "7.5"  # Marlin and AWQ kernels of vLLM 0.33 begin there
+VLLM_VERSION = "0.33"  # whose flags and loaders were read; older ones call the kernels otherwise
+VLLM_CAPABILITY = "7.5"  # its Marlin and AWQ kernels begin there
 OTHERS_SCORE = "by runtimes/transformers_.py in float32, not by vLLM"
 
 
@@ -172,7 +173,10 @@ def estimate(form: Form, checkpoint: Checkpoint, target: Target, options: Option
 def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:
     if not served_by_vllm:
         return ("torch dequantizes as it computes, far below the ceiling; on a CPU the gguf recipe is faster.",)
-    found = [f"The box needs vLLM in an environment of its own; the fidelity score is taken {OTHERS_SCORE}."]
+    found = [
+        f"The box needs vLLM {VLLM_VERSION} or newer in an environment of its own. This project has run it nowhere: "
+        f"generated, not executed here; the fidelity score is taken {OTHERS_SCORE}."
+    ]
     if share > 1:
         found.append(f"Memory is that of one of {share} GPUs.")
     return tuple(found)
@@ -298,5 +302,6 @@ def _vllm_settings(form: Form, target: Target, options: Options) -> dict[str, An
         "enforce_eager": options.enforce_eager,
         "gpu_share": options.gpu_share,
         "capability": VLLM_CAPABILITY,
+        "vllm": VLLM_VERSION,
         "host_bytes": VLLM_HOST_BYTES,
     }

@@ -47,9 +47,14 @@ class Finding:
         return f"{self.name}: expected {self.expected}, found {self.found}; {self.fix}."
 
 
-def read_facts(prefix: Path | None = None) -> dict[str, Any]:
+def read_facts(prefix: Path | None = None, *, gpu: bool = False) -> dict[str, Any]:
     """The facts of this box; None for each that cannot be read. Memory and disk in bytes; disk is what is free where
-    ``prefix`` is, or would be made."""
+    ``prefix`` is, or would be made. gpu: GPUs and vLLM too, which takes seconds."""
+    more: dict[str, Any] = {}
+    if gpu:
+        from runtimes.gpu import read_facts as read_gpu_facts  # not at the top: this file also runs alone
+
+        more = read_gpu_facts()
     system = {"Linux": "linux", "Windows": "windows", "Darwin": "macos"}.get(platform.system())
     machine = platform.machine().lower()
     ram, available = _memory()
@@ -67,6 +72,7 @@ def read_facts(prefix: Path | None = None) -> dict[str, Any]:
         "ram_bytes": ram,
         "ram_available_bytes": available,
         "disk_free_bytes": _disk_free(prefix) if prefix is not None else None,
+        **more,
     }
 
 
@@ -197,6 +203,10 @@ def compare(needs: Mapping[str, Any], facts: Mapping[str, Any], *, installing: b
     look("memory", "ram_bytes", f"at least {size(needs['ram_bytes'])} of RAM",
          lambda value: value >= needs["ram_bytes"],
          "use a box with more memory, or a bundle with a smaller context or smaller weights", size)
+    if needs.get("gpu"):
+        from runtimes.gpu import lacking
+
+        found += [Finding(*row) for row in lacking(needs["gpu"], facts)]
     if installing:
         look("disk", "disk_free_bytes", f"{size(needs['disk_bytes'])} free where it is installed",
              lambda value: value >= needs["disk_bytes"], "free some space or choose another place with --prefix", size)
@@ -307,7 +317,8 @@ def main(argv: list[str] | None = None) -> int:
         return FITS
     try:
         manifest = read_manifest(given.bundle)
-        facts = json.loads(given.facts.read_text("utf-8")) if given.facts else read_facts(prefix)
+        gpu = bool(manifest["needs"].get("gpu"))
+        facts = json.loads(given.facts.read_text("utf-8")) if given.facts else read_facts(prefix, gpu=gpu)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return DAMAGED

@@ -15,7 +15,12 @@ from typing import Protocol
 
 from runtimes.manifest import ManifestError, Run
 
-MODULES = {"llamacpp": "llamacpp", "transformers": "transformers_", "ort_encoder": "ort_encoder"}
+MODULES = {
+    "llamacpp": "llamacpp",
+    "transformers": "transformers_",
+    "vllm": "vllm_",
+    "ort_encoder": "ort_encoder",
+}
 
 
 class Scorer(Protocol):

@@ -76,7 +76,8 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable) ->
         manifest = check.read_manifest(bundle)
     except ValueError as error:
         raise Refused(str(error), check.DAMAGED) from error
-    findings = check.compare(manifest["needs"], check.read_facts(prefix), installing=True)
+    facts = check.read_facts(prefix, gpu=bool(manifest["needs"].get("gpu")))
+    findings = check.compare(manifest["needs"], facts, installing=True)
     ours = look_at_place(bundle, prefix)
     say(f"checking this box and the files of {manifest['bundle']} …")
     files = check.check_files(bundle)

@@ -35,7 +35,7 @@ AT_FDCWD = -100
 
 # What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
 RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
-                  "bench_machine.py")
+                  "bench_machine.py", "gpu.py")
 # the HTTP face of every engine in our own process
 RUNTIME_FACE = ("engine.py", "engines.py", "face.py", "loading.py", "memory.py", "metrics.py", "outer.py",
                 "protocol.py", "replies.py", "server.py")
@@ -47,6 +47,7 @@ RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
                      "transformers_.py"),
     "ort_encoder": (*RUNTIME_FACE, "batches.py", "bench_encoder.py", "encode.py", "encoder_app.py", "encoding.py",
                     "ort_encoder.py"),
+    "vllm": (*RUNTIME_SERVER, "vllm_.py"),
 }
 
 

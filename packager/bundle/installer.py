@@ -26,6 +26,7 @@ INSTALL = {
 
 def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
     """File name -> text of everything a box gets from templates. Raises PackagerError for a name that is not plain."""
+    on_gpu = bool(run.get("gpu_layers") or needs.gpu)
     values = {
         "BUNDLE": bundle, "MODEL": model, "TARGET": target, "MACHINE": needs.machine,
         "PYTHON_MIN": needs.python_min, "PYTHON_MAX": needs.python_max,
@@ -39,7 +40,7 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "GLIBC": f"glibc {needs.glibc_min} or newer" if needs.glibc_min else "any",
         "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
         "CONTEXT": str(run["context"]), "SLOTS": str(run["slots"]),
-        "PRIVATE_DEVICES": "no" if run.get("gpu_layers") else "yes",  # a GPU is a device node
+        "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
     }
     names = ["README.md", "install.cmd"] if needs.system == "windows" else ["README.md", "install.sh"]

@@ -1,0 +1,109 @@
+"""Starts the box's own vLLM on the bundle's folder: one command line, made of the manifest, and nothing else.
+
+vLLM pins its own torch, so it lives in an environment of its own and is found as the program ``vllm`` on PATH, or where
+PACKAGER_VLLM says. Flags are those of vLLM 0.33. This process becomes vLLM's (exec), so signals and its exit code are
+its own. What quantized kernel runs (Marlin where the GPU has it) is left to vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from runtimes.gpu import find_vllm, lacking, read_facts
+from runtimes.manifest import ManifestError, Run
+
+REFUSED = 4
+# Nothing is fetched and nobody is told; Ray counts too.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# bin/serve sets these for the bundle's own Python; vLLM's must not see them.
+OURS = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "VIRTUAL_ENV")
+
+
+def command(run: Run, program: str, host: str, port: int) -> list[str]:
+    """The whole command line. Raises ManifestError for settings that are not those of this engine."""
+    settings, folder = run.settings, run.model.parent
+    try:
+        parallel, share = int(settings["tensor_parallel"]), float(settings["gpu_share"])
+        words = [program, "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", run.name,
+                 "--quantization", str(settings["quantization"]), "--dtype", str(settings["dtype"]),
+                 "--max-model-len", str(run.context), "--max-num-seqs", str(run.slots),
+                 "--gpu-memory-utilization", str(share), "--tensor-parallel-size", str(parallel),
+                 "--generation-config", str(folder)]  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"The manifest's run.settings cannot be used for vLLM: {error!r}.") from None
+    if run.chat_template is not None:
+        words += ["--chat-template", str(run.chat_template)]
+    if settings.get("enforce_eager"):
+        words.append("--enforce-eager")
+    if settings.get("ray"):
+        words += ["--distributed-executor-backend", "ray"]
+    return words
+
+
+def environment(given: Mapping[str, str], verbose: bool) -> dict[str, str]:
+    """The environment that vLLM gets."""
+    kept = {key: value for key, value in given.items() if key not in OURS}
+    return {**kept, **OFFLINE, **({"VLLM_LOGGING_LEVEL": "DEBUG"} if verbose else {})}
+
+
+def serve(run: Run, options: argparse.Namespace) -> int:
+    """Become vLLM. Returns 4 with one sentence where the box cannot run it. Raises ManifestError."""
+    needs = gpu_needs(options.bundle)
+    bad = [row for row in lacking(needs, read_facts()) if row[1] is False]
+    program = find_vllm()
+    if bad or program is None:
+        name, _, expected, found, fix = bad[0] if bad else ("vLLM", False, "the program vllm", "none", "install it")
+        sys.stderr.write(f"{name}: expected {expected}, found {found}; {fix}.\n")
+        return REFUSED
+    words = command(run, program, options.host, free_port(options.host, options.port))
+    if options.log_json:
+        sys.stderr.write("--log-json is our own server's; vLLM writes its own log.\n")
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    sys.stdout.write(f"{run.name} by vLLM on http://{shown}:{words[words.index('--port') + 1]} (API page: /docs)\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(program, words, environment(os.environ, options.verbose))  # noqa: S606 - a list, no shell
+    except OSError as error:
+        raise ManifestError(f"{program} cannot be started: {error.strerror}.") from None
+
+
+def gpu_needs(bundle: Path) -> Mapping[str, object]:
+    """The manifest's ``needs.gpu``. Raises ManifestError."""
+    try:
+        needs = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["needs"]["gpu"]
+        if {"capability", "count", "bytes", "vllm"} <= needs.keys():
+            found: Mapping[str, object] = needs
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ManifestError("The manifest does not say what vLLM needs of the GPU (needs.gpu); copy the bundle again.")
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or any free one for 0: told now, where vLLM would take a minute. Raises ManifestError."""
+    try:
+        if not 0 <= port < 1 << 16:  # getaddrinfo takes it modulo 65536
+            raise OverflowError("ports end at 65535")
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        raise ManifestError(
+            f"Port {port} on {host} cannot be used ({error}); stop what listens there or choose another with --port."
+        ) from None
