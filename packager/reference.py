@@ -7,6 +7,7 @@ depends on the artifact's format.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from packager.recipe import Job
@@ -18,13 +19,21 @@ from packager.tools import CHILDREN, follow, version_of
 TOP = 64  # tokens compared a position; the rest of the vocabulary is one bucket
 
 
-def _run(job: Job, samples: Samples, folder: Path, cost: Cost, name: str, **outputs: str | None) -> None:
+def _run(
+    job: Job,
+    samples: Samples,
+    folder: Path,
+    cost: Cost,
+    name: str,
+    extra: Sequence[Mapping[str, object]] = (),
+    **outputs: str | None,
+) -> None:
     layers = float(job.checkpoint.shape.layers)
     follow(
         CHILDREN / "reference.py",
         {
             "checkpoint": str(job.checkpoint.path),
-            "sequences": list(samples.sequences),
+            "sequences": [*samples.sequences, *extra],
             "top": TOP,
             "calibration": list(samples.calibration),
             "threads": os.cpu_count() or 1,
@@ -51,13 +60,23 @@ def _inputs(job: Job, samples: Samples) -> dict[str, object]:
 
 
 def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], Step]:
-    """The source's best TOP tokens at every scored position: token -> log-probability (natural), best first."""
+    """The source's best TOP tokens at every scored position: token -> log-probability (natural), best first.
+
+    Raises GateFailed when the source does not know the user's calibration (language.py), which is asked in one go.
+    """
+    from packager.language import require_known
+
+    extra = [{"ids": ids, "positions": list(range(1, len(ids)))} for ids in samples.judged]
 
     def make(folder: Path, cost: Cost) -> None:
-        _run(job, samples, folder, cost, "scoring the source", scores=str(folder / "scores.npz"), imatrix=None)
+        scores = str(folder / "scores.npz")
+        _run(job, samples, folder, cost, "scoring the source", extra=extra, scores=scores, imatrix=None)
 
     step = job.store.step("reference", {**_inputs(job, samples), "top": TOP}, make, progress=job.progress)
-    return _distributions(step), step
+    rows = _distributions(step)
+    asked = sum(len(sequence["positions"]) for sequence in samples.sequences)
+    require_known(job, samples, rows[:asked], rows[asked:])
+    return rows[:asked], step
 
 
 def _distributions(step: Step) -> list[dict[int, float]]:

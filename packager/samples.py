@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Samples:
     "messages", "kind", "trained"} as transformers renders them; trained: the ids of the training template, None where
     it is not known. calibration: id lists for input statistics. step: where it is stored. held_out: whether the pairs
     that are scored are kept out of the calibration. typed: special tokens that become control tokens when a user types
-    them. notes: what the contract found and let pass.
+    them. notes: what the contract found and let pass. training: the training template's name. judged: pieces of the
+    user's own plain text, which the source is asked about (language.py).
     """
 
     sequences: tuple[Mapping[str, Any], ...]
@@ -48,7 +49,7 @@ class Samples:
     typed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     training: str | None = None
-    judged: tuple[list[int], ...] = field(default=())
+    judged: tuple[list[int], ...] = ()
 
     @property
     def targets(self) -> list[int | None]:
@@ -151,6 +152,7 @@ def make_samples(job: Job) -> Samples:
                 "pairs": [list(talk) for talk in asked] if templated else [],
                 "texts": [*texts, *([] if templated else [plain(talk) for talk in talks])],
                 "training": trained.as_job() if trained else None,
+                "vocabulary": checkpoint.tokenizer.vocab_size,
             },
             "rendering the samples",
             job.progress,
@@ -174,6 +176,11 @@ def make_samples(job: Job) -> Samples:
             f"the chat template refuses {len(prompts) - len(kept)} of {len(prompts)} sample conversations "
             f"({refusal}); the others are checked"
         )
+    if found["invented"]:
+        notes.append(
+            f"transformers adds {', '.join(found['invented'])} to this tokenizer, whose files have no such token; the "
+            "files are followed: it is plain text when a user types it"
+        )
     require_one_bos(kept, checkpoint.tokenizer.bos_id)
     if trained:
         notes += require_training(checkpoint, trained, kept, found)
@@ -192,7 +199,7 @@ def make_samples(job: Job) -> Samples:
         typed=tuple(found["typed"]),
         notes=tuple(notes),
         training=trained.name if trained else None,
-        judged=tuple(_judged(found, own, len(taught))),
+        judged=tuple(_judged(found, own)),
     )
 
 
@@ -255,11 +262,11 @@ def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) 
     return chosen
 
 
-def _judged(found: Mapping[str, Any], own: Calibration | None, talks: int) -> list[list[int]]:
-    """A few pieces of what the user gave, spread over it: whether the model knows such text is asked of the source."""
+def _judged(found: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
+    """A few pieces of the user's plain text, spread over it: language.py asks the source whether it knows such text."""
     if own is None:
         return []
-    pieces = [ids[:JUDGED_TOKENS] for ids in found["conversations"][:talks] if ids and len(ids) > 1]
+    pieces: list[list[int]] = []
     for ids in found["texts"][: len(own.texts)]:
         pieces += [piece for piece in split(ids, JUDGED_TOKENS) if len(piece) > 1]
     step = max(1, len(pieces) / JUDGED)

@@ -138,7 +138,11 @@ def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned
 
     budget: a key of ITERATIONS. Raises ChildFailed (a ToolError); a killed tuning goes on at the next call.
     """
+    from packager.reference import source_scores
+
     iterations = ITERATIONS[budget]
+    if samples and iterations and job.verify:
+        source_scores(job, samples)  # a calibration that the source does not know is refused before minutes are spent
     calibration = list(samples.calibration) if samples and iterations else []
     threads = os.cpu_count() or 1
     layers = job.checkpoint.shape.layers

@@ -1,15 +1,18 @@
 """Renders and tokenizes text with the checkpoint's own tokenizer, as training did: ``samples.py JOB.json``.
 
 JOB.json: {"checkpoint", "conversations": [[{"role", "content"}, …], …], "prompts": [same], "pairs": [same],
-"texts": [str, …], "training": packager.training's form or null, "output"}. Writes {"conversations": [ids, …],
-"prompts": [{"ids", "text", "trained"}, …], "pairs": [{"prompt": ids, "whole": ids}, …], "texts": [ids, …], "refusal",
-"typed", "opening", "end"}: conversations whole, prompts with the generation prompt, pairs (each ends with an answer) as
-both. Prompts are transformers' ``apply_chat_template`` on the checkpoint's own template, with the training template's
-ids as "trained" (null where it is not known or cannot say this conversation); conversations and pairs are rendered by
-the training template where there is one. A conversation that the chat template refuses (Gemma 2 takes no system role)
-is null there, and refusal has the template's last words. typed: the special tokens that become themselves when a user
-types them. opening: ids of a thought's opening. end: the id that ends an answer in training, null where that is plain
-text.
+"texts": [str, …], "training": packager.training's form or null, "vocabulary": highest id + 1 of the tokenizer's files,
+"output"}. Writes {"conversations": [ids, …], "prompts": [{"ids", "text", "trained"}, …], "pairs": [{"prompt": ids,
+"whole": ids}, …], "texts": [ids, …], "refusal", "typed", "invented", "opening", "end"}.
+
+Conversations are whole, prompts end with the generation prompt, pairs (each ends with an answer) are both. Prompts are
+transformers' ``apply_chat_template`` on the checkpoint's own template, with the training template's ids as "trained"
+(null where it is not known or cannot say this conversation); conversations and pairs are rendered by the training
+template where there is one. A conversation that the chat template refuses (Gemma 2 takes no system role) is null, and
+refusal has the template's last words. typed: the special tokens that become themselves when a user types them. invented:
+tokens that transformers' class adds and the tokenizer's files do not have (Qwen2Tokenizer adds its own <|endoftext|> to
+DeepSeek-R1's); a text with one is read as the files read it. opening: ids of a thought's opening. end: the id that
+ends an answer in training, null where that is plain text.
 
 The date in a template is fixed, here and in ``runtimes render``: what is compared does not change overnight.
 """
@@ -32,24 +35,33 @@ DAY = datetime(2026, 1, 1)
 class Renderer:
     """One tokenizer with the checkpoint's chat template, and the training template where it is known."""
 
-    def __init__(self, tokenizer: Any, training: Training | None) -> None:
+    def __init__(self, tokenizer: Any, training: Training | None, file: Path, vocabulary: int) -> None:
+        from tokenizers import Tokenizer
+
         self.tokenizer, self.training = tokenizer, training
+        self.files, self.vocabulary = Tokenizer.from_file(str(file)), vocabulary
         self.template = training.jinja if training else None
 
     def apply(self, messages: Messages, *, prompt: bool, tokenize: bool = True, template: str | None = None) -> Any:
-        found = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            add_generation_prompt=prompt,
-            tokenize=tokenize,
-            return_dict=False,
-            strftime_now=DAY.strftime,
-        )
-        return [int(token) for token in found] if tokenize else found
+        options = {"chat_template": template, "add_generation_prompt": prompt, "strftime_now": DAY.strftime}
+        if not tokenize:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+        if max(ids, default=0) >= self.vocabulary:
+            return self.read(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return [int(token) for token in ids]
+
+    def read(self, text: str) -> list[int]:
+        """Ids by the tokenizer's files alone."""
+        return list(self.files.encode(text, add_special_tokens=False).ids)
 
     def tokens(self, text: str) -> list[int]:
         """Ids of a text: special tokens in it recognised, none added."""
-        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
+        ids = [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
+        return ids if max(ids, default=0) < self.vocabulary else self.read(text)
+
+    def invented(self) -> list[str]:
+        return sorted(text for text, token in self.tokenizer.get_added_vocab().items() if token >= self.vocabulary)
 
     def encoded(self, found: Sequence[Piece] | None) -> list[int] | None:
         if found is None:
@@ -100,7 +112,7 @@ class Renderer:
         """Special tokens that a user's own text turns into, among those that the tokenizer adds to its vocabulary."""
         from jinja2 import TemplateError
 
-        added = {str(text): int(token) for text, token in self.tokenizer.get_added_vocab().items()}
+        added = {str(t): int(n) for t, n in self.tokenizer.get_added_vocab().items() if n < self.vocabulary}
         try:
             asked = [{"role": "user", "content": f"a {' '.join(sorted(added))} b"}]
             ids = self.apply(asked, prompt=True)
@@ -121,7 +133,7 @@ def main(job: dict[str, Any]) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(job["checkpoint"], local_files_only=True)
     training = from_job(job["training"]) if job.get("training") else None
-    renderer = Renderer(tokenizer, training)
+    renderer = Renderer(tokenizer, training, Path(job["checkpoint"]) / "tokenizer.json", job["vocabulary"])
     found: dict[str, Any] = {"conversations": [], "prompts": [], "pairs": [], "texts": [], "refusal": ""}
     for messages in job["conversations"]:
         try:
@@ -145,6 +157,7 @@ def main(job: dict[str, Any]) -> None:
     for text in job["texts"]:
         found["texts"].append([int(token) for token in tokenizer(text)["input_ids"]])
     found["typed"] = renderer.typed() if tokenizer.chat_template else []
+    found["invented"] = renderer.invented()
     found["opening"] = renderer.tokens(THOUGHT[0])
     found["end"] = renderer.end()
     Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")

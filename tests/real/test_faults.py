@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,12 +14,18 @@ import numpy as np
 import pytest
 
 from packager import gguf_files, llamacpp
-from packager.errors import GateFailed, PackagerError
+from packager.errors import GateFailed, InputError, PackagerError
 from packager.gguf_header import read_header
 from packager.store import Store
 from tests.real.conftest import built
+from tests.unit.tiny import tiny_checkpoint
 
 Spoil = Callable[[Path], None]
+CHINESE = (
+    "今年春天，公司决定对生产线进行全面升级。工程师们首先检查了旧设备的电气系统，发现许多线路已经老化，需要更换。"
+    "随后，他们讨论了新的控制方案，并邀请供应商前来演示。经过两个月的努力，新系统终于投入使用，产量提高了百分之二十。"
+    "量子力学是描述微观物质的理论，与相对论一起被认为是现代物理学的两大基本支柱，许多物理学理论都是以它为基础的。"
+)
 
 
 @pytest.fixture
@@ -65,6 +72,78 @@ def one_layer_at_two_bits(file: Path) -> None:
             levels = blocks[:, 2:].view(np.int8).astype(np.int16)
             blocks[:, 2:] = np.clip(np.round(levels / 64) * 64, -128, 64).astype(np.int8).view(np.uint8)
     data.flush()
+
+
+def another_template(file: Path) -> None:
+    """A converter that writes a template of its own, of the same length."""
+    begin, end = read_header(file).spans["tokenizer.chat_template"]
+    with file.open("r+b") as stream:
+        stream.seek(begin)
+        text = stream.read(end - begin)
+        assert b"<|im_start|>system" in text
+        stream.seek(begin)
+        stream.write(text.replace(b"<|im_start|>system", b"<|im_start|>SYSTEM"))
+
+
+def test_another_template_in_the_gguf_is_found(spoiled_build: Callable[..., Path]) -> None:
+    """llama.cpp's and Ollama's users would chat with a model that nobody trained."""
+    with pytest.raises(GateFailed, match="the GGUF's own template differs from the checkpoint's at token 1") as caught:
+        spoiled_build("convert", another_template)
+    assert "'system'" in caught.value.what
+
+
+def test_an_extra_bos_is_found(store: Store, random_qwen2: Path, tmp_path: Path) -> None:
+    """A template that writes BOS on top of one: the classic fault of an export."""
+    folder = Path(shutil.copytree(random_qwen2, tmp_path / "model"))
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ bos_token }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(GateFailed, match="begins with the BOS token 151646 twice"):
+        built(store, tmp_path / "out", folder)
+
+
+def test_an_extra_bos_from_the_server_is_found(
+    q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box whose template puts one more BOS than the checkpoint's stops the build at the first token."""
+    from packager import scoring
+
+    real = scoring.score
+
+    def doubled(job: Any, run: Any, samples: Any, **named: Any) -> Any:
+        other = tmp_path / "chat_template.jinja"
+        text = Path(run["chat_template"]).read_text(encoding="utf-8")
+        other.write_text("{{ bos_token }}" + text, encoding="utf-8")
+        named["inputs"] = {**named["inputs"], "template": "doubled"}
+        return real(job, {**run, "chat_template": str(other)}, samples, **named)
+
+    monkeypatch.setattr(scoring, "score", doubled)
+    with pytest.raises(GateFailed, match=r"the server on the box differs from the checkpoint's at token 1: 1 '"):
+        built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
+
+
+def test_calibration_in_the_wrong_language_is_found(
+    store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path
+) -> None:
+    """Chinese prose for a model whose tokenizer breaks Chinese into bytes, before anything is tuned; and the way to use
+    it all the same is named.
+    """
+    tuned = set((store.root / "tune").glob("*"))
+    prose = tmp_path / "notes.txt"
+    prose.write_text(CHINESE, encoding="utf-8")
+    with pytest.raises(GateFailed, match=r"does not know the language of the calibration file notes\.txt") as caught:
+        built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q4_0",), calibration=prose)
+    assert "--trust-calibration" in caught.value.fix
+    assert set((store.root / "tune").glob("*")) == tuned
+
+
+def test_a_truncated_shard_is_found(store: Store, tmp_path: Path) -> None:
+    """The second of three files ends early, as a download that broke off leaves it: it is named."""
+    folder = tiny_checkpoint(tmp_path / "model", shard_bytes=2000)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    os.truncate(shards[1], shards[1].stat().st_size - 100)
+    with pytest.raises(InputError, match=shards[1].name):
+        built(store, tmp_path / "out", folder)
 
 
 def test_a_wrong_rope_theta_is_seen_before_anything_is_quantized(spoiled_build: Callable[..., Path]) -> None:

@@ -174,9 +174,10 @@ def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tm
         "prompts": [talk[:-1] for talk in talks],
         "pairs": talks[:1],
         "texts": ["a"],
+        "vocabulary": 151665,
         "output": str(output),
     }
-    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path)
+    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path, path=[ROOT])
     found = json.loads(output.read_text(encoding="utf-8"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(r1_tokenizer_folder)
     for talk, prompt in zip(talks, found["prompts"], strict=True):
@@ -199,8 +200,8 @@ def test_a_template_that_refuses_a_role_keeps_the_other_talks(r1_tokenizer_folde
     talks = [system, system[1:]]
     output = tmp_path / "samples.json"
     same = {"conversations": talks, "prompts": talks, "pairs": []}
-    job = {"checkpoint": str(folder), **same, "texts": [], "output": str(output)}
-    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path)
+    job = {"checkpoint": str(folder), **same, "texts": [], "vocabulary": 151665, "output": str(output)}
+    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path, path=[ROOT])
     found = json.loads(output.read_text(encoding="utf-8"))
     assert found["refusal"] == "System role not supported"
     assert [bool(ids) for ids in found["conversations"]] == [False, True]
