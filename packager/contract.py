@@ -22,6 +22,7 @@ Naming = Callable[[int], str]
 # take an empty system message for none, strip earlier thoughts in their own way or not at all, and never trim. A
 # difference there is told, not refused.
 EDGES = ("empty system", "earlier thoughts", "outer spaces")
+TYPED = "typed special tokens"
 SHOWN = 4  # tokens of each side in a diff
 
 

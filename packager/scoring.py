@@ -113,17 +113,30 @@ def runtime_copy(job: Job, engine: str) -> Step:
     return job.store.step("runtime", {name: hash_file(source / name) for name in names}, make, progress=job.progress)
 
 
-def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) -> None:
+def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) -> list[str]:
     """Raise GateFailed unless every prompt's ids are transformers' own, with one BOS, in the artifact's tokenizer
-    (named as in a sentence) and in what the server renders.
+    (named as in a sentence) and in what the server renders. Gives notes on what an engine's own tokenizer makes of
+    special tokens that users type: our server sends ids, so only those who use the artifact without it meet that.
     """
-    from packager.contract import require_one_bos, require_same, token_names
+    from packager.contract import TYPED, first_difference, require_one_bos, require_same, shown, token_names
 
     name = token_names(job.checkpoint)
+    notes: list[str] = []
+    same = []
+    for prompt, ids in zip(samples.prompts, found.tokenized, strict=True):
+        at = first_difference(prompt["ids"], ids)
+        if at is not None and prompt.get("kind") == TYPED:
+            notes.append(
+                f"{tokenizer} reads special tokens that a user types otherwise than transformers: "
+                f"{shown(ids[at:], name)} instead of {shown(prompt['ids'][at:], name)}; our server does not"
+            )
+            same.append(prompt["ids"])
+        else:
+            same.append(ids)
     require_one_bos(samples.prompts, job.checkpoint.tokenizer.bos_id)
     require_same(
         samples.prompts,
-        found.tokenized,
+        same,
         tokenizer,
         "The tokenizer.json has a pre-tokenizer or added tokens that the engine reads otherwise: compare "
         "it with the base model's.",
@@ -136,3 +149,4 @@ def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) 
         "Report the chat template: the server must render it as transformers does.",
         name,
     )
+    return notes

@@ -257,6 +257,13 @@ def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
         lines.append(
             f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word ({kept['pairs']} pairs, {held})"
         )
+    if said := found.get("answers"):
+        closed, opened, taught = said["thoughts_closed"], said["thoughts_opened"], said["trained_tokens_mean"]
+        lines.append(
+            f"answers: {said['ended']} of {said['asked']} ended within {said['limit']} tokens, on average "
+            f"{said['tokens_mean']} tokens{f' (taught: {taught})' if taught is not None else ''}"
+            f"{f', {closed} of {opened} thoughts closed' if opened else ''}"
+        )
     return lines
 
 

@@ -188,8 +188,8 @@ def build(job: Job, options: Options) -> Artifact:
         steps += [samples.step, step]
         exact = exact_form(job, whole, steps)
         found = _score(job, exact, "unquantized", samples, steps)
-        require_contract(job, samples, found, "the GGUF's own tokenizer")
-        said = require_carried(job, samples, whole, found.vocabulary)
+        said = require_contract(job, samples, found, "the GGUF's own tokenizer")
+        said += require_carried(job, samples, whole, found.vocabulary)
         report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
         score = compare(source, found.distributions, samples.targets)
         require_equal(score, "the unquantized GGUF")
@@ -214,6 +214,7 @@ def build(job: Job, options: Options) -> Artifact:
             f"the {options.quant} GGUF",
             "Choose a larger quant; a small one keeps more with --calibration and the fine-tuning pairs.",
         )
+        report["fidelity"]["answers"] = _answers(job, model, options.quant, samples, steps)
 
     files = {"model.gguf": model, **tokenizer_files(job)}
     extra: dict[str, Path] = {}
@@ -267,22 +268,39 @@ def _quantized(
     return made / "model.gguf", said(made)
 
 
-def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
-    """Score a GGUF through the engine that serves it."""
-    from packager.scoring import score
-    from packager.tools import version_of
-
+def _here(job: Job, model: Path) -> dict[str, Any]:
+    """How this machine runs a GGUF as the box does."""
     tokenizer = tokenizer_files(job)
-    run = {
+    return {
         **_run(job, Options(), model),
         "model": str(model),
         "context": 1024,
         "slots": 1,
         **{key: str(tokenizer[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
     }
+
+
+def _answers(job: Job, model: Path, quant: str, samples: Samples, steps: list[Step]) -> dict[str, Any] | None:
+    """What the artifact says when it is asked, for the report."""
+    from packager.behaviour import ask
+    from packager.tools import version_of
+
+    inputs = {"model": model.parent.name, "engine": version_of("xllamacpp")}
+    found = ask(job, _here(job, model), samples, what=f"the {quant} GGUF", inputs=inputs)
+    if found is None:
+        return None
+    steps.append(found[1])
+    return found[0].as_dict()
+
+
+def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
+    """Score a GGUF through the engine that serves it."""
+    from packager.scoring import score
+    from packager.tools import version_of
+
     found, step = score(
         job,
-        run,
+        _here(job, model),
         samples,
         what=f"the {what} GGUF",
         inputs={"model": model.parent.name, "engine": version_of("xllamacpp")},

@@ -13,6 +13,7 @@ VERBS = {
     "bench": ("bench", "measure latency, memory and throughput on this box"),
     "score": ("score", "log-probabilities of given token sequences, for the fidelity gate"),
     "encode": ("encode", "vectors or logits of given texts, for the fidelity gate of encoders"),
+    "answer": ("answer", "greedy answers to given prompts, for the fidelity report"),
     "render": ("render", "conversations to the token ids that the server feeds the model"),
 }
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str], verb: str = "score") -> int:
         question = json.loads(options.input.read_text(encoding="utf-8"))
         run = parse_run(question.get("run"))
         answer = score(run, question, options.verbose) if verb == "score" else render(run, question)
-        _write(options.output, answer)
+        write(options.output, answer)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ManifestError) as error:
         sys.stderr.write(f"{verb}: {type(error).__name__}: {error}\n")
         return UNUSABLE
@@ -92,7 +92,7 @@ def _progress(done: int, total: int) -> None:
         sys.stderr.flush()
 
 
-def _write(path: Path, value: Any) -> None:
+def write(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file)

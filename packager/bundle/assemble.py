@@ -40,7 +40,8 @@ RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "inst
 RUNTIME_FACE = ("engine.py", "engines.py", "face.py", "loading.py", "memory.py", "metrics.py", "outer.py",
                 "protocol.py", "replies.py", "server.py")
 # language models: chat and completions, and what scores and renders on the build machine
-RUNTIME_SERVER = (*RUNTIME_FACE, "api.py", "app.py", "chat.py", "generation.py", "pump.py", "render.py", "score.py")
+RUNTIME_SERVER = (*RUNTIME_FACE, "answer.py", "api.py", "app.py", "chat.py", "generation.py", "pump.py", "render.py",
+                  "score.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
     "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "threads.py", "torch_model.py",

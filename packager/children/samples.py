@@ -9,10 +9,12 @@ Conversations are whole, prompts end with the generation prompt, pairs (each end
 transformers' ``apply_chat_template`` on the checkpoint's own template, with the training template's ids as "trained"
 (null where it is not known or cannot say this conversation); conversations and pairs are rendered by the training
 template where there is one. A conversation that the chat template refuses (Gemma 2 takes no system role) is null, and
-refusal has the template's last words. typed: the special tokens that become themselves when a user types them. invented:
-tokens that transformers' class adds and the tokenizer's files do not have (Qwen2Tokenizer adds its own <|endoftext|> to
-DeepSeek-R1's); a text with one is read as the files read it. opening: ids of a thought's opening. end: the id that
-ends an answer in training, null where that is plain text.
+refusal has the template's last words.
+
+typed: the special tokens that become themselves when a user types them. invented: tokens that transformers' class adds
+and the tokenizer's files do not have (Qwen2Tokenizer adds its own <|endoftext|> to DeepSeek-R1's); a text with one is
+read as the files read it. opening: ids of a thought's opening. end: the id that ends an answer in training, null where
+that is plain text.
 
 The date in a template is fixed, here and in ``runtimes render``: what is compared does not change overnight.
 """

@@ -40,6 +40,13 @@ def test_the_bundle_verifies_and_has_one_prompt_contract(random_bundle: Path) ->
     report = json.loads((random_bundle / "manifest.json").read_text(encoding="utf-8"))["report"]
     assert report["prompts_equal"] >= 8
     assert report["unquantized"]["kl_mean"] <= 0.001
+    notes = " ".join(report["contract"]["notes"])
+    assert "transformers adds <|endoftext|>" in notes
+    # llama.cpp reads <|endoftext|> (the converter wrote transformers' own) and </s> (a plain entry) as control tokens
+    assert "the GGUF's own tokenizer reads special tokens that a user types otherwise" in notes
+    answers = report["fidelity"]["answers"]
+    assert (answers["asked"], answers["trained_tokens_mean"]) == (2, None)  # no pairs: two prompts of a reasoning model
+    assert answers["thoughts_closed"] <= answers["thoughts_opened"] <= 2
 
 
 def test_the_box_feeds_what_transformers_would(random_bundle: Path, random_qwen2: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from packager.contract import first_difference, require_one_bos, require_same, require_training
 from packager.errors import GateFailed
 from packager.samples import contract_prompts, contract_talks
+from packager.scoring import Scored, require_contract
 from packager.training import Training, known
 from tests.unit.tiny import spoken_tokenizer, write_json
 
@@ -150,6 +151,23 @@ def test_a_template_that_says_no_conversation_proves_nothing(tmp_path: Path) -> 
     """Nothing compared is not agreement."""
     with pytest.raises(GateFailed, match="renders none of the 1"):
         require_training(checkpoint(tmp_path), QWEN, [trained([4], None)], RENDERED)
+
+
+def test_an_engines_own_reading_of_typed_tokens_is_told_and_the_servers_is_not_excused(tmp_path: Path) -> None:
+    """llama.cpp takes </s> for a control token in a Qwen vocabulary: a note, since the server sends ids. Any other
+    conversation, or the server itself, stops the build.
+    """
+    typed = {**prompt(4, 5), "kind": "typed special tokens"}
+    plain = {**prompt(6), "kind": "general"}
+    asked: Any = SimpleNamespace(prompts=(typed, plain))
+    job: Any = SimpleNamespace(checkpoint=checkpoint(tmp_path))
+    job.checkpoint.tokenizer.bos_id = 0
+    (note,) = require_contract(job, asked, Scored([], [[4, 1], [6]], [[4, 5], [6]]), "the GGUF's own tokenizer")
+    assert "1 '</s>' instead of 5 'b'" in note
+    with pytest.raises(GateFailed, match="the server on the box"):
+        require_contract(job, asked, Scored([], [[4, 5], [6]], [[4, 1], [6]]), "the GGUF's own tokenizer")
+    with pytest.raises(GateFailed, match="the GGUF's own tokenizer"):
+        require_contract(job, asked, Scored([], [[4, 5], [7]], [[4, 5], [6]]), "the GGUF's own tokenizer")
 
 
 def test_the_contract_has_every_kind_of_conversation() -> None:

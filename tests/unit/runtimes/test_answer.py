@@ -1,0 +1,51 @@
+"""``answer``: prompts and limits from a file, every token of the greedy answers into another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from runtimes import answer
+from runtimes.score import render
+from tests.unit.runtimes.serving import Scripted, make_run
+
+
+def test_each_prompt_is_answered_greedily_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids and how it ended, in the order asked; the engine is closed at the end."""
+    engine = Scripted()
+    monkeypatch.setattr(answer, "module", lambda name: SimpleNamespace(load=lambda run, verbose: engine))
+    prompts = [{"ids": [1, 2], "max_tokens": 2}, {"ids": [3], "max_tokens": 40}]
+    found = answer.answer(make_run(tmp_path), {"prompts": prompts})
+    assert found["answers"] == [{"ids": [1, 2], "finish": "length"}, {"ids": [1, 2, 3, 4], "finish": "stop"}]
+    assert [(prompt, sampling.temperature, sampling.exact_ids) for prompt, sampling in engine.asked] == [
+        ([1, 2], 0.0, True),
+        ([3], 0.0, True),
+    ]
+    assert engine.closed
+
+
+NOWHERE = {"engine": "nowhere", "model": "m", "tokenizer": "t"}
+
+
+@pytest.mark.parametrize("question", [{}, {"run": NOWHERE, "prompts": []}])
+def test_a_question_that_makes_no_sense_is_told(
+    tmp_path: Path, question: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 3 and one line."""
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(question), encoding="utf-8")
+    assert answer.main(["--input", str(job), "--output", str(tmp_path / "out.json")]) == 3
+    assert capsys.readouterr().err.startswith("answer: ManifestError")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_what_is_compared_does_not_change_overnight(tmp_path: Path) -> None:
+    """A template that writes the date is rendered on one fixed day for the build machine, and today for users."""
+    run = make_run(tmp_path)
+    assert run.chat_template is not None
+    run.chat_template.write_text("{{ strftime_now('%d %b %Y') }}", encoding="utf-8")
+    assert render(run, {"conversations": [[]]})["texts"] == ["01 Jan 2026"]
