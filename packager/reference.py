@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from packager.language import Known, require_known
 from packager.recipe import Job
 from packager.samples import Samples as Samples
 from packager.samples import make_samples as make_samples
@@ -64,8 +65,19 @@ def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], S
 
     Raises GateFailed when the source does not know the user's calibration (language.py), which is asked in one go.
     """
-    from packager.language import require_known
+    rows, judged, step = _asked(job, samples)
+    require_known(job, samples, rows, judged)
+    return rows, step
 
+
+def known_calibration(job: Job, samples: Samples) -> dict[str, Known]:
+    """How well the source knows the calibration: plain text and the answers of pairs apart. Raises GateFailed."""
+    rows, judged, _ = _asked(job, samples)
+    return require_known(job, samples, rows, judged)
+
+
+def _asked(job: Job, samples: Samples) -> tuple[list[dict[int, float]], list[dict[int, float]], Step]:
+    """Distributions at samples.sequences' positions, those at samples.judged's, and the step that has both."""
     extra = [{"ids": ids, "positions": list(range(1, len(ids)))} for ids in samples.judged]
 
     def make(folder: Path, cost: Cost) -> None:
@@ -75,8 +87,7 @@ def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], S
     step = job.store.step("reference", {**_inputs(job, samples), "top": TOP}, make, progress=job.progress)
     rows = _distributions(step)
     asked = sum(len(sequence["positions"]) for sequence in samples.sequences)
-    require_known(job, samples, rows[:asked], rows[asked:])
-    return rows[:asked], step
+    return rows[:asked], rows[asked:], step
 
 
 def _distributions(step: Step) -> list[dict[int, float]]:
