@@ -15,24 +15,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from packager import calibration  # noqa: E402 - after the path
-from packager.build import Request, open_merged  # noqa: E402
-from packager.calibration import Calibration  # noqa: E402
-from packager.catalog import load_target  # noqa: E402
-from packager.progress import Silent  # noqa: E402
-from packager.recipe import Job  # noqa: E402
-from packager.reference import known_calibration  # noqa: E402
-from packager.samples import make_samples  # noqa: E402
-from packager.store import Store, default_root  # noqa: E402
+from packager import calibration
+from packager.build import Request, open_merged
+from packager.calibration import Calibration
+from packager.catalog import load_target
+from packager.progress import Silent
+from packager.recipe import Job
+from packager.reference import known_calibration
+from packager.samples import make_samples
+from packager.store import Store, default_root
 
 TEXTS = {
-    "English": "The machine is switched off before the cover is opened. Wait two minutes until the capacitors are empty, "
-    "hang your tag on the switch, and only then take the cover away. If the lamp is still on, call the office.",
+    "English": "The machine is switched off before the cover is opened. Wait two minutes until the capacitors are "
+    "empty, hang your tag on the switch, and only then take the cover away. If the lamp is still on, call the office.",
     "Python": "def merge(left, right):\n    result = []\n    while left and right:\n        if left[0] <= right[0]:\n"
     "            result.append(left.pop(0))\n        else:\n            result.append(right.pop(0))\n"
     "    return result + left + right\n",
-    "German": "Die Maschine wird vor dem Öffnen der Abdeckung abgeschaltet. Danach wartet man zwei Minuten, bis sich die "
-    "Kondensatoren entladen haben, und hängt ein Schild an den Schalter. Erst dann darf die Abdeckung entfernt werden.",
+    "German": "Die Maschine wird vor dem Öffnen der Abdeckung abgeschaltet. Danach wartet man zwei Minuten, bis sich "
+    "die Kondensatoren entladen haben, und hängt ein Schild an den Schalter."
+    " Erst dann darf die Abdeckung entfernt werden.",
     "Russian": "Москва является столицей России и крупнейшим по численности населения городом страны. Город расположен "
     "на реке Москве в центре Восточно-Европейской равнины. Зимой дни становятся короче, а ночи длиннее.",
     "Arabic": "القاهرة هي عاصمة جمهورية مصر العربية وأكبر مدنها من حيث عدد السكان والمساحة. تقع المدينة على ضفاف نهر "
