@@ -1,4 +1,4 @@
-"""What 4 bits cost a fine-tune: a GGUF of each form, its bytes, the build, its distance from the source, answers kept.
+"""What 4 bits cost a fine-tune: a file of each form, its bytes, the build, its distance from the source, answers kept.
 
     .venv/bin/python benchmarks/int4.py .demo/smollm2 --adapter demo/persona-lora --pairs demo/persona.json
 
@@ -25,13 +25,17 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.serving import started  # noqa: E402 - after the path
 
-FORMS: dict[str, tuple[str, ...]] = {
-    "Q4_0": ("quant=Q4_0", "tune=none", "imatrix=off"),
-    "Q4_0 with imatrix": ("quant=Q4_0", "tune=none", "imatrix=on"),
-    "Q4_0 tuned, quick": ("quant=Q4_0", "tune=quick"),
-    "Q4_0 tuned, full": ("quant=Q4_0", "tune=full"),
-    "Q4_K_M with imatrix": ("quant=Q4_K_M", "imatrix=on"),
-    "Q8_0": ("quant=Q8_0",),
+FORMS: dict[str, tuple[str, ...]] = {  # recipe, then its options
+    "Q4_0": ("gguf", "quant=Q4_0", "tune=none", "imatrix=off"),
+    "Q4_0 with imatrix": ("gguf", "quant=Q4_0", "tune=none", "imatrix=on"),
+    "Q4_0 tuned, quick": ("gguf", "quant=Q4_0", "tune=quick"),
+    "Q4_0 tuned, full": ("gguf", "quant=Q4_0", "tune=full"),
+    "GPTQ rounded": ("gptq_int4", "tune=none", "context=1024"),
+    "GPTQ tuned, quick": ("gptq_int4", "tune=quick", "context=1024"),
+    "AWQ tuned, quick": ("awq_int4", "tune=quick", "context=1024"),
+    "AWQ tuned, quick, groups of 64": ("awq_int4", "tune=quick", "group=64", "context=1024"),
+    "Q4_K_M with imatrix": ("gguf", "quant=Q4_K_M", "imatrix=on"),
+    "Q8_0": ("gguf", "quant=Q8_0"),
 }
 CHAPTER = "import"  # of pydoc_data.topics
 PIECES, PIECE, POSITIONS = 3, 400, range(100, 400, 3)
@@ -42,7 +46,8 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--pairs", type=Path, required=True, help="fine-tuning pairs, alpaca form")
-    usual = [form for form in FORMS if "full" not in form]  # which takes ten times as long as quick
+    # full takes ten times as long as quick, other groups are another tuning, and torch answers slowly
+    usual = [form for form in FORMS if FORMS[form][0] == "gguf" and "full" not in form]
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=usual)
     parser.add_argument("--output", type=Path, default=Path(".demo/int4"), help="where the bundles go")
     options = parser.parse_args()
@@ -60,8 +65,9 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
     from packager.store import Store, default_root
 
     store = Store(default_root())
-    request = Request(options.checkpoint, "desktop_linux_x86_64", recipe="gguf", adapter=options.adapter,
-                      name=form.lower().replace(" ", "-").replace(",", ""), sets=FORMS[form], calibration=options.pairs,
+    recipe, *sets = FORMS[form]
+    request = Request(options.checkpoint, "desktop_linux_x86_64", recipe=recipe, adapter=options.adapter,
+                      name=form.lower().replace(" ", "-").replace(",", ""), sets=sets, calibration=options.pairs,
                       limits={"max_kl": 99.0, "min_top1": 0.0, "min_behaviour": 0.0})  # what is bad is measured too
     built = build(request, options.output, Console(), store)
     tuning = [json.loads((store.root / "tune" / key / "step.json").read_text(encoding="utf-8"))
@@ -69,7 +75,7 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
     score = distance(request, built.path, built.artifact.run, store)
     return {
         "form": form,
-        "mb": (built.path / "model" / "model.gguf").stat().st_size / 1e6,
+        "mb": built.artifact.run["model_bytes"] / 1e6,
         "seconds": sum(step["seconds"] for step in tuning),
         "peak": max(step["peak_rss_bytes"] for step in built.record["steps"]) / 1e6,
         "kl": score["kl_mean"],
@@ -102,14 +108,14 @@ def distance(request: Any, bundle: Path, run: Mapping[str, Any], store: Any) -> 
                 for key, value in run.items()}
     source, _ = source_scores(job, samples)
     found, _ = score(job, {**absolute, "context": 1024, "slots": 1}, samples, what=str(request.name),
-                     inputs={"benchmark": "int4", "model": sums(bundle)}, max_rss_bytes=1 << 30)
+                     inputs={"benchmark": "int4", "model": sums(bundle, run)}, max_rss_bytes=1 << 30)
     return asdict(compare(source, found.distributions, samples.targets))
 
 
-def sums(bundle: Path) -> str:
+def sums(bundle: Path, run: Mapping[str, Any]) -> str:
     """The digest that the bundle has of its model."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    return str(next(entry["sha256"] for entry in manifest["files"] if entry["path"] == "model/model.gguf"))
+    return str(next(entry["sha256"] for entry in manifest["files"] if entry["path"] == run["model"]))
 
 
 def kept(bundle: Path, pairs: list[dict[str, str]]) -> str:

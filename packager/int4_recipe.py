@@ -18,6 +18,7 @@ from packager.recipe import Artifact, Estimate, Job, Need, Recipe
 from packager.store import RECORD, code_digest
 
 if TYPE_CHECKING:
+    from packager.architectures import ModelShape
     from packager.checkpoint import Checkpoint
     from packager.int4_folder import Form
     from packager.reference import Samples
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from packager.target import Target
 
 MIB = 1 << 20
-# Python with torch, transformers, FastAPI and the tokenizer, after the ten answers of the demo's persona: measured.
-TRANSFORMERS_BYTES = 450 * MIB
+# Python with torch, transformers and FastAPI, measured after the ten answers of the demo's persona; the tokenizer takes
+# about 1 kB a token of the vocabulary. Prompts are read 256 tokens at a time (runtimes/transformers_.py).
+TRANSFORMERS_BYTES, BYTES_PER_TOKEN, PROMPT_CHUNK = 460 * MIB, 1000, 256
 # What vLLM takes on the GPU beside weights and KV cache: CUDA's context and the activations of its profiling run. An
 # assumption. On the host: an assumption too, after vLLM's own advice of a few GB a GPU.
 VLLM_BYTES, VLLM_HOST_BYTES = 3 << 29, 4 << 30
@@ -157,17 +159,23 @@ def estimate(form: Form, checkpoint: Checkpoint, target: Target, options: Option
     share = options.tensor_parallel
     return Estimate(
         artifact_bytes=size,
-        build_ram_bytes=max(ram, TRANSFORMERS_BYTES + size),
+        build_ram_bytes=max(ram, _transformers_bytes(shape) + size),
         build_disk_bytes=3 * size,
         load_bytes=size // share,
         kv_bytes=cache // share,
-        overhead_bytes=VLLM_BYTES if served_by_vllm else TRANSFORMERS_BYTES,
+        overhead_bytes=VLLM_BYTES if served_by_vllm else _transformers_bytes(shape),
         read_per_token_bytes=size - embedding,
         context=options.context,
         slots=options.slots,
         seconds=round(seconds + 60, 1),
         notes=_notes(served_by_vllm, share),
     )
+
+
+def _transformers_bytes(shape: ModelShape) -> int:
+    """What our own server takes beside weights and KV cache."""
+    activations = 4 * PROMPT_CHUNK * (3 * shape.intermediate + 4 * shape.hidden)
+    return TRANSFORMERS_BYTES + BYTES_PER_TOKEN * shape.vocab + activations
 
 
 def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:

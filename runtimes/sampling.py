@@ -73,8 +73,7 @@ def top_logprobs(logits: NDArray[np.float32], top: int) -> dict[int, float]:
     ones the lower id first.
     """
     values = logits.astype(np.float64)
-    highest = values.max()
-    total = float(highest + np.log(np.exp(values - highest).sum()))
+    total = _total(values)
     count = min(top, len(values))
     if count < 1:
         return {}
@@ -82,3 +81,14 @@ def top_logprobs(logits: NDArray[np.float32], top: int) -> dict[int, float]:
     near = np.flatnonzero(values >= edge)
     best = near[np.argsort(-values[near], kind="stable")][:count]
     return {int(token): float(values[token]) - total for token in best}
+
+
+def logprob(logits: NDArray[np.float32], token: int) -> float:
+    """The natural log-probability of one token."""
+    return float(logits[token]) - _total(logits.astype(np.float64))
+
+
+def _total(values: NDArray[np.float64]) -> float:
+    """The logarithm of the sum of all powers."""
+    highest = values.max()
+    return float(highest + np.log(np.exp(values - highest).sum()))

@@ -65,7 +65,7 @@ class Transformers:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
         """Generate in the calling thread; ``emit`` is called for every piece and cancels by returning True."""
-        from runtimes.sampling import Sampler, top_logprobs
+        from runtimes.sampling import Sampler, logprob, top_logprobs
 
         self._check(prompt, sampling)
         room = self.context - len(prompt)
@@ -87,8 +87,7 @@ class Transformers:
             token = sampler.choose(logits)
             top = None
             if sampling.logprobs is not None and token not in self._stop_ids:
-                chosen = {token: float(top_logprobs(logits, len(logits))[token])}
-                top = (chosen, top_logprobs(logits, sampling.logprobs))
+                top = (logprob(logits, token), top_logprobs(logits, sampling.logprobs))
             if token in self._stop_ids:
                 state.ended(token)
                 return
@@ -145,14 +144,16 @@ class _Stream:
         self.text, self.stops = words.stream(), StopScanner(sampling.stop)
         self.tokens = 0
 
-    def take(self, token: int, top: tuple[Mapping[int, float], Mapping[int, float]] | None) -> bool:
-        """One token more; True when the answer is over or not wanted any longer."""
+    def take(self, token: int, top: tuple[float, Mapping[int, float]] | None) -> bool:
+        """One token more, with its log-probability and the likeliest beside it; True when the answer is over or not
+        wanted any longer.
+        """
         self.tokens += 1
         logprobs: tuple[Logprob, ...] = ()
         if top is not None:
-            chosen, others = top
+            own, others = top
             near = tuple(self._logprob(other, value) for other, value in others.items())
-            logprobs = (self._logprob(token, chosen[token], near),)
+            logprobs = (self._logprob(token, own, near),)
         text, stopped = self.stops.feed(self.text.step(self.words.tokenizer, token) or "")
         cancelled = self.emit(Piece(text, (token,), self.tokens, logprobs))
         if stopped and not cancelled:
