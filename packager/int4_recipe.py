@@ -214,12 +214,12 @@ def build(form: Form, job: Job, options: Options) -> Artifact:
         source, step = source_scores(job, samples)
         steps.append(step)
         found = _score(form, job, run, packed, samples, steps)
-        require_contract(job, samples, found, "the tokenizer beside the weights")
+        said = require_contract(job, samples, found, "the tokenizer beside the weights")
         fidelity = measure(samples, source, found.distributions)
         limits = thresholds(options).changed(job.limits)
         report["fidelity"] = fidelity.as_dict(limits)
         report["prompts_equal"] = len(samples.prompts)
-        report["contract"] = samples.contract()
+        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
         if engine == "vllm":
             report["fidelity"]["scored"] = OTHERS_SCORE
         fix = "Give the fine-tuning pairs with --calibration, or tune=full."
