@@ -133,3 +133,25 @@ def test_the_real_lock_holds_for_every_platform() -> None:
     assert not {"huggingface-hub", "httpx", "hf-xet", "torch"} & listed
     assert "exceptiongroup" in {entry.name for entry in select(lock, Box(), "3.10")}
     assert "exceptiongroup" not in {entry.name for entry in select(lock, Box(), "3.12")}
+
+
+def test_a_scarce_package_narrows_the_pythons_and_says_so(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's CPU build, which an index may have for one Python only; where it has none, that is a refusal."""
+    rare = wheel(index, "rare", "cp313-cp313-manylinux_2_17_x86_64")
+    more = tmp_path / "more.lock"
+    more.write_text(f"rare==1.0 --hash=sha256:{digest(rare)}\n", "utf-8")
+    notes: list[str] = []
+    progress = Silent()
+    monkeypatch.setattr(progress, "note", notes.append)
+    for _ in range(2):  # the second time from the cache
+        found = fetch_wheels(
+            tmp_path / "box.lock", Box(), tmp_path / "cache", progress, more=[more], scarce=["rare"]
+        )
+        assert found.python == ("3.13",)
+        assert [name.partition("-")[0] for name in names(found.files)] == ["binary", "pure", "rare", "stable"]
+        assert "no wheel of rare for 3.10" in notes.pop() and not notes
+    rare.unlink()
+    with pytest.raises(PlanRefused, match="no wheel of rare"):
+        fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "other", progress, more=[more], scarce=["rare"])
