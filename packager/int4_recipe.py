@@ -245,17 +245,16 @@ def _packed(form: Form, job: Job, tuned: Any) -> Step:
     """The folder that loaders read."""
     import importlib
 
-    from packager import int4_folder, tuning
-    from packager.tokenizer_files import TRANSFORMERS, tokenizer_files
+    from packager import int4_folder, tokenizer_files, tuning
 
-    beside = tokenizer_files(job, TRANSFORMERS)
+    beside = tokenizer_files.tokenizer_files(job, tokenizer_files.TRANSFORMERS)
 
     def make(folder: Path, cost: Cost) -> None:
         with job.progress.step(f"packing as {form.title}"):
             int4_folder.write(form, job.checkpoint, tuned, beside.values(), folder)
 
     own = importlib.import_module(f"packager.{form.name}")
-    sources = [Path(str(module.__file__)) for module in (own, int4_folder, tuning)]
+    sources = [Path(str(module.__file__)) for module in (own, int4_folder, tokenizer_files, tuning)]
     inputs = {"checkpoint": job.checkpoint.digest, "tuned": tuned.step.key, "code": code_digest(*sources)}
     return job.store.step(form.name, inputs, make, progress=job.progress)
 

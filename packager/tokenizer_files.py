@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packager.store import RECORD
+from packager.tokenizer_facts import read_json
 
 if TYPE_CHECKING:
     from packager.checkpoint import Checkpoint
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from packager.store import Cost
 
 BOX = ("tokenizer.json", "tokenizer_config.json")  # what our own server and its tools read
-TRANSFORMERS = (*BOX, "generation_config.json", "special_tokens_map.json")  # what a transformers folder has beside them
+GENERATION = "generation_config.json"
+TRANSFORMERS = (*BOX, GENERATION, "special_tokens_map.json")  # what a transformers folder has beside them
 TEMPLATE = "chat_template.jinja"
 
 
@@ -28,13 +31,33 @@ def tokenizer_files(job: Job, names: tuple[str, ...] = BOX) -> dict[str, Path]:
         for name in TRANSFORMERS:
             if (checkpoint.path / name).is_file():
                 shutil.copyfile(checkpoint.path / name, folder / name)
+        if (ends := generation_config(checkpoint)) is not None:
+            (folder / GENERATION).write_text(json.dumps(ends, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if template is not None:
             (folder / TEMPLATE).write_text(template, encoding="utf-8", newline="")
 
-    inputs = {"checkpoint": checkpoint.digest, "files": list(TRANSFORMERS)}
+    inputs = {
+        "checkpoint": checkpoint.digest,
+        "files": list(TRANSFORMERS),
+        "ends": list(checkpoint.tokenizer.stop_ids),
+    }
     step = job.store.step("tokenizer-files", inputs, make, progress=job.progress)
     found = {path.name: path for path in sorted(step.path.iterdir()) if path.name != RECORD}
     return {name: path for name, path in found.items() if name in (*names, TEMPLATE)}
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The checkpoint's generation_config.json with every token that ends an answer; None where it has them already.
+
+    vLLM and transformers stop at this file's and the tokenizer's EOS alone: a template that ends turns with another
+    token would let them go on after every answer.
+    """
+    path = checkpoint.path / GENERATION
+    found = read_json(path) if path.is_file() else {}
+    said = found.get("eos_token_id", [])
+    named = [said] if isinstance(said, int) else list(said or [])
+    missing = [token for token in checkpoint.tokenizer.stop_ids if token not in (*named, checkpoint.tokenizer.eos_id)]
+    return {**found, "eos_token_id": [*named, *missing]} if missing else None
 
 
 def tokenizer_paths(checkpoint: Checkpoint) -> dict[str, str | None]:
