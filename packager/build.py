@@ -191,11 +191,15 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     template = training.load(request.template) if request.template else None
     if request.limits and not request.verify:
         raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Take one of the two away.")
+    if template and not request.verify:
+        raise UsageError("--no-verify compares nothing, not even with --template.", fix="Take one of the two away.")
     if "min_behaviour" in request.limits and not (samples and samples.conversations):
         raise UsageError(
             "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
         )
     opened = open_merged(request, store, progress)
+    if template and opened.checkpoint.family.kind != "decoder":
+        raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
     if opened.checkpoint.family.kind == "decoder":
         refuse_for_decoders(request.limits)
     options, said = settled(recipe, options, samples, opened.checkpoint)

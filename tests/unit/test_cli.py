@@ -341,3 +341,23 @@ def test_plan_settles_what_build_would(tmp_path: Path, child_environment: dict[s
     }
     assert [found[given]["options"]["tune"] for given in (False, True)] == ["none", "quick"]
     assert found[True]["estimate"]["build_ram_bytes"] > found[False]["estimate"]["build_ram_bytes"]
+
+
+def test_a_training_template_that_nothing_would_check_is_refused(
+    tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """Nothing is skipped silently: without verification it would be an option that does nothing."""
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    common = ("build", folder, "--target", "desktop_linux_x86_64", "-o", tmp_path / "out", "--template", "qwen")
+    ran = packager(*common, "--no-verify", environment=child_environment)
+    assert ran.returncode == 2, ran.stderr
+    assert "--no-verify compares nothing" in ran.stderr
+
+
+def test_the_training_templates_are_listed_and_shown(child_environment: dict[str, str]) -> None:
+    """Names for a pipeline, and one as the Jinja to save."""
+    found = json.loads(packager("templates", "--json", environment=child_environment).stdout)["templates"]
+    assert {"qwen", "qwen3", "llama3", "deepseekr1", "gemma", "phi", "mistral"} <= {row["name"] for row in found}
+    assert "<｜User｜>" in packager("templates", "show", "deepseekr1", environment=child_environment).stdout
+    ran = packager("templates", "show", "qwenn", environment=child_environment)
+    assert ran.returncode == 2 and 'Did you mean "qwen"' in ran.stderr
