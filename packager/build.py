@@ -161,6 +161,8 @@ def settled(
     recipe.
     """
     options, said = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
+    if checkpoint.family.kind != "decoder":  # an encoder neither chats nor stops
+        return options, said
     return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *said)
 
 
