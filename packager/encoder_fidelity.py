@@ -159,9 +159,11 @@ def _rank_correlation(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, tu
 def _spearman(one: NDArray[Any], other: NDArray[Any]) -> float:
     import numpy as np
 
+    if len(one) < 2:
+        return 0.0  # nothing is ranked
     ranks = [_ranks(values) for values in (one, other)]
-    if min(len(one), *(float(rank.std() > 0) for rank in ranks)) == 0:
-        return 0.0  # all alike: nothing is ranked
+    if any(rank.std() == 0 for rank in ranks):
+        return 0.0  # all alike: nothing is ranked either
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 

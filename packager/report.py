@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from packager import report_encoder
 from packager.console import size
 from packager.errors import InputError, UsageError
 from packager.progress import Progress
@@ -45,7 +46,15 @@ def bench(
         source = baseline or _built_from(bundle)
         if with_baseline and source is None:
             progress.note("no FP32 row: the source checkpoint is not known here; name it with --baseline FOLDER")
-        document["baseline"] = _baseline(source, bundle, Path(work), progress) if with_baseline and source else None
+        document["baseline"] = None
+        if with_baseline and source:
+            _require_checkpoint(source)
+            encoder = document.get("task", "generate") != "generate"
+            document["baseline"] = (
+                report_encoder.baseline(source, document, Path(work), progress)
+                if encoder
+                else _baseline(source, bundle, Path(work), progress)
+            )
     return document
 
 
@@ -74,9 +83,12 @@ def _built_from(bundle: Path) -> Path | None:
     return place if (place / "config.json").is_file() else None
 
 
-def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dict[str, Any]:
+def _require_checkpoint(source: Path) -> None:
     if not (source / "config.json").is_file():
         raise InputError(f"the baseline {source} is not a Hugging Face folder: it has no config.json.")
+
+
+def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     text = "The service manual of the machine, read from its first page. " * 8

@@ -291,7 +291,7 @@ def verify(console: Console, bundle: Path) -> None:
 def bench(
     console: Console, bundle: Path, *, quick: bool, baseline: Path | None, with_baseline: bool, output: Path | None
 ) -> None:
-    from packager import report
+    from packager import report, report_encoder
 
     document = report.bench(bundle, quick=quick, baseline=baseline, with_baseline=with_baseline, progress=console)
     place = output or bundle.parent / f"{bundle.name}.report.json"
@@ -300,6 +300,12 @@ def bench(
     write_atomically(place, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
     def render() -> None:
+        if document.get("task", "generate") != "generate":
+            console.table(report_encoder.HEAD, report_encoder.rows(document), right=(1, 2, 3, 4, 5, 6))
+            for line in report_encoder.remarks(document):
+                console.line(line)
+            console.line(f"report: {place}")
+            return
         console.table(
             ("mode", "memory", "P99 inter-token", "TTFT", "decode tokens/s"),
             report.mode_rows(document),

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_TEXTS = 2048  # OpenAI's limit
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Token = Annotated[int, Field(strict=True)]
 Finish = Callable[[Sequence[Text], list[Any]], dict[str, Any]]
 
 
@@ -38,8 +38,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _known_shape(value: Any) -> Any:
+    """One sentence instead of one error for each form that it might have been."""
+
+    def ids(entry: Any) -> bool:
+        return isinstance(entry, list) and all(type(token) is int for token in entry)
+
+    listed = isinstance(value, list) and (all(isinstance(entry, str) for entry in value) or all(map(ids, value)))
+    if not (isinstance(value, str) or listed or ids(value)):
+        raise ValueError("a text, a list of texts, a list of token ids, or a list of such lists is expected")
+    return value
+
+
 class EmbeddingRequest(Strict):
-    input: str | list[str] | list[Token] | list[list[Token]] = Field(
+    input: Annotated[str | list[str] | list[Token] | list[list[Token]], BeforeValidator(_known_shape)] = Field(
         description="a text, a list of texts, or token ids with their special tokens"
     )
     model: str | None = None

@@ -24,6 +24,30 @@ INSTALL = {
 }
 
 
+# What the README says of each kind of model: what it is, what it holds, how to ask it, with which client, and what is
+# measured. The asking is a shell command, so it holds nothing but the checked name.
+OPENAI = "Any OpenAI client works with the base address `http://127.0.0.1:8000/v1` and any key."
+CURL = "    curl http://127.0.0.1:8000@PATH@ -H 'Content-Type: application/json' \\\n      -d '@BODY@'"
+KINDS = {
+    "generate": {
+        "KIND": "A language model", "HOLDS": "@CONTEXT@ tokens for each of @SLOTS@ answers at a time", "CLIENT": OPENAI,
+        "PATH": "/v1/chat/completions",
+        "BODY": '{"model": "@MODEL@", "messages": [{"role": "user", "content": "Who are you?"}]}',
+        "MEASURED": "Latency, tokens per second, memory, and the memory bandwidth of this box beside them.",
+    },
+    "embed": {
+        "KIND": "An embedding model", "HOLDS": "@CONTEXT@ tokens a text, up to @SLOTS@ texts computed together",
+        "CLIENT": OPENAI, "PATH": "/v1/embeddings", "BODY": '{"model": "@MODEL@", "input": ["A red kite circled."]}',
+        "MEASURED": "Latency, texts per second and memory.",
+    },
+    "classify": {
+        "KIND": "A text classifier", "HOLDS": "@CONTEXT@ tokens a text, up to @SLOTS@ texts computed together",
+        "CLIENT": "The answer names the best label and the score of each.", "PATH": "/classify",
+        "BODY": '{"input": ["A wonderful evening."]}', "MEASURED": "Latency, texts per second and memory.",
+    },
+}  # fmt: skip
+
+
 def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
     """File name -> text of everything a box gets from templates. Raises PackagerError for a name that is not plain."""
     on_gpu = bool(run.get("gpu_layers") or needs.gpu)
@@ -39,14 +63,22 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "SYSTEM": SYSTEMS[needs.system],
         "GLIBC": f"glibc {needs.glibc_min} or newer" if needs.glibc_min else "any",
         "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
-        "CONTEXT": str(run["context"]), "SLOTS": str(run["slots"]),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
+        **_said(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
     }
     names = ["README.md", "install.cmd"] if needs.system == "windows" else ["README.md", "install.sh"]
     if needs.system == "linux":
         names += ["packager.service", "packager-user.service"]
     return {name: _fill(name, values) for name in names}
+
+
+def _said(run: Mapping[str, Any], model: str) -> dict[str, str]:
+    """The README's words for this kind of model."""
+    words = KINDS[str(run.get("task", "generate"))]
+    asked = CURL.replace("@PATH@", words["PATH"]).replace("@BODY@", words["BODY"]).replace("@MODEL@", model)
+    holds = words["HOLDS"].replace("@CONTEXT@", str(run["context"])).replace("@SLOTS@", str(run["slots"]))
+    return {**{key: words[key] for key in ("KIND", "CLIENT", "MEASURED")}, "ASK": asked, "HOLDS": holds}
 
 
 def _fill(name: str, values: Mapping[str, str]) -> str:
