@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Locks beside an engine's own box-NAME.lock, and packages that an index may have for some Pythons only.
 MORE_LOCKS = {"transformers": ("torch-cpu",)}
-SCARCE = {"transformers": ("torch",), "ort_encoder": ("onnxruntime", "numpy")}
+SCARCE = {"ort": ("onnxruntime",), "transformers": ("torch",), "ort_encoder": ("onnxruntime", "numpy")}
 
 
 @dataclass(frozen=True)

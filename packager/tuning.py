@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from packager.store import Cost, Step, code_digest, digest_of
 from packager.tools import CHILDREN, follow, version_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from packager.reference import Samples
 
 ITERATIONS = {"none": 0, "quick": 20, "full": 200}
+AUTO_SECONDS = 3600.0  # the longest tuning that tune=auto starts by itself
 ZERO = 8  # the stored integer that stands for zero
 # The child's peak: torch and transformers; for each weight of a layer itself, its shift, its rounded form and gradients
 # in float32; hidden states of the calibration, and what one batch leaves for the backward pass.
@@ -115,6 +116,17 @@ def costs(checkpoint: Checkpoint, budget: str) -> tuple[int, float]:
     inner = 4 * 4 * BATCH_TOKENS * (checkpoint.shape.intermediate + checkpoint.shape.hidden)
     flops = layers * weights * (6 * BATCH_TOKENS * ITERATIONS[budget] + 6 * TOKENS)
     return BASE_BYTES + BYTES_PER_WEIGHT * weights + states + inner, flops / FLOPS
+
+
+def affordable(checkpoint: Checkpoint, whose: str) -> tuple[Literal["none", "quick"], tuple[str, ...]]:
+    """What tune=auto means where fine-tuning data is given, and a sentence when that is not to tune."""
+    _, seconds = costs(checkpoint, "quick")
+    if seconds <= AUTO_SECONDS:
+        return "quick", ()
+    return "none", (
+        f"{whose} integers are rounded, not tuned: tuning would take about {seconds / 3600:.1f} hours on two cores, "
+        "and auto stays below one. Ask for it with --set tune=quick: it keeps more of the fine-tuning.",
+    )
 
 
 def gguf_parts(tuned: Tuned, checkpoint: Checkpoint) -> dict[str, dict[str, object]]:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from packager.tuning import Tuned
 
 GROUP = 32  # inputs that share a scale in Q4_0
-AUTO_SECONDS = 3600.0  # the longest tuning that tune=auto starts by itself
 SCORE_CACHE = 1 << 30  # bytes resident while a file is scored: the map of a larger one is dropped and read again
 
 
@@ -98,16 +97,10 @@ def settle(
         return options, ()
     if options.quant != "Q4_0" or options.imatrix != "auto" or calibration is None:
         return replace(options, tune="none"), ()
-    from packager.tuning import costs
+    from packager.tuning import affordable
 
-    _, seconds = costs(checkpoint, "quick")
-    if seconds > AUTO_SECONDS:
-        note = (
-            f"Q4_0's integers are rounded, not tuned: tuning would take about {seconds / 3600:.1f} hours on two cores, "
-            "and auto stays below one. Ask for it with --set tune=quick: it keeps more of the fine-tuning."
-        )
-        return replace(options, tune="none"), (note,)
-    return replace(options, tune="quick"), ()
+    tune, said = affordable(checkpoint, "Q4_0's")
+    return replace(options, tune=tune), said
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from packager.encoder_fidelity import EncoderThresholds
-from packager.gates import Thresholds
+from packager.onnx_decoder import thresholds
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe
 
 if TYPE_CHECKING:
+    from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
     from packager.target import Target
 
 MODULES = {"encoder": "packager.onnx_encoder", "decoder": "packager.onnx_decoder"}
-SAID = {"encoder": "embedders and classifiers", "decoder": "decoder language models"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,14 @@ class Options:
         default=4096,
         metadata={"doc": "most tokens of a conversation, or of an encoder's text (never more than it was made for)",
                   "min": 1},
+    )
+    bits: Literal[8, 4] = field(
+        default=8,
+        metadata={"doc": "of a language model's layers; 4 takes the tuned integers that Q4_0 and GPTQ share"},
+    )
+    tune: Literal["auto", "none", "quick", "full"] = field(
+        default="auto",
+        metadata={"doc": "with bits=4, on the calibration data; auto: quick where fine-tuning data is given"},
     )
     slots: int = field(
         default=4,
@@ -53,36 +60,35 @@ class Maker(Protocol):
     build: Callable[[Job, Options], Artifact]
 
 
-def maker(checkpoint: Checkpoint) -> Maker | None:
-    """The module for this kind of model; None when this version has none."""
-    name = MODULES[checkpoint.family.kind]
-    return cast(Maker, importlib.import_module(name)) if find_spec(name) else None
+def maker(checkpoint: Checkpoint) -> Maker:
+    """The module for this kind of model."""
+    return cast(Maker, importlib.import_module(MODULES[checkpoint.family.kind]))
 
 
-def thresholds(options: Options) -> Thresholds:
-    """What a language model must keep: eight bits cost a model of 135 M parameters no more than this."""
-    return Thresholds(max_kl=0.05, min_top1=0.88)
+def settle(
+    options: Options, calibration: Calibration | None, checkpoint: Checkpoint
+) -> tuple[Options, tuple[str, ...]]:
+    """int4 is tuned where there is fine-tuning data that could be lost, unless that takes hours."""
+    if options.tune != "auto":
+        return options, ()
+    if options.bits != 4 or calibration is None or checkpoint.family.kind != "decoder":
+        return replace(options, tune="none"), ()
+    from packager.tuning import affordable
+
+    tune, said = affordable(checkpoint, "The INT4 model's")
+    return replace(options, tune=tune), said
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    found = maker(checkpoint)
-    if found is None:
-        return f"this version of onnx_int8 does not make {SAID[checkpoint.family.kind]}; use another recipe."
-    return found.why_not(checkpoint, target, options)
+    return maker(checkpoint).why_not(checkpoint, target, options)
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    found = maker(checkpoint)
-    if found is not None:
-        return found.estimate(checkpoint, target, options)
-    size = checkpoint.parameters  # refused; a figure is shown all the same
-    return Estimate(size, size, size, size, 0, 0, size, options.context, options.slots, 0.0)
+    return maker(checkpoint).estimate(checkpoint, target, options)
 
 
 def build(job: Job, options: Options) -> Artifact:
-    found = maker(job.checkpoint)
-    assert found is not None, "the plan refuses what no module makes"
-    return found.build(job, options)
+    return maker(job.checkpoint).build(job, options)
 
 
 RECIPE = Recipe(
@@ -101,4 +107,5 @@ RECIPE = Recipe(
     build=build,
     thresholds=thresholds,
     encoder_thresholds=EncoderThresholds(),
+    settle=settle,
 )

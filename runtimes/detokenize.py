@@ -8,15 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from runtimes.chat import open_tokenizer
+
 
 class Detokenizer:
-    """Shared by all answers of a server. Raises EngineError's cause as the tokenizers library words it."""
+    """Shared by all answers of a server. Raises ManifestError when the file cannot be read."""
 
     def __init__(self, tokenizer: Path) -> None:
-        from tokenizers import Tokenizer
-
         self.path = tokenizer
-        self.tokenizer = Tokenizer.from_file(str(tokenizer))
+        self.tokenizer = open_tokenizer(tokenizer)
 
     def stream(self) -> Any:
         """Feed it a token with ``step(tokenizer, id)``: text, or None while a character is not whole. Tokens that the

@@ -17,6 +17,7 @@ from runtimes.manifest import ManifestError, Run
 
 MODULES = {
     "llamacpp": "llamacpp",
+    "ort": "ort",
     "transformers": "transformers_",
     "vllm": "vllm_",
     "ort_encoder": "ort_encoder",

@@ -1,0 +1,319 @@
+"""A decoder as an ONNX graph for onnxruntime, written from a checkpoint's config and headers.
+
+onnxruntime-genai's builder loads the whole model in float32 and leaves the embedding so; here a graph is written
+without weights in memory, and what it points to is decided by Weights: the checkpoint's own files (to prove the graph),
+or packed integers (to ship). Operators are onnxruntime's contrib ones (docs/ContribOperators.md there).
+
+Inputs: input_ids (batch, tokens); seqlens_k (batch,), each row's tokens in all less one; total_length (), the longest
+row's; kept (1,), how many of the last tokens get logits; the caches, (batch, heads, capacity, dimensions), which
+GroupQueryAttention writes in place when past and present are one buffer. Outputs: logits (batch, kept, vocabulary).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from packager import rope
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+
+    from packager.checkpoint import Checkpoint
+
+MICROSOFT = "com.microsoft"
+OPSET, IR_VERSION = 21, 10
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma", "gemma2", "gemma3_text")
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
+
+
+class Graph:
+    """Nodes and initializers under way. Names are the tensors' own or count up: the same calls give the same bytes."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self._count = 0
+
+    def add(
+        self, operator: str, inputs: Sequence[str], *, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
+    ) -> str:
+        """Append a node; the name of its first output."""
+        from onnx import helper
+
+        self._count += 1
+        names = list(outputs) or [f"{operator}.{self._count}"]
+        node = helper.make_node(operator, list(inputs), names, name=f"{operator}:{self._count}", domain=domain)
+        node.attribute.extend(helper.make_attribute(key, attributes[key]) for key in sorted(attributes))
+        self.nodes.append(node)
+        return names[0]
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """A small tensor inside the graph; the same name is the same tensor."""
+        if name not in self.initializers:
+            from onnx import numpy_helper
+
+            self.initializers[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def external(self, name: str, kind: int, shape: Sequence[int], file: str, start: int, length: int) -> str:
+        """A tensor whose bytes lie in a file beside the graph. kind: onnx.TensorProto's number."""
+        from onnx import TensorProto
+
+        if name not in self.initializers:
+            tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", file), ("offset", start), ("length", length)):
+                entry = tensor.external_data.add()
+                entry.key, entry.value = key, str(value)
+            self.initializers[name] = tensor
+        return name
+
+
+class Weights(Protocol):
+    """Where a graph's matrices come from."""
+
+    def embedding(self, graph: Graph, ids: str) -> str:
+        """Rows of the embedding, (batch, tokens, hidden)."""
+        ...
+
+    def linear(self, graph: Graph, x: str, modules: Sequence[str]) -> str:
+        """x times the modules' transposed weights, their outputs side by side; no bias."""
+        ...
+
+    def head(self, graph: Graph, x: str) -> str:
+        """The logits, (batch, tokens, vocabulary)."""
+        ...
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A small tensor (norm, bias) by its checkpoint name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What differs between a family's layers. window: 0 for none. scale: of the attention scores."""
+
+    kind: str
+    window: int
+    rotated: bool
+
+
+def why_not(checkpoint: Checkpoint) -> str | None:
+    """None, or why this model has no graph here, as the end of a sentence."""
+    if checkpoint.family.model_type not in FAMILIES:
+        return f"no ONNX graph is known for {checkpoint.architecture}"
+    if checkpoint.shape.head_dim % 16:
+        return f"onnxruntime's attention takes heads of 16, 32, … dimensions, not {checkpoint.shape.head_dim}"
+    turned = rope.dims(checkpoint.config, checkpoint.shape.head_dim)
+    if turned % 16:
+        return f"onnxruntime's attention rotates 16, 32, … dimensions of a head, not {turned}"
+    return rope.why_not(checkpoint.config)
+
+
+def layers(checkpoint: Checkpoint, context: int) -> list[Layer]:
+    """Each layer's kind of attention. A window no shorter than the context is none."""
+    config, count = checkpoint.config, checkpoint.shape.layers
+    family = checkpoint.family.model_type
+    window = int(config.get("sliding_window") or 0)
+    kinds = config.get("layer_types")
+    if not kinds:
+        kinds = [_kind(config, family, index, bool(window)) for index in range(count)]
+    rotated = config.get("no_rope_layers") or [1] * count  # SmolLM3: 1 where positions are rotated
+    return [
+        Layer(kind, window if kind == "sliding_attention" and window < context else 0, bool(turned))
+        for kind, turned in zip(kinds, rotated, strict=True)
+    ]
+
+
+def _kind(config: Mapping[str, Any], family: str, index: int, windowed: bool) -> str:
+    """For a config without layer_types: each family's default in transformers."""
+    every = {"gemma2": 2, "gemma3_text": int(config.get("sliding_window_pattern") or 6)}.get(family)
+    if every:
+        sliding = (index + 1) % every != 0
+    elif family in ("qwen2", "qwen3", "smollm3"):
+        sliding = bool(config.get("use_sliding_window")) and index >= int(config.get("max_window_layers") or 0)
+    else:
+        sliding = family in ("mistral", "phi3")
+    return "sliding_attention" if sliding and windowed else "full_attention"
+
+
+class Decoder:
+    """Writes the graph of one checkpoint. context: tokens that positions are tabulated for."""
+
+    def __init__(self, checkpoint: Checkpoint, weights: Weights, context: int) -> None:
+        self.checkpoint, self.weights, self.context = checkpoint, weights, context
+        self.config, self.shape = checkpoint.config, checkpoint.shape
+        self.family = checkpoint.family.model_type
+        self.graph = Graph()
+
+    def model(self) -> onnx.ModelProto:
+        """The finished model; its bytes depend on the checkpoint and the weights' places alone."""
+        from onnx import TensorProto, helper
+
+        graph, shape = self.graph, self.shape
+        inputs = [_value("input_ids", TensorProto.INT64, ["batch", "tokens"]),
+                  _value("seqlens_k", TensorProto.INT32, ["batch"]),
+                  _value("total_length", TensorProto.INT32, []),
+                  _value("kept", TensorProto.INT64, [1])]
+        outputs = [_value("logits", TensorProto.FLOAT, ["batch", "logits_kept", shape.vocab])]
+        cache = [shape.kv_heads, shape.head_dim]
+        for index in range(shape.layers):
+            for part in ("key", "value"):
+                past, present = PAST.format(index, part), PRESENT.format(index, part)
+                inputs.append(_value(past, TensorProto.FLOAT, ["batch", cache[0], "capacity", cache[1]]))
+                outputs.append(_value(present, TensorProto.FLOAT, ["batch", cache[0], "capacity", cache[1]]))
+        self._body()
+        made = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="packager")
+
+    def _body(self) -> None:
+        graph = self.graph
+        x = self.weights.embedding(graph, "input_ids")
+        if self.family in GEMMAS:
+            x = graph.add("Mul", [x, self._scalar("embedding.scale", math.sqrt(self.shape.hidden))])
+        four = len(self.checkpoint.family.norms) == 4
+        normed = self._norm(x, "model.layers.0.input_layernorm")
+        for index, layer in enumerate(layers(self.checkpoint, self.context)):
+            name = f"model.layers.{index}"
+            branch = self._attention(f"{name}.self_attn", index, layer, normed)
+            if four:
+                branch = self._norm(branch, f"{name}.post_attention_layernorm")
+            before = "pre_feedforward_layernorm" if four else "post_attention_layernorm"
+            normed, x = self._add_norm(x, branch, f"{name}.{before}")
+            branch = self._mlp(f"{name}.mlp", normed)
+            if four:
+                branch = self._norm(branch, f"{name}.post_feedforward_layernorm")
+            last = index + 1 == self.shape.layers
+            following = "model.norm" if last else f"model.layers.{index + 1}.input_layernorm"
+            normed, x = self._add_norm(x, branch, following)
+        begin = graph.add("Neg", ["kept"])
+        normed = graph.add("Slice", [normed, begin, self._integers("end", [2**62]), self._integers("tokens.axis", [1])])
+        logits = self.weights.head(graph, normed)
+        cap = self.config.get("final_logit_softcapping") if self.family in GEMMAS else None
+        if cap:
+            size = self._scalar("logits.cap", float(cap))
+            logits = graph.add("Mul", [graph.add("Tanh", [graph.add("Div", [logits, size])]), size])
+        graph.add("Identity", [logits], outputs=["logits"])
+
+    def _attention(self, name: str, index: int, layer: Layer, x: str) -> str:
+        graph, shape = self.graph, self.shape
+        parts = ["qkv_proj"] if self.checkpoint.family.fused else ["q_proj", "k_proj", "v_proj"]
+        qkv = self._linear(x, [f"{name}.{part}" for part in parts])
+        query, key, value = qkv, "", ""
+        if self.checkpoint.family.qk_norm:
+            sizes = [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim]
+            names = [f"{name}.{part}" for part in ("query", "key", "value")]
+            graph.add("Split", [qkv, self._integers("qkv.sizes", sizes)], outputs=names, axis=-1)
+            query, key, value = names
+            query = self._head_norm(query, f"{name}.q_norm")
+            key = self._head_norm(key, f"{name}.k_norm")
+        rotation = ["", ""]
+        if layer.rotated:
+            rotation = self._rotation(layer.kind)
+        past = [PAST.format(index, part) for part in ("key", "value")]
+        present = [PRESENT.format(index, part) for part in ("key", "value")]
+        scored = self.config.get("query_pre_attn_scalar") if self.family in ("gemma2", "gemma3_text") else None
+        attributes: dict[str, Any] = {
+            "num_heads": shape.heads,
+            "kv_num_heads": shape.kv_heads,
+            "scale": float(scored or shape.head_dim) ** -0.5,
+            "do_rotary": int(layer.rotated),
+            "rotary_interleaved": 0,
+        }
+        if layer.window:
+            attributes["local_window_size"] = layer.window
+        cap = self.config.get("attn_logit_softcapping") if self.family == "gemma2" else None
+        if cap:
+            attributes["softcap"] = float(cap)
+        mixed = graph.add(
+            "GroupQueryAttention",
+            [query, key, value, *past, "seqlens_k", "total_length", *rotation],
+            outputs=[f"{name}.mixed", *present],
+            domain=MICROSOFT,
+            **attributes,
+        )
+        return self._linear(mixed, [f"{name}.o_proj"])
+
+    def _rotation(self, kind: str) -> list[str]:
+        names = [f"rope.{kind}.{part}" for part in ("cos", "sin")]
+        if names[0] not in self.graph.initializers:
+            for name, table in zip(names, rope.tables(self.config, kind, self.shape.head_dim, self.context),
+                                   strict=True):
+                self.graph.constant(name, table)
+        return names
+
+    def _head_norm(self, x: str, name: str) -> str:
+        """An RMS norm over each head, (batch, tokens, heads x dimensions)."""
+        size = self.shape.head_dim
+        apart = self.graph.add("Reshape", [x, self._integers("heads.apart", [0, 0, -1, size])])
+        normed = self._norm(apart, name)
+        return self.graph.add("Reshape", [normed, self._integers("heads.joined", [0, 0, -1])])
+
+    def _mlp(self, name: str, x: str) -> str:
+        graph = self.graph
+        if self.checkpoint.family.fused:
+            both = self._linear(x, [f"{name}.gate_up_proj"])
+            gate, up = f"{name}.gate", f"{name}.up"
+            halves = self._integers("mlp.sizes", [self.shape.intermediate] * 2)
+            graph.add("Split", [both, halves], outputs=[gate, up], axis=-1)
+        else:
+            gate, up = (self._linear(x, [f"{name}.{part}"]) for part in ("gate_proj", "up_proj"))
+        if self.family in GEMMAS:
+            active = graph.add("FastGelu", [gate], domain=MICROSOFT)  # the tanh form
+        else:
+            active = graph.add("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x): SiLU
+        return self._linear(graph.add("Mul", [active, up]), [f"{name}.down_proj"])
+
+    def _linear(self, x: str, modules: Sequence[str]) -> str:
+        """Weights, and biases where the checkpoint has them."""
+        import numpy as np
+
+        product = self.weights.linear(self.graph, x, modules)
+        names = [f"{module}.bias" for module in modules]
+        found = [name for name in names if name in self.checkpoint.tensors]
+        if not found:
+            return product
+        rows = {name: self.checkpoint.tensors[name.removesuffix("bias") + "weight"].shape[0] for name in names}
+        parts = [self.weights.vector(name) if name in found else np.zeros(rows[name], np.float32) for name in names]
+        return self.graph.add("Add", [product, self.graph.constant(found[0], np.concatenate(parts))])
+
+    def _norm_weight(self, name: str) -> str:
+        value = self.weights.vector(f"{name}.weight")
+        return self.graph.constant(f"{name}.weight", value + 1 if self.family in GEMMAS else value)  # Gemma: 1 + w
+
+    @property
+    def _epsilon(self) -> float:
+        return float(self.config.get("rms_norm_eps", 1e-6))
+
+    def _norm(self, x: str, name: str) -> str:
+        return self.graph.add("SimplifiedLayerNormalization", [x, self._norm_weight(name)], axis=-1,
+                              epsilon=self._epsilon, stash_type=1)
+
+    def _add_norm(self, x: str, branch: str, name: str) -> tuple[str, str]:
+        """The next norm of x + branch, and the sum itself."""
+        normed, total = f"{name}.normed", f"{name}.sum"
+        self.graph.add("SkipSimplifiedLayerNormalization", [x, branch, self._norm_weight(name)],
+                       outputs=[normed, "", "", total], domain=MICROSOFT, epsilon=self._epsilon)
+        return normed, total
+
+    def _integers(self, name: str, values: Sequence[int]) -> str:
+        import numpy as np
+
+        return self.graph.constant(name, np.array(values, np.int64))
+
+    def _scalar(self, name: str, value: float) -> str:
+        import numpy as np
+
+        return self.graph.constant(name, np.array(value, np.float32))
+
+
+def _value(name: str, kind: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, kind, list(shape))

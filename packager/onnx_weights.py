@@ -1,0 +1,213 @@
+"""Where an ONNX decoder's matrices lie: in the checkpoint's own files, or packed beside the graph as integers.
+
+Packed matrices are what onnxruntime's MatMulNBits and GatherBlockQuantized read: (rows, blocks, bytes) unsigned, the
+zero point in the middle (128 or 8), one scale for ``block`` inputs. Scales are stored as float16 and cast when a
+session is made, which halves what they take; int4's are the tuned ones bit for bit. A tied head is the embedding's
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from packager.onnx_graph import MICROSOFT, Graph
+from packager.safetensors_io import TensorInfo, read_rows, row_chunks, to_float32
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from packager.checkpoint import Checkpoint
+    from packager.tuning import Tuned
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+DATA = "model.onnx.data"
+ALIGNED = 64  # bytes, where a packed tensor begins
+HEAD_ROWS = 16384  # of the exact head at once: what is cast to float32 while it is multiplied
+ACCURACY = 4  # activations as int8 a block, the only fast kernels on a CPU: at float32 a token took fifty times as long
+
+
+class Base:
+    """What both kinds of weights share."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def info(self, module: str) -> TensorInfo:
+        return self.checkpoint.tensors[f"{module}.weight"]
+
+    @property
+    def head_module(self) -> str:
+        return HEAD if f"{HEAD}.weight" in self.checkpoint.tensors and not self.checkpoint.shape.tied else EMBEDDING
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A small tensor by its checkpoint name, in float32."""
+        info = self.checkpoint.tensors[name]
+        return to_float32(read_rows(self.checkpoint.path, info), info.dtype)
+
+
+class Exact(Base):
+    """The checkpoint's own numbers, read out of its own files where they lie and cast to float32 as they are used."""
+
+    def embedding(self, graph: Graph, ids: str) -> str:
+        rows = graph.add("Gather", [self._stored(graph, EMBEDDING), ids])
+        return self._float(graph, rows, EMBEDDING)
+
+    def linear(self, graph: Graph, x: str, modules: Sequence[str]) -> str:
+        parts = []
+        for module in modules:
+            weight = self._float(graph, self._stored(graph, module), module)
+            parts.append(graph.add("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1))
+        return parts[0] if len(parts) == 1 else graph.add("Concat", parts, axis=-1)
+
+    def head(self, graph: Graph, x: str) -> str:
+        rows = self.info(self.head_module).shape[0]
+        parts = []
+        for begin in range(0, rows, HEAD_ROWS):
+            part = self._stored(graph, self.head_module, begin, min(begin + HEAD_ROWS, rows))
+            weight = self._float(graph, part, self.head_module)
+            parts.append(graph.add("FusedMatMul", [x, weight], domain=MICROSOFT, transB=1))
+        return parts[0] if len(parts) == 1 else graph.add("Concat", parts, axis=-1)
+
+    def _stored(self, graph: Graph, module: str, begin: int = 0, end: int | None = None) -> str:
+        info = self.info(module)
+        rows, columns = info.shape
+        end = rows if end is None else end
+        row = info.nbytes // rows
+        name = f"{module}.weight" if (begin, end) == (0, rows) else f"{module}.weight.{begin}"
+        start, length = info.start + begin * row, (end - begin) * row
+        return graph.external(name, _kind(info.dtype), (end - begin, columns), info.file, start, length)
+
+    def _float(self, graph: Graph, x: str, module: str) -> str:
+        if self.info(module).dtype == "F32":
+            return x
+        from onnx import TensorProto
+
+        return graph.add("Cast", [x], to=TensorProto.FLOAT)
+
+
+def _kind(dtype: str) -> int:
+    from onnx import TensorProto
+
+    return {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}[dtype]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A packed matrix in the data file: where its integers and its scales begin."""
+
+    rows: int
+    inputs: int
+    bits: int
+    integers: int
+    scales: int
+
+
+class Packed(Base):
+    """Integers written to ``file`` the first time a graph asks for them; a second graph finds the same places.
+
+    block: inputs that share a scale. tuned: int4 for the layers' matrices, None for int8. Embedding and head are int8.
+    wrote: called with the bytes of the checkpoint that are done.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, file: IO[bytes], block: int, tuned: Tuned | None, wrote: Callable[[int], None]
+    ) -> None:
+        super().__init__(checkpoint)
+        self.file, self.block, self.tuned, self.wrote = file, block, tuned, wrote
+        self.places: dict[str, Place] = {}
+
+    def embedding(self, graph: Graph, ids: str) -> str:
+        from onnx import TensorProto
+
+        place = self._place((EMBEDDING,))
+        # the very bytes of the head where that is tied, in the shape that this operator wants
+        table = graph.external(f"{EMBEDDING}.rows", TensorProto.UINT8, (place.rows, place.inputs), DATA,
+                               place.integers, place.rows * place.inputs)
+        return graph.add("GatherBlockQuantized", [table, ids, self._scales(graph, EMBEDDING, place)], domain=MICROSOFT,
+                         bits=place.bits, block_size=self.block, gather_axis=0, quantize_axis=1)
+
+    def linear(self, graph: Graph, x: str, modules: Sequence[str]) -> str:
+        from onnx import TensorProto
+
+        place, name = self._place(tuple(modules)), "+".join(modules)
+        blocks, width = place.inputs // self.block, self.block * place.bits // 8
+        integers = graph.external(f"{name}.integers", TensorProto.UINT8, (place.rows, blocks, width), DATA,
+                                  place.integers, place.rows * blocks * width)
+        return graph.add("MatMulNBits", [x, integers, self._scales(graph, name, place)], domain=MICROSOFT,
+                         K=place.inputs, N=place.rows, bits=place.bits, block_size=self.block,
+                         accuracy_level=ACCURACY)
+
+    def head(self, graph: Graph, x: str) -> str:
+        return self.linear(graph, x, (self.head_module,))
+
+    def _scales(self, graph: Graph, name: str, place: Place) -> str:
+        from onnx import TensorProto
+
+        blocks = place.inputs // self.block
+        stored = graph.external(f"{name}.scales", TensorProto.FLOAT16, (place.rows, blocks), DATA, place.scales,
+                                2 * place.rows * blocks)
+        return graph.add("Cast", [stored], to=TensorProto.FLOAT)
+
+    def _place(self, modules: tuple[str, ...]) -> Place:
+        name = "+".join(modules)
+        if name not in self.places:
+            four = self.tuned is not None and modules[0] not in (EMBEDDING, HEAD)
+            rows = sum(self.info(module).shape[0] for module in modules)
+            inputs, scales = self.info(modules[0]).shape[1], []
+            begin = self._aligned()
+            for module in modules:
+                for integers, scale in self._tuned(module) if four else self._eight(module):
+                    self.file.write(integers.tobytes())
+                    scales.append(scale.tobytes())
+                self.wrote(self.info(module).nbytes)
+            after = self._aligned()
+            self.file.write(b"".join(scales))
+            self.places[name] = Place(rows, inputs, 4 if four else 8, begin, after)
+        return self.places[name]
+
+    def _aligned(self) -> int:
+        self.file.write(b"\0" * (-self.file.tell() % ALIGNED))
+        return self.file.tell()
+
+    def _eight(self, module: str) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        info = self.info(module)
+        for begin, end in row_chunks(info):
+            yield eight_bits(to_float32(read_rows(self.checkpoint.path, info, begin, end), info.dtype), self.block)
+
+    def _tuned(self, module: str) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        assert self.tuned is not None
+        integers, scales = self.tuned.read(module)
+        yield integers[:, 0::2] | integers[:, 1::2] << 4, scales  # element 2j in the low half of byte j
+
+
+def eight_bits(values: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Rows rounded to nearest: integers 1…255 around 128, (rows, inputs), and scales (rows, inputs / block).
+
+    The scale is a block's largest magnitude / 127, rounded to float16 before the integers are chosen by it. Raises
+    ValueError for a weight that is no number or beyond what float16 scales reach.
+    """
+    import numpy as np
+
+    rows, inputs = values.shape
+    blocks = values.reshape(rows, inputs // block, block)
+    scales = (np.abs(blocks).max(axis=2) / 127).astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise ValueError("a weight is too large for a float16 scale")
+    wide = scales.astype(np.float32)
+    wide[wide == 0] = 1  # all of them are zero, or too small to tell
+    integers = np.clip(np.rint(blocks / wide[:, :, None]), -127, 127) + 128
+    return integers.astype(np.uint8).reshape(rows, inputs), scales
+
+
+def link(source: Path, folder: Path) -> None:
+    """The file ``source`` in ``folder`` too; a copy where the two lie on different disks."""
+    import shutil
+
+    try:
+        (folder / source.name).hardlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, folder / source.name)
