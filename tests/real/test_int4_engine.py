@@ -234,3 +234,12 @@ def test_zero_points_other_than_eight_are_read() -> None:
     linear.rows = 5  # several blocks
     x = torch.randn(3, 64)
     torch.testing.assert_close(linear(x), x @ torch.from_numpy(expected).T)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("gptq", "gptq"), ("awq", "gemm")])
+def test_transformers_knows_the_formats(name: str, layout: str) -> None:
+    """Its own reader of ``quantization_config`` takes both for what they are (loading them is gptqmodel's work)."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    found = AutoQuantizationConfig.from_dict(FORMS[name].config(32, "x"))
+    assert (found.quant_method.value, found.bits, found.group_size, found.format) == (name, 4, 32, layout)

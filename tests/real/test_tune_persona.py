@@ -162,10 +162,12 @@ def test_int4_folders_say_what_they_are(int4_bundles: dict[str, Path]) -> None:
     assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize(("form", "asked"), [("gptq", 10), ("awq", 3)])
+@pytest.mark.parametrize(("form", "asked"), [("gptq", 4), ("awq", 2)])
 def test_int4_folders_answer_through_the_server(
     form: str, asked: int, int4_bundles: dict[str, Path], persona_pairs: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    """Word for word. AWQ's weights are GPTQ's bit for bit, so the shortest of its answers do."""
+    """Word for word, the shortest of the ten: torch takes a quarter of a second a token. All ten are in the reports'
+    behaviour above, and benchmarks/int4.py asks them.
+    """
     pairs = sorted(persona_pairs, key=lambda pair: len(pair[1]))[:asked]
     assert kept(int4_bundles[form], pairs, tmp_path / "log") == asked

@@ -56,9 +56,10 @@ def test_linux_gets_the_cpu_build_by_its_exact_name() -> None:
         assert on_linux == str(wanted.specifier).endswith("+cpu")
 
 
-def test_box_and_build_machine_run_the_same_versions() -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("box-")])
+def test_box_and_build_machine_run_the_same_versions(name: str) -> None:
     """What is scored here is what runs there: packages in both locks have one version. Nor do the tests run others."""
-    build, box, test = pinned("build.lock"), pinned("box-llamacpp.lock"), pinned("test.lock")
+    build, box, test = pinned("build.lock"), pinned(name), pinned("test.lock")
     assert {name: build[name] for name in box if name in build} == {name: box[name] for name in box if name in build}
     assert build.items() <= test.items()
 
