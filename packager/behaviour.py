@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from packager.checkpoint import Checkpoint
     from packager.recipe import Job
     from packager.samples import Samples
+    from packager.scoring import Scored
     from packager.store import Cost, Step
 
 ASKED = 8  # fine-tuning pairs
@@ -41,10 +42,6 @@ class Answers:
     trained_tokens_mean: float | None
     thoughts_opened: int | None
     thoughts_closed: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The form that stands in the manifest."""
-        return asdict(self)
 
 
 def reasons(checkpoint: Checkpoint) -> bool:
@@ -92,13 +89,10 @@ def summarize(asked: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, A
     )
 
 
-def ask(
-    job: Job, run: Mapping[str, Any], samples: Samples, *, what: str, inputs: Mapping[str, object]
-) -> tuple[Answers, Step] | None:
-    """Let an artifact answer, once; None where there is nothing to ask.
+def report(job: Job, scored: Scored, samples: Samples, what: str, steps: list[Step]) -> dict[str, Any] | None:
+    """Let the artifact that was scored answer, once, and say how; None where there is nothing to ask.
 
-    run: the manifest's ``run`` table with absolute paths. what: the artifact, in a sentence. inputs: what identifies
-    it. Raises ToolError.
+    what: the artifact, in a sentence. steps: where the step is added. Raises ToolError.
     """
     from packager.scoring import runtime_copy
     from packager.tools import follow
@@ -107,14 +101,14 @@ def ask(
     asked = questions(samples, thinking)
     if not asked:
         return None
-    runtime = runtime_copy(job, str(run["engine"]))
+    runtime = runtime_copy(job, str(scored.run["engine"]))
     room = max(len(each["ids"]) + each["max_tokens"] for each in asked)
-    context = (room + 255) // 256 * 256
+    run = {**scored.run, "context": (room + 255) // 256 * 256, "slots": 1}
 
     def make(folder: Path, cost: Cost) -> None:
         follow(
             "runtimes",
-            {"run": {**run, "context": context, "slots": 1}, "prompts": asked},
+            {"run": run, "prompts": asked},
             f"asking {what}",
             job.progress,
             cost,
@@ -125,11 +119,11 @@ def ask(
             arguments=["answer", "--input", "{job}", "--output", folder / "answers.json"],
         )
 
-    step = job.store.step(
-        "answers", {**inputs, "asked": asked, "runtime": runtime.key}, make, progress=job.progress
-    )
+    inputs = {**scored.inputs, "asked": asked, "runtime": runtime.key}
+    step = job.store.step("answers", inputs, make, progress=job.progress)
+    steps.append(step)
     found = step.read_json("answers.json")["answers"]
-    return summarize(asked, found, _texts(job, asked, found) if thinking else []), step
+    return asdict(summarize(asked, found, _texts(job, asked, found) if thinking else []))
 
 
 def _texts(job: Job, asked: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[str]:

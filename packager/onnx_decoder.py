@@ -112,6 +112,7 @@ def thresholds(options: Options) -> Thresholds:
 
 def build(job: Job, options: Options) -> Artifact:
     """Prove the graph, pack the weights, score what ships. Raises GateFailed."""
+    from packager import behaviour
     from packager.fidelity import compare, require_equal
     from packager.gates import measure, require_kept
     from packager.reference import make_samples, source_scores
@@ -128,7 +129,8 @@ def build(job: Job, options: Options) -> Artifact:
         exact = _exact(job, options)
         steps.append(exact)
         found = _score(job, exact, "the unquantized ONNX graph", samples, steps, fold=False)
-        require_contract(job, samples, found, "the ONNX folder's tokenizer")
+        said = require_contract(job, samples, found, "the ONNX folder's tokenizer")
+        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
         score = compare(source, found.distributions, samples.targets)
         require_equal(score, "the unquantized ONNX graph")
         report["unquantized"] = {"run_as": f"{job.checkpoint.dtype} weights, float32 arithmetic", **score.as_dict()}
@@ -150,6 +152,7 @@ def build(job: Job, options: Options) -> Artifact:
         report["fidelity"] = fidelity.as_dict(limits)
         advice = "Give the fine-tuning pairs with --calibration." if four else "Report the model: eight bits lost it."
         require_kept(fidelity, limits, f"the INT{options.bits} ONNX model", advice)
+        report["fidelity"]["answers"] = behaviour.report(job, found, samples, "the ONNX model", steps)
     files = {name: packed.path / name for name in (MODEL, onnx_weights.DATA)}
     method = METHOD.format(block=BLOCK)
     return Artifact(

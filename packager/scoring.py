@@ -7,7 +7,7 @@ Any engine of runtimes/ is scored in the same words: ``runtimes score`` for its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 class Scored:
     """What the runtime answered. distributions: token -> log-probability (natural) a position. tokenized: the ids of
     the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages. vocabulary:
-    what an engine that reads tokens out of the artifact does with them (runtimes/logits.py), None for others.
+    what an engine that reads tokens out of the artifact does with them (runtimes/logits.py), None for others. run,
+    inputs: how it was run and what identifies it, to ask it more.
     """
 
     distributions: list[dict[int, float]]
     tokenized: list[list[int]]
     rendered: list[list[int]]
     vocabulary: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, object] = field(default_factory=dict)
 
 
 def score(
@@ -91,7 +94,8 @@ def score(
     )
     scored = step.read_json("scores.json")
     rendered = step.read_json("rendered.json")["ids"] if samples.prompts else []
-    return Scored(positions_of(scored), scored["tokenized"], rendered, scored.get("vocabulary")), step
+    vocabulary = scored.get("vocabulary")
+    return Scored(positions_of(scored), scored["tokenized"], rendered, vocabulary, dict(run), dict(inputs)), step
 
 
 def runtime_copy(job: Job, engine: str) -> Step:

@@ -163,7 +163,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def build(job: Job, options: Options) -> Artifact:
-    from packager import llamacpp, ollama
+    from packager import behaviour, llamacpp, ollama
     from packager.fidelity import compare, require_equal
     from packager.gates import measure, require_kept
     from packager.gguf_contract import require_carried
@@ -207,7 +207,7 @@ def build(job: Job, options: Options) -> Artifact:
             f"the {options.quant} GGUF",
             "Choose a larger quant; a small one keeps more with --calibration and the fine-tuning pairs.",
         )
-        report["fidelity"]["answers"] = _answers(job, model, options.quant, samples, steps)
+        report["fidelity"]["answers"] = behaviour.report(job, found, samples, f"the {options.quant} GGUF", steps)
 
     files = {"model.gguf": model, **tokenizer_files(job)}
     extra: dict[str, Path] = {}
@@ -261,39 +261,22 @@ def _quantized(
     return made / "model.gguf", said(made)
 
 
-def _here(job: Job, model: Path) -> dict[str, Any]:
-    """How this machine runs a GGUF as the box does."""
+def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
+    """Score a GGUF through the engine that serves it."""
+    from packager.scoring import score
+    from packager.tools import version_of
+
     tokenizer = tokenizer_files(job)
-    return {
+    run = {
         **_run(job, Options(), model),
         "model": str(model),
         "context": 1024,
         "slots": 1,
         **{key: str(tokenizer[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
     }
-
-
-def _answers(job: Job, model: Path, quant: str, samples: Samples, steps: list[Step]) -> dict[str, Any] | None:
-    """What the artifact says when it is asked, for the report."""
-    from packager.behaviour import ask
-    from packager.tools import version_of
-
-    inputs = {"model": model.parent.name, "engine": version_of("xllamacpp")}
-    found = ask(job, _here(job, model), samples, what=f"the {quant} GGUF", inputs=inputs)
-    if found is None:
-        return None
-    steps.append(found[1])
-    return found[0].as_dict()
-
-
-def _score(job: Job, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
-    """Score a GGUF through the engine that serves it."""
-    from packager.scoring import score
-    from packager.tools import version_of
-
     found, step = score(
         job,
-        _here(job, model),
+        run,
         samples,
         what=f"the {what} GGUF",
         inputs={"model": model.parent.name, "engine": version_of("xllamacpp")},
