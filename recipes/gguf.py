@@ -172,8 +172,9 @@ def build(job: Job, options: Options) -> Artifact:
 
     options, _ = settle(options, job.calibration, job.checkpoint)
     steps: list[Step] = []
-    whole = unquantized(job, steps)
+    # first what takes seconds: a template that is not training's stops the build before anything is converted
     samples = make_samples(job) if job.verify or with_imatrix(options) or with_tuning(options) else None
+    whole = unquantized(job, steps)
     source = None
     report: dict[str, Any] = {}
     if job.verify and samples:
