@@ -167,8 +167,8 @@ class LlamaCpp:
             request["json_schema"] = json.loads(sampling.schema)
         return request
 
-    def _whole(self, request: dict[str, Any], sampling: Sampling, emit: Emit) -> None:
-        """The plain answer in one piece: it alone carries every token id."""
+    def _whole(self, request: dict[str, Any], sampling: Sampling, emit: Emit, end: tuple[int, ...] = ()) -> None:
+        """The plain answer in one piece: it alone carries every token id. end: the end token that comes after it."""
         request["stream"] = False
         if sampling.stop:
             request["stop"] = list(sampling.stop)
@@ -184,18 +184,21 @@ class LlamaCpp:
             raise _refusal(answer["error"])
         choice, usage, extra = answer["choices"][0], answer["usage"], answer["__verbose"]
         text, ids, finish = choice["text"], tuple(extra["tokens"]), choice["finish_reason"]
-        for at, token in enumerate(ids[:-1]):
-            if token in self._stop_ids:  # an end token that the GGUF does not know as one: rare, so done again
-                request["n_predict"] = at + 1
-                self._whole(request, sampling, emit)
+        met = next((at for at, token in enumerate(ids) if token in self._stop_ids), None)
+        if met is not None and (met + 1 < len(ids) or finish == "length"):
+            # an end token that the GGUF does not know as one, so its text is in the answer: rare, so done again
+            if met == 0:
+                emit(Piece("", ids[:1], 1, (), "stop", usage["prompt_tokens"]))
                 return
+            self._whole({**request, "n_predict": met}, sampling, emit, ids[met : met + 1])
+            return
         emit(
             Piece(
                 text=text.rstrip("\ufffd") if finish == "length" else text,
-                ids=ids,
-                tokens=usage["completion_tokens"],
+                ids=(*ids, *end),
+                tokens=usage["completion_tokens"] + len(end),
                 logprobs=_logprobs(choice, sampling),
-                finish="stop" if ids and ids[-1] in self._stop_ids else finish,
+                finish="stop" if end or met is not None else finish,
                 prompt_tokens=usage["prompt_tokens"],
                 cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
             )
