@@ -141,6 +141,7 @@ def steps(stage: str) -> list[Due]:
         found.append(Due("bytecode, demo", found[-1].key, lambda: compile_imports(HEAVY["demo"]), installs=False))
     if stage == "test":
         key = cache_key()
+        found.append(from_lock("test-data", "MiniLM, the encoders' model"))
         found.append(from_lock("test", "test tools"))
         found.append(Due("bytecode, test", found[-1].key, lambda: compile_imports(HEAVY["test"]), installs=False))
         found.append(Due("compile", key, lambda: wheel_for_this_machine(LOG), installs=False))
