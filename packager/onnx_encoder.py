@@ -46,6 +46,8 @@ class Options(Protocol):
     @property
     def slots(self) -> int: ...
     @property
+    def bits(self) -> int: ...
+    @property
     def favour(self) -> Form: ...
     @property
     def pooling(self) -> str: ...
@@ -66,6 +68,8 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
         return f"pooling={options.pooling} is for embedders, and {checkpoint.architecture} is a classifier."
     if facts.max_length < 3:
         return f"context={options.context} leaves no room for a word between the special tokens; set 16 or more."
+    if options.bits != 8:
+        return f"bits={options.bits} is for language models, and {checkpoint.architecture} is an encoder; set bits=8."
     if options.favour == "fidelity":
         for name, inputs in linear_inputs(checkpoint):
             if block_for(inputs) is None:

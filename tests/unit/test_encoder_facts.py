@@ -111,3 +111,5 @@ def test_the_plan_of_an_encoder(tmp_path: Path) -> None:
     pooled = make_plan(opened(tmp_path / "c", architectures=["BertForSequenceClassification"]), load_target("t4"),
                        recipe, recipe.options(pooling="cls"))  # fmt: skip
     assert "is a classifier" in pooled.refusals[0]
+    four = make_plan(checkpoint, load_target("t4"), recipe, recipe.options(bits=4))
+    assert "bits=4 is for language models" in four.refusals[0]
