@@ -1,4 +1,4 @@
-"""The benchmark of an embedder or classifier on the build machine, transformers FP32 beside the bundle's figures."""
+"""The benchmark of an embedder or classifier on the build machine, and transformers FP32 beside it."""
 
 from __future__ import annotations
 
