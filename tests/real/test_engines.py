@@ -1,4 +1,4 @@
-"""What every engine must do alike, asked of each: one suite, so that a bundle's engine is no surprise to its clients."""
+"""What every engine must do alike, asked of each: one suite, so no engine surprises its clients."""
 
 from __future__ import annotations
 
