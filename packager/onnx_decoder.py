@@ -81,8 +81,9 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     """Sizes from the headers; the box holds scales in float32 and the key/value cache too."""
     shape = checkpoint.shape
     packed, scales = _packed_bytes(checkpoint, options.bits)
-    rope_bytes = 4 * options.context * shape.head_dim
-    graph = 43_000 * shape.layers + rope_bytes
+    # nodes; norms in float32; cosines and sines, half a head's width each
+    rotated = rope.dims(checkpoint.config, shape.head_dim)
+    graph = (4_500 + 8 * shape.hidden) * shape.layers + 4 * options.context * rotated
     embedding = 0 if shape.tied else shape.vocab * shape.hidden * (BLOCK + 2) // BLOCK
     seconds = 20 + checkpoint.weight_bytes / 1.2e8
     ram = 900 << 20
