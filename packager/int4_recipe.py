@@ -191,7 +191,7 @@ def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:
 
 
 def build(form: Form, job: Job, options: Options) -> Artifact:
-    from packager import behaviour, tuning
+    from packager import tuning
     from packager.gates import measure, require_kept
     from packager.reference import make_samples, source_scores
     from packager.scoring import require_contract
@@ -224,7 +224,6 @@ def build(form: Form, job: Job, options: Options) -> Artifact:
             report["fidelity"]["scored"] = OTHERS_SCORE
         fix = "Give the fine-tuning pairs with --calibration, or tune=full."
         require_kept(fidelity, limits, f"the {form.title} model", fix)
-        report["fidelity"]["answers"] = behaviour.report(job, found, samples, f"the {form.title} model", steps)
     return Artifact(
         format=form.name,
         files=files,
