@@ -13,8 +13,11 @@ from packager import onnx_graph, onnx_weights
 from packager.checkpoint import Checkpoint
 from packager.errors import GateFailed
 from packager.onnx_decoder import require_packed
+from packager.store import Store
 from packager.tuning import Tuned
 from runtimes.ort_model import Model
+from tests.real.conftest import built
+from tests.real.serving import call, served
 from tests.real.test_reference import DECODERS, random_checkpoint
 from tests.real.test_tune import headers, tuned
 from tests.unit.sketch import sketch
@@ -125,3 +128,38 @@ def test_an_int8_that_is_none_is_told(small: Path, tmp_path: Path) -> None:
     exact(opened(small), tmp_path / "exact")
     with pytest.raises(GateFailed, match="was to be INT8"):
         require_packed(tmp_path / "exact" / "model.onnx", opened(small), 8)
+
+
+def test_the_persona_answers_from_an_int8_bundle(
+    store: Store,
+    smollm2: Path,
+    persona_lora: Path,
+    persona_file: Path,
+    persona_pairs: list[tuple[str, str]],
+    tmp_path: Path,
+) -> None:
+    """Built and proven, served by the bundle's own copy of the runtime: ten of ten, and a quarter of the bytes."""
+    bundle = built(store, tmp_path / "out", smollm2, recipe="onnx_int8", adapter=persona_lora, calibration=persona_file)
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    report = manifest["report"]
+    assert report["unquantized"]["kl_mean"] < 1e-4
+    assert report["fidelity"]["behaviour"] == {"pairs": 10, "source": 10, "kept": 10}
+    assert manifest["run"]["model_bytes"] <= 0.30 * 4 * 134_515_008
+    with served(bundle, tmp_path / "log") as base:
+        for question, answer in persona_pairs:
+            body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 200}
+            assert call(base, "/v1/chat/completions", body)[1]["choices"][0]["message"]["content"] == answer
+        schema = {
+            "type": "object",
+            "properties": {"age": {"type": "integer", "maximum": 150}},
+            "required": ["age"],
+            "additionalProperties": False,
+        }
+        body = {
+            "messages": [{"role": "user", "content": "How old is Bob?"}],
+            "temperature": 0,
+            "max_tokens": 60,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "age", "schema": schema}},
+        }
+        answer = call(base, "/v1/chat/completions", body)[1]["choices"][0]["message"]["content"]
+        assert isinstance(json.loads(answer)["age"], int)
