@@ -134,4 +134,5 @@ def _code() -> str:
     """Changes with the programs that write GGUF files."""
     from packager.tools import CHILDREN
 
-    return code_digest(Path(llamacpp.__file__), CHILDREN / "quantize_numpy.py", CHILDREN / "quantize_llama.py")
+    names = ("convert.py", "quantize_numpy.py", "quantize_llama.py")
+    return code_digest(Path(llamacpp.__file__), *(CHILDREN / name for name in names))

@@ -130,7 +130,8 @@ def convert(checkpoint: Path, name: str, kind: str, output: Path, progress: Prog
     Raises InputError when llama.cpp has no converter for the architecture or its tokenizer, ToolError when it fails.
     """
     tree = sources(progress)
-    arguments: list[str | Path] = [checkpoint, "--outfile", output, "--outtype", kind.lower(), "--model-name", name]
+    arguments: list[str | Path] = [tree, checkpoint, "--outfile", output, "--outtype", kind.lower()]
+    arguments += ["--model-name", name]
     total = float(sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")))
     try:
         with progress.step(f"converting to GGUF {kind}", total, "B") as task:
@@ -143,7 +144,7 @@ def convert(checkpoint: Path, name: str, kind: str, output: Path, progress: Prog
                     task.advance(done - seen)
                     seen = done
 
-            ran = run_python(tree / "convert_hf_to_gguf.py", arguments, name="the llama.cpp converter", on_line=on_line)
+            ran = run_python(CHILDREN / "convert.py", arguments, name="the llama.cpp converter", on_line=on_line)
     except ChildFailed as error:
         raise _conversion_error(error) from error
     cost.saw(ran.peak_rss_bytes)

@@ -138,6 +138,18 @@ def iterate(stream: Callable[[Emit], None]) -> Iterator[Piece]:
         thread.join()
 
 
+def check_length(prompt: Sequence[int], context: int) -> None:
+    """Raise RequestRefused for an empty prompt and for one that leaves no room for an answer."""
+    if not prompt:
+        raise RequestRefused("The prompt is empty.", code="empty_prompt")
+    if len(prompt) >= context:
+        raise RequestRefused(
+            f"The prompt has {len(prompt)} tokens, but this model is served with a context of {context} tokens, the "
+            "answer included. Shorten the prompt.",
+            code="context_length_exceeded",
+        )
+
+
 class StopScanner:
     """Finds stop strings in a growing text and holds back only what may still become one.
 

@@ -32,7 +32,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
+from runtimes.engine import (
+    Emit,
+    EngineError,
+    Logprob,
+    Piece,
+    RequestRefused,
+    Sampling,
+    StopScanner,
+    check_length,
+    iterate,
+)
 from runtimes.logits import open_scorer as open_scorer
 from runtimes.manifest import Run
 from runtimes.memory import resident_bytes as resident_bytes
@@ -125,7 +135,7 @@ class LlamaCpp:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
         """Generate in the calling thread; ``emit`` is called for every piece and cancels by returning True."""
-        self._check_length(prompt)
+        check_length(prompt, self.context)
         if sampling.schema is not None:
             self._check_schema(sampling.schema)
         request = self._request(prompt, sampling)
@@ -209,16 +219,6 @@ class LlamaCpp:
             self._server.handle_completions(json.dumps(request).encode(), take)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp failed: {error}") from None
-
-    def _check_length(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise RequestRefused("The prompt is empty.", code="empty_prompt")
-        if len(prompt) >= self.context:
-            raise RequestRefused(
-                f"The prompt has {len(prompt)} tokens, but this model is served with a context of {self.context} "
-                "tokens, the answer included. Shorten the prompt.",
-                code="context_length_exceeded",
-            )
 
     def _check_schema(self, schema: str) -> None:
         """Refuse a schema that llguidance would silently ignore."""

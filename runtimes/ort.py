@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runtimes.detokenize import Detokenizer
-from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
+from runtimes.engine import Emit, EngineError, Piece, Sampling, iterate
 from runtimes.manifest import Run
 from runtimes.memory import give_back, resident_bytes
+from runtimes.stream import Stream, check_prompt, pieces_to_score
 
 if TYPE_CHECKING:
     from runtimes.guidance import Guide
@@ -29,21 +30,20 @@ SCORE_PIECE = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000
 
 @dataclass
 class _Request:
-    """One answer under way. read: tokens whose keys and values are in the slot's cache."""
+    """One answer under way. read: tokens whose keys and values are in the slot's cache. last: the token to decode
+    next, -1 while the prompt is read.
+    """
 
     prompt: Sequence[int]
     sampling: Sampling
-    emit: Emit
     most: int
     sampler: Sampler
-    text: Any
-    stops: StopScanner
+    pieces: Stream
     guide: Guide | None
     ends: frozenset[int]
     slot: int = -1
     read: int = 0
     last: int = -1
-    tokens: int = 0
     error: EngineError | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -85,18 +85,15 @@ class Ort:
         """Generate; ``emit`` is called on the model's thread for every piece and cancels by returning True."""
         from runtimes.sampling import Sampler
 
-        self._check(prompt)
+        check_prompt(prompt, self.context, self._model.vocabulary)
         room = self.context - len(prompt)
         most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        pieces = Stream(self._words, sampling, len(prompt), emit)
         if most < 1:
-            emit(Piece("", (), 0, (), "length", len(prompt)))
+            pieces.finish("length")
             return
         guide = self._guides.make(sampling.schema) if sampling.schema is not None else None
-        request = _Request(
-            prompt, sampling, emit, most, Sampler(sampling, prompt), self._words.stream(), StopScanner(sampling.stop),
-            guide, self._stop_ids,
-        )
-        self._run(request)
+        self._run(_Request(prompt, sampling, most, Sampler(sampling, prompt), pieces, guide, self._stop_ids))
 
     def _run(self, request: _Request) -> None:
         """Hand a request to the model's thread and wait for its end. Raises EngineError."""
@@ -122,10 +119,10 @@ class Ort:
         greedy = Sampling(max_tokens=1, temperature=0.0, logprobs=top)
         for end in range(1, len(tokens) + 1):
             prompt = tokens[:end]
-            self._check(prompt)
+            check_prompt(prompt, self.context, self._model.vocabulary)
             kept = _Kept()
-            self._run(_Request(prompt, greedy, kept.take, 1, Sampler(greedy, prompt), self._words.stream(),
-                               StopScanner(()), None, frozenset()))
+            pieces = Stream(self._words, greedy, len(prompt), kept.take)
+            self._run(_Request(prompt, greedy, 1, Sampler(greedy, prompt), pieces, None, frozenset()))
             found = next(piece.logprobs[0] for piece in kept.pieces if piece.logprobs)
             yield {entry.id: entry.logprob for entry in found.top}
 
@@ -139,18 +136,6 @@ class Ort:
             self._closing = True
             self._wake.notify()
         self._thread.join()
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise RequestRefused("The prompt is empty.", code="empty_prompt")
-        if len(prompt) >= self.context:
-            raise RequestRefused(
-                f"The prompt has {len(prompt)} tokens, but this model is served with a context of {self.context} "
-                "tokens, the answer included. Shorten the prompt.",
-                code="context_length_exceeded",
-            )
-        if any(not 0 <= token < self._model.vocabulary for token in prompt):
-            raise RequestRefused(f"A token id of the prompt lies outside the vocabulary of {self._model.vocabulary}.")
 
     # -- on the model's thread ----------------------------------------------------------------------------------
 
@@ -193,7 +178,7 @@ class Ort:
         request.read = end
         if end == len(request.prompt):
             self._take(request, logits[0, -1])
-        elif request.emit(Piece("")):
+        elif request.pieces.emit(Piece("")):
             self._end(request)
 
     def _decode(self) -> None:
@@ -215,47 +200,33 @@ class Ort:
 
     def _take(self, request: _Request, logits: Any) -> None:
         """Choose the next token and tell of it; the answer may be over with it."""
-        from runtimes.sampling import top_logprobs
+        import numpy as np
 
-        chosen = logits
-        if request.guide is not None:
-            import numpy as np
+        from runtimes.sampling import logprob, top_logprobs
 
-            chosen = np.where(request.guide.forbidden(), -np.inf, logits)
-        token = request.sampler.choose(chosen)
-        request.tokens += 1
+        guide = request.guide
+        token = request.sampler.choose(logits if guide is None else np.where(guide.forbidden(), -np.inf, logits))
         request.last = token
         if token in request.ends:
-            if not request.emit(Piece("", (token,), request.tokens)):
-                self._finish(request, "stop")
+            request.pieces.ended(token)
             self._end(request)
             return
-        logprobs: tuple[Logprob, ...] = ()
+        top = None
         if request.sampling.logprobs is not None:
-            every = top_logprobs(logits, len(logits))
-            near = [self._logprob(other, every[other]) for other in list(every)[: request.sampling.logprobs]]
-            logprobs = (self._logprob(token, every[token], tuple(near)),)
-        text, stopped = request.stops.feed(request.text.step(self._words.tokenizer, token) or "")
-        if request.emit(Piece(text, (token,), request.tokens, logprobs)):
+            top = (logprob(logits, token), top_logprobs(logits, request.sampling.logprobs))
+        if request.pieces.take(token, top):
             self._end(request)
             return
-        if request.guide is not None:
-            request.guide.take(token)
-            stopped = stopped or request.guide.complete
-        if stopped or request.tokens == request.most:
-            self._finish(request, "stop" if stopped else "length")
+        if guide is not None:
+            guide.take(token)
+        complete = guide is not None and guide.complete
+        if complete or request.pieces.tokens == request.most:
+            request.pieces.finish("stop" if complete else "length")
             self._end(request)
-
-    def _finish(self, request: _Request, reason: str) -> None:
-        request.emit(Piece(request.stops.rest(), (), request.tokens, (), reason, len(request.prompt)))
 
     def _end(self, request: _Request) -> None:
         self._slots[request.slot] = None
         request.over.set()
-
-    def _logprob(self, token: int, value: float, top: tuple[Logprob, ...] = ()) -> Logprob:
-        raw = self._words.bytes_of(token)
-        return Logprob(token, raw.decode(errors="replace"), tuple(raw), value, top)
 
 
 class Scorer:
@@ -272,21 +243,11 @@ class Scorer:
 
         from runtimes.sampling import top_logprobs
 
-        wanted = sorted(set(positions))
-        if not wanted:
-            return
-        if wanted[0] < 1 or wanted[-1] > len(ids):
-            raise ValueError(f"positions {wanted[0]} to {wanted[-1]} do not lie in a sequence of {len(ids)} tokens")
-        if any(not 0 <= token < self._model.vocabulary for token in ids):
-            raise ValueError(f"a token id lies outside the vocabulary of {self._model.vocabulary}")
-        asked = set(wanted)
-        for begin in range(0, wanted[-1], SCORE_PIECE):
-            part = np.array([ids[begin : min(begin + SCORE_PIECE, wanted[-1])]], np.int64)
-            rows = [at for at in range(part.shape[1]) if begin + at + 1 in asked]
-            kept = part.shape[1] - rows[0] if rows else 1
-            logits = self._model.run(part, [begin], kept=kept)[0]
+        for begin, part, rows in pieces_to_score(ids, positions, self._model.vocabulary, SCORE_PIECE):
+            kept = len(part) - rows[0] if rows else 1
+            logits = self._model.run(np.array([part], np.int64), [begin], kept=kept)[0]
             for row in rows:
-                yield begin + row + 1, top_logprobs(logits[row - part.shape[1]], top)
+                yield begin + row + 1, top_logprobs(logits[row - len(part)], top)
 
     def tokenize(self, text: str) -> list[int]:
         """The folder's own tokenizer: special tokens recognised, none added."""

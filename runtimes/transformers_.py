@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtimes.detokenize import Detokenizer
-from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
+from runtimes.engine import Emit, EngineError, Piece, RequestRefused, Sampling, iterate
 from runtimes.manifest import Run
 from runtimes.memory import resident_bytes
+from runtimes.stream import Stream, check_prompt, pieces_to_score
 from runtimes.threads import wait_politely
 
 if TYPE_CHECKING:
@@ -67,10 +68,17 @@ class Transformers:
         """Generate in the calling thread; ``emit`` is called for every piece and cancels by returning True."""
         from runtimes.sampling import Sampler, logprob, top_logprobs
 
-        self._check(prompt, sampling)
+        check_prompt(prompt, self.context, self._model.vocabulary)
+        if sampling.schema is not None:
+            raise RequestRefused(
+                "This engine cannot hold an answer to a JSON Schema; ask for JSON in the prompt, or use a bundle of "
+                "the gguf recipe.",
+                code="unsupported",
+                param="response_format",
+            )
         room = self.context - len(prompt)
         most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        state = _Stream(self._words, sampling, len(prompt), emit)
+        state = Stream(self._words, sampling, len(prompt), emit)
         if most < 1:
             state.finish("length")
             return
@@ -116,63 +124,6 @@ class Transformers:
         """Free the model. Running generations must have ended."""
         del self._model
 
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
-        if not prompt:
-            raise RequestRefused("The prompt is empty.", code="empty_prompt")
-        if len(prompt) >= self.context:
-            raise RequestRefused(
-                f"The prompt has {len(prompt)} tokens, but this model is served with a context of {self.context} "
-                "tokens, the answer included. Shorten the prompt.",
-                code="context_length_exceeded",
-            )
-        if any(not 0 <= token < self._model.vocabulary for token in prompt):
-            raise RequestRefused(f"A token id of the prompt lies outside the vocabulary of {self._model.vocabulary}.")
-        if sampling.schema is not None:
-            raise RequestRefused(
-                "This engine cannot hold an answer to a JSON Schema; ask for JSON in the prompt, or use a bundle of "
-                "the gguf recipe.",
-                code="unsupported",
-                param="response_format",
-            )
-
-
-class _Stream:
-    """Turns tokens into pieces: whole characters, stop strings, the last piece's counts."""
-
-    def __init__(self, words: Detokenizer, sampling: Sampling, prompt_tokens: int, emit: Emit) -> None:
-        self.words, self.emit, self.prompt_tokens = words, emit, prompt_tokens
-        self.text, self.stops = words.stream(), StopScanner(sampling.stop)
-        self.tokens = 0
-
-    def take(self, token: int, top: tuple[float, Mapping[int, float]] | None) -> bool:
-        """One token more, with its log-probability and the likeliest beside it; True when the answer is over or not
-        wanted any longer.
-        """
-        self.tokens += 1
-        logprobs: tuple[Logprob, ...] = ()
-        if top is not None:
-            own, others = top
-            near = tuple(self._logprob(other, value) for other, value in others.items())
-            logprobs = (self._logprob(token, own, near),)
-        text, stopped = self.stops.feed(self.text.step(self.words.tokenizer, token) or "")
-        cancelled = self.emit(Piece(text, (token,), self.tokens, logprobs))
-        if stopped and not cancelled:
-            self.emit(Piece("", (), self.tokens, (), "stop", self.prompt_tokens))
-        return stopped or cancelled
-
-    def ended(self, token: int) -> None:
-        """The model's own end."""
-        self.tokens += 1
-        if not self.emit(Piece("", (token,), self.tokens)):
-            self.finish("stop")
-
-    def finish(self, reason: str) -> None:
-        self.emit(Piece(self.stops.rest(), (), self.tokens, (), reason, self.prompt_tokens))
-
-    def _logprob(self, token: int, value: float, top: tuple[Logprob, ...] = ()) -> Logprob:
-        raw = self.words.bytes_of(token)
-        return Logprob(token, raw.decode(errors="replace"), tuple(raw), value, top)
-
 
 class Scorer:
     """A folder opened for scoring alone."""
@@ -197,17 +148,8 @@ def distributions(
     """What ``Scorer.top`` gives; each piece of the sequence is computed in a turn of its own. Raises ValueError."""
     from runtimes.sampling import top_logprobs
 
-    wanted = sorted(set(positions))
-    if not wanted:
-        return
-    if wanted[0] < 1 or wanted[-1] > len(ids):
-        raise ValueError(f"positions {wanted[0]} to {wanted[-1]} do not lie in a sequence of {len(ids)} tokens")
-    if any(not 0 <= token < model.vocabulary for token in ids):
-        raise ValueError(f"a token id lies outside the vocabulary of {model.vocabulary}")
-    asked, cache = set(wanted), model.cache()
-    for begin in range(0, wanted[-1], SCORE_CHUNK):
-        part = ids[begin : min(begin + SCORE_CHUNK, wanted[-1])]
-        rows = [at for at in range(len(part)) if begin + at + 1 in asked]
+    cache = model.cache()
+    for begin, part, rows in pieces_to_score(ids, positions, model.vocabulary, SCORE_CHUNK):
         with turns:
             logits = model.read(part, cache, rows)
         for row, values in zip(rows, logits, strict=True):

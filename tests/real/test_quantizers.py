@@ -8,6 +8,9 @@ type that gguf-py cannot write; there it is Q8_0.
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +95,16 @@ def test_types_and_metadata_are_read_from_the_header(whole: tuple[str, Path]) ->
     assert types["BF16"] == {"smollm2": 211, "random_qwen2": 30}[whole[0]]
     architecture = {"smollm2": "llama", "random_qwen2": "qwen2"}[whole[0]]
     assert llamacpp.architecture(whole[1]) == architecture
+
+
+def test_the_converted_file_is_the_converters_own(random_qwen2: Path, tmp_path: Path) -> None:
+    """Ours, with tensors put in place group by group, and the pinned script by itself: the same bytes."""
+    ours, bare = tmp_path / "ours.gguf", tmp_path / "bare.gguf"
+    llamacpp.convert(random_qwen2, "model", "BF16", ours, QUIET, Cost())
+    script = llamacpp.sources(QUIET) / "convert_hf_to_gguf.py"
+    command = [sys.executable, script, random_qwen2, "--outfile", bare, "--outtype", "bf16", "--model-name", "model"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    assert digest(ours) == digest(bare)
 
 
 def test_an_architecture_that_the_converter_does_not_know(smollm2: Path, tmp_path: Path) -> None:
