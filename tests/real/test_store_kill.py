@@ -88,14 +88,14 @@ def runs(process: int) -> bool:
 def test_a_build_killed_at_many_moments_ends_in_the_same_bytes(
     random_bundle: Path, random_qwen2: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL in the converter, in the samples, in the scoring, in the quantizer, in the assembly.
+    """SIGKILL in the samples, in the converter, in the scoring, in the quantizer, in the assembly.
 
     Each time no child survives and no bundle shows; the last run finishes, verifies, leaves nothing temporary, and the
     bundle equals, byte for byte, the one that was built in another store, another folder and from another place.
     """
     store, out = tmp_path / "store", tmp_path / "out"
     checkpoint = Path(shutil.copytree(random_qwen2, tmp_path / "elsewhere" / random_qwen2.name))
-    moments = ["gguf-convert", "samples", "reference", "score", "gguf-quantize", "tokenizer-files"]
+    moments = ["samples", "gguf-convert", "reference", "score", "gguf-quantize", "tokenizer-files"]
     killed = 0
     for step in moments:
         child = start(store, out, checkpoint)
