@@ -231,6 +231,13 @@ def stream_counts(text: str) -> tuple[int, ...]:
     return tuple(sorted({1, *counts}))
 
 
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """The report that the options ask for."""
+    context = int(read_manifest(given.bundle)["run"].get("context") or 2048)
+    plan = Plan.of(given.quick, given.repeats, context, given.streams)
+    return run(given.bundle, plan, url=given.url, wait=given.wait)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; the exit code: 0 measured, 2 usage, 9 the server or the machine failed, 130 interrupted."""
     options = argparse.ArgumentParser(
@@ -249,10 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is ended, no report is written
     try:
         if read_manifest(given.bundle)["run"].get("task", "generate") != "generate":
-            return int(importlib.import_module("runtimes.bench_encoder").main(given))
-        context = int(read_manifest(given.bundle)["run"].get("context") or 2048)
-        plan = Plan.of(given.quick, given.repeats, context, given.streams)
-        report = run(given.bundle, plan, url=given.url, wait=given.wait)
+            encoders = importlib.import_module("runtimes.bench_encoder")
+            report, said = encoders.measured(given), encoders.summary
+        else:
+            report, said = measured(given), summary
         if not given.json:
             write(given.output, report)
     except (BenchError, ValueError, OSError) as error:
@@ -261,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; no report was written")
         return 130
-    say(summary(report))
+    say(said(report))
     sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if given.json else f"{given.output}\n")
     return 0
 

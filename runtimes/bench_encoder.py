@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes import bench_machine as box
-from runtimes.bench import FAILED, LOAD_PER_CORE, SCHEMA_VERSION, say, server, write
+from runtimes.bench import LOAD_PER_CORE, SCHEMA_VERSION, say, server
 from runtimes.bench_load import BenchError, Client, percentiles, spread
 from runtimes.check import read_manifest, size
 
@@ -162,20 +161,7 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 
 
-def main(given: argparse.Namespace) -> int:
-    """Run the benchmark with bench's own options; the exit code is as there."""
-    try:
-        context = int(read_manifest(given.bundle)["run"].get("context") or 128)
-        plan = Plan.of(given.quick, given.repeats, context)
-        report = run(given.bundle, plan, url=given.url, wait=given.wait)
-        if not given.json:
-            write(given.output, report)
-    except (BenchError, ValueError, OSError) as error:
-        say(str(error))
-        return FAILED
-    except KeyboardInterrupt:
-        say("interrupted; no report was written")
-        return 130
-    say(summary(report))
-    sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if given.json else f"{given.output}\n")
-    return 0
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """The report that bench's own options ask for."""
+    context = int(read_manifest(given.bundle)["run"].get("context") or 128)
+    return run(given.bundle, Plan.of(given.quick, given.repeats, context), url=given.url, wait=given.wait)

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from runtimes.batches import Batches
 from runtimes.encoding import Encoder, Text, labelled
 from runtimes.engine import Busy, EngineError, RequestRefused
-from runtimes.face import make_face, refused, require_model
+from runtimes.face import make_face, refused, require_model, while_connected
 from runtimes.manifest import Run
 from runtimes.metrics import EncoderMetrics
 
@@ -144,15 +144,7 @@ class Computed(Response):
         self.batches, self.read, self.finish = service.working(), read, finish
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._answer())
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+        work = await while_connected(receive, self._answer())
         if not work.cancelled():
             await work.result()(scope, receive, send)
 
@@ -163,11 +155,6 @@ class Computed(Response):
         except (EngineError, Busy) as error:
             return refused(error)
         return await asyncio.to_thread(lambda: JSONResponse(self.finish(texts, rows)))
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
 
 
 def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> EncoderService:

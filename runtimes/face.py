@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import Enum
 from importlib import resources
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +16,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import Receive
 
 from runtimes.engine import Busy, RequestRefused
 from runtimes.manifest import Run
@@ -22,6 +24,7 @@ from runtimes.metrics import BaseMetrics
 from runtimes.outer import Outer
 from runtimes.replies import error_body
 
+T = TypeVar("T")
 log = logging.getLogger("runtimes")
 _ASSETS = {
     "swagger-ui-bundle.js": "text/javascript",
@@ -99,6 +102,25 @@ def require_model(run: Run, name: str | None) -> None:
     """A 404 for another model's name."""
     if name is not None and name != run.name:
         raise HTTPException(404, f"The model {name!r} does not exist here; this server has {run.name!r}.")
+
+
+async def while_connected(receive: Receive, running: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Run it to its end, or until the client goes away, which cancels it; the task, which is done either way."""
+    work = asyncio.create_task(running)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+    return work
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
 
 
 def refused(error: Exception) -> JSONResponse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +10,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from runtimes.engine import Busy, EngineError, Piece, Sampling
-from runtimes.face import refused
+from runtimes.face import refused, while_connected
 from runtimes.pump import Answer, Pump, Stopwatch
 from runtimes.replies import Reply, error_body
 
 CUT_OFF = "The server is stopping; the answer was cut off."
 
 
-class Generation(Response):
+class Generation(Response, ABC):
     """A response that runs its generation while it is sent. ``finish`` turns all pieces into the JSON body."""
 
     def __init__(self, pump: Pump, prompt: Sequence[int], sampling: Sampling) -> None:
@@ -26,18 +26,12 @@ class Generation(Response):
         self.watch = Stopwatch(pump.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._run(scope, receive, send))
-        gone = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            work = await while_connected(receive, self._run(scope, receive, send))
         finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-            results = await asyncio.gather(work, gone, return_exceptions=True)
             scope.setdefault("state", {})["facts"] = self.watch.facts()
-        if isinstance(results[0], Exception):
-            raise results[0]
+        if not work.cancelled():
+            work.result()  # raises what it raised
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer: Answer | None = None
@@ -53,8 +47,9 @@ class Generation(Response):
                 self.pump.stop(answer)
             self.watch.close()
 
+    @abstractmethod
     async def _send(self, answer: Answer, pieces: list[Piece], scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+        """Send the answer whose first pieces have come."""
 
 
 class Whole(Generation):
@@ -111,8 +106,3 @@ class Streamed(Generation):
         except EngineError as error:
             data += reply.failure(error_body(str(error), "server_error", code="engine_failed"))
         await send({"type": "http.response.body", "body": data, "more_body": False})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
