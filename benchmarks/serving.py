@@ -4,7 +4,9 @@
 
 Both run the same library on the same GGUF with the same slots, threads, batch and flash attention, each in a process of
 its own; the client is one loop over raw sockets that does not parse what it need not, so that it costs both the same.
-Every repeat asks both with the same fresh prompts, and swaps who goes first. On Linux the processor time that each
+Every repeat asks both with the same fresh prompts, and swaps who goes first; ratio and difference are medians of these
+pairs, with 95 % bootstrap intervals. The first token needs many short answers (--tokens 8 --repeats 80): one alone
+varies by a tenth of a second. On Linux the processor time that each
 server spends on a token is shown too: unlike the clock, it hardly minds what else the machine does.
 """
 
@@ -200,6 +202,13 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"bundle": options.bundle.name, **facts, "rows": rows}
 
 
+def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % of the medians of bootstrap samples (Efron 1979): how far another run of this length may lie."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(draws))
+    return medians[draws // 40], medians[-1 - draws // 40]
+
+
 def _row(streams: int, samples: dict[str, list[dict[str, float]]], load: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {"streams": streams, "load": round(statistics.fmean(load), 1)}
     for name, found in samples.items():
@@ -213,9 +222,13 @@ def _row(streams: int, samples: dict[str, list[dict[str, float]]], load: list[fl
             }
     pairs = list(zip(samples["ours"], samples["llama.cpp"], strict=True))
     # neighbours in time share the machine's mood: the ratio is taken pair by pair
-    row["speed_ratio"] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
-    row["first_ms_more"] = statistics.median(a["first_ms"] - b["first_ms"] for a, b in pairs)
-    row["cpu_ratio"] = statistics.median(a["cpu_ms_per_token"] / (b["cpu_ms_per_token"] or 1) for a, b in pairs)
+    compared = {
+        "speed_ratio": [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs],
+        "first_ms_more": [a["first_ms"] - b["first_ms"] for a, b in pairs],
+        "cpu_ratio": [a["cpu_ms_per_token"] / (b["cpu_ms_per_token"] or 1) for a, b in pairs],
+    }
+    for key, values in compared.items():
+        row[key], row[f"{key} interval"] = statistics.median(values), interval(values)
     row["met"] = row["speed_ratio"] >= GOAL_SPEED and row["first_ms_more"] <= GOAL_FIRST_MS
     return row
 
@@ -233,9 +246,11 @@ def show(report: dict[str, Any]) -> None:
                 f" {row['load']:>5}"
             )
         verdict = "met" if row["met"] else "not met"
+        low, high = row["speed_ratio interval"]
+        soonest, latest = row["first_ms_more interval"]
         print(
-            f"{'':>7} {'':>10} ratio {row['speed_ratio']:.3f} (goal {GOAL_SPEED}),"
-            f" first token {row['first_ms_more']:+.1f} ms (goal +{GOAL_FIRST_MS:.0f}): {verdict};"
+            f"{'':>7} {'':>10} ratio {row['speed_ratio']:.3f} [{low:.3f}, {high:.3f}] (goal {GOAL_SPEED}), first token"
+            f" {row['first_ms_more']:+.1f} ms [{soonest:+.1f}, {latest:+.1f}] (goal +{GOAL_FIRST_MS:.0f}): {verdict};"
             f" processor time per token × {row['cpu_ratio']:.3f}"
         )
 
