@@ -29,6 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+NAMES = {"bare": "converter + quantizer alone", "plain": "packager build, no imatrix, no verification",
+         "full": "packager build with both"}
+
+
 def measured(commands: Sequence[Sequence[str]], env: dict[str, str]) -> tuple[float, int]:
     """Wall seconds of the commands one after the other, and the peak memory in bytes of the one that took most."""
     peak = 0
@@ -92,10 +96,12 @@ def main() -> None:
     options.add_argument("checkpoint", type=Path)
     options.add_argument("--quant", default="Q8_0")
     options.add_argument("--repeats", type=int, default=1)
+    options.add_argument("--rows", nargs="+", choices=list(NAMES), default=list(NAMES), help="only these rows")
     options.add_argument("--json", type=Path, help="write the figures here as well")
     given = options.parse_args()
     checkpoint = given.checkpoint.resolve()
-    rows: dict[str, list[tuple[float, int]]] = {"bare": [], "plain": [], "full": []}
+    rows: dict[str, list[tuple[float, int]]] = {row: [] for row in given.rows}
+    steps: list[tuple[int, str]] = []
     load = os.getloadavg()
     for _ in range(given.repeats):
         for row in rows:
@@ -111,15 +117,19 @@ def main() -> None:
                 }[row]()
                 rows[row].append(measured(commands, {} if row == "bare" else env))
                 print(f"{row}: {rows[row][-1][0]:.1f} s, {rows[row][-1][1] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+                for record in (work / "out").glob("*.build.json"):
+                    steps = [(step["peak_rss_bytes"], step["step"]) for step in json.loads(record.read_text())["steps"]]
     wall = {row: statistics.median(seconds for seconds, _ in found) for row, found in rows.items()}
     peak = {row: statistics.median(memory for _, memory in found) for row, found in rows.items()}
-    names = {"bare": "converter + quantizer alone", "plain": "packager build, no imatrix, no verification",
-             "full": "packager build with both"}
     print(f"{checkpoint.name}, {given.quant}, {given.repeats} repeats (median), load before {load[0]:.1f} on "
           f"{os.cpu_count()} cores")
-    for row, name in names.items():
-        print(f"  {name:<46}{wall[row]:8.1f} s ({wall[row] / wall['bare']:.2f} ×){peak[row] / 1e6:9.0f} MB "
-              f"({peak[row] / peak['bare']:.2f} ×)")
+    base = "bare" if "bare" in rows else given.rows[0]
+    for row in rows:
+        print(f"  {NAMES[row]:<46}{wall[row]:8.1f} s ({wall[row] / wall[base]:.2f} ×){peak[row] / 1e6:9.0f} MB "
+              f"({peak[row] / peak[base]:.2f} ×)")
+    if steps:
+        highest = ", ".join(f"{name} {size / 1e6:.0f} MB" for size, name in sorted(steps, reverse=True)[:5])
+        print(f"  highest steps of the last build, each alone: {highest}")
     if given.json:
         given.json.write_text(json.dumps({"quant": given.quant, "load": load, "rows": rows}, indent=1))
 

@@ -1,11 +1,29 @@
-"""``render``: see score.py, which holds both."""
+"""``render``: conversations to the ids that the server feeds, for the build machine, through two JSON files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
 
-from runtimes import score
+from runtimes.exchange import exchange
+from runtimes.manifest import Run
 
 
 def main(argv: Sequence[str]) -> int:
-    return score.main(argv, verb="render")
+    """Exit codes: see exchange."""
+    return exchange("render", __doc__, argv, render)
+
+
+def render(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
+    """Each conversation's text and ids, exactly as the server would feed them on the first day of 2026: a template that
+    writes the date must not make two builds differ.
+    """
+    from runtimes.chat import Prompts, TemplateRefused
+
+    prompts = Prompts(run, now=lambda: datetime(2026, 1, 1))
+    try:
+        texts = [prompts.render(conversation) for conversation in question["conversations"]]
+    except TemplateRefused as error:
+        raise ValueError(f"the chat template refuses a conversation: {error}") from None
+    return {"ids": [prompts.encode(text) for text in texts], "texts": texts}

@@ -37,8 +37,8 @@ AT_FDCWD = -100
 RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
                   "bench_machine.py", "gpu.py")
 # the HTTP face of every engine in our own process
-RUNTIME_FACE = ("engine.py", "engines.py", "face.py", "loading.py", "memory.py", "metrics.py", "outer.py",
-                "protocol.py", "replies.py", "server.py")
+RUNTIME_FACE = ("engine.py", "engines.py", "exchange.py", "face.py", "loading.py", "memory.py", "metrics.py",
+                "outer.py", "protocol.py", "replies.py", "server.py")
 # language models: chat and completions, and what scores and renders on the build machine
 RUNTIME_SERVER = (*RUNTIME_FACE, "answer.py", "api.py", "app.py", "chat.py", "generation.py", "pump.py", "render.py",
                   "score.py")

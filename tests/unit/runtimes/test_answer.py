@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runtimes import answer
-from runtimes.score import render
+from runtimes.render import render
 from tests.unit.runtimes.serving import Scripted, make_run
 
 
