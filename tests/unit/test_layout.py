@@ -5,6 +5,7 @@ machine.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -64,6 +65,11 @@ HEAVY = {
 
 def tracked(*suffixes: str) -> list[str]:
     """Files that git knows or would take, as paths from the root."""
+    return [name for name in known_files() if name.endswith(suffixes)] if suffixes else list(known_files())
+
+
+@functools.cache
+def known_files() -> tuple[str, ...]:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -73,14 +79,14 @@ def tracked(*suffixes: str) -> list[str]:
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
-    found = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    return [name for name in found if name.endswith(suffixes)] if suffixes else found
+    return tuple(name for name in listed.stdout.splitlines() if (ROOT / name).is_file())
 
 
 def sources(folder: str) -> list[str]:
     return [name for name in tracked(".py") if name.startswith(folder + "/")]
 
 
+@functools.cache
 def parsed(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
 
