@@ -334,6 +334,24 @@ def verify(bundle: Path, console: Console) -> None:
 
 
 @cli.command(
+    epilog="Example: packager doctor out/my-model-t4-gguf --facts box.json",
+    short_help="Does this box fit?",
+)
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--target", help="Is this box one of that target? A name or a .toml file.")
+@click.option("--facts", type=click.Path(path_type=Path), help="Another box's facts: its `bin/check --facts-only`.")
+@click.option("--no-files", is_flag=True, help="Do not compare the digests of the bundle's files.")
+@common
+def doctor(bundle: Path | None, target: str | None, facts: Path | None, no_files: bool, console: Console) -> None:
+    """Show this box's facts, which targets it is, and whether BUNDLE fits it.
+
+    Exits as the box's own check: 4 when it does not fit, 5 when files are damaged."""
+    from packager import views
+
+    views.doctor(console, bundle, target, facts, files=not no_files)
+
+
+@cli.command(
     epilog="Example: packager bench out/my-model-desktop_linux_x86_64-gguf --baseline ./my-model",
     short_help="Measure latency and memory.",
 )

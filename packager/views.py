@@ -288,6 +288,37 @@ def verify(console: Console, bundle: Path) -> None:
         raise
 
 
+def doctor(console: Console, bundle: Path | None, target: str | None, facts: Path | None, *, files: bool) -> None:
+    from packager.doctor import examine, raise_if_refused, shown_facts
+    from packager.errors import UsageError
+
+    if bundle is not None and target is not None:
+        raise UsageError("Both a bundle and --target are given.", fix="Name one of them.")
+    document = examine(bundle, target, facts, files=files)
+
+    def render() -> None:
+        console.facts(shown_facts(document["facts"]))
+        console.line()
+        if verdict := document["verdict"]:
+            for finding in verdict["findings"]:
+                if finding["ok"] is None:
+                    console.line(f"  unknown  {finding['name']}: needed is {finding['expected']}")
+            for sentence in verdict["warnings"]:
+                console.line(f"  warning  {sentence}")
+            if verdict["ok"]:  # a refusal is told as every error is
+                known = all(finding["ok"] is not None for finding in verdict["findings"])
+                console.line("It fits." if known else "It fits, as far as is known.")
+            return
+        console.table(
+            ("target", "this box", "why not"),
+            [(row["target"], "yes" if row["ok"] else "no", row["refusal"]) for row in document["targets"]],
+        )
+        console.line(f"\nNearest target: {document['nearest'] or 'none; copy a target file and change it'}.")
+
+    console.result(document, render)
+    raise_if_refused(document)
+
+
 def bench(
     console: Console, bundle: Path, *, quick: bool, baseline: Path | None, with_baseline: bool, output: Path | None
 ) -> None:

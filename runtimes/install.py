@@ -88,6 +88,8 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable) ->
     code = check.exit_code(findings, files)
     if code != check.FITS:
         raise Refused(check.refusal(findings, files), code)
+    for sentence in check.warnings(findings):
+        say(f"warning: {sentence}")
     if done:
         return False
     try:

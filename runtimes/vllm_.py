@@ -15,7 +15,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtimes.gpu import find_vllm, lacking, read_facts
+from runtimes.box_facts import read_facts
+from runtimes.box_fit_gpu import lacking, vllm
+from runtimes.box_vllm import find_vllm
 from runtimes.manifest import ManifestError, Run
 
 REFUSED = 4
@@ -62,7 +64,8 @@ def environment(given: Mapping[str, str], verbose: bool) -> dict[str, str]:
 def serve(run: Run, options: argparse.Namespace) -> int:
     """Become vLLM. Returns 4 with one sentence where the box cannot run it. Raises ManifestError."""
     needs = gpu_needs(options.bundle)
-    bad = [row for row in lacking(needs, read_facts()) if row[1] is False]
+    facts = read_facts()
+    bad = [row for row in [*lacking(needs, facts), vllm(str(needs["vllm"]), facts)] if row[1] is False]
     program = find_vllm()
     if bad or program is None:
         name, _, expected, found, fix = bad[0] if bad else ("vLLM", False, "the program vllm", "none", "install it")

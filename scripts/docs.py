@@ -186,9 +186,24 @@ def shown(default: object) -> str:
     return "" if default in (None, False) else f"`{default}`"
 
 
+def refusals() -> str:
+    """What recorded boxes are told: the preflight is run on each of them."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.refusals import markdown
+
+    return "\n".join([
+        "# What a box is told", "",
+        "Recorded boxes (`tests/unit/boxes`) against bundles, each row one run of the preflight;",
+        "`python benchmarks/refusals.py` prints the same. The boxes were written from documentation and published",
+        "records, not recorded by us on devices: `tests/unit/boxes/trees/README.md`.",
+        "How to read it: [check a box](../how-to/check-a-box.md).", "",
+        markdown(),
+    ])
+
+
 PAGES = {
     "cli.md": command_line, "box.md": on_the_box, "exit-codes.md": exit_codes, "targets.md": targets,
-    "recipes.md": recipes, "manifest.md": manifest,
+    "recipes.md": recipes, "manifest.md": manifest, "refusals.md": refusals,
 }
 NOTE = "<!-- Written by scripts/docs.py from the code (make docs). Do not edit. -->\n\n"
 

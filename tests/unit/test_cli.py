@@ -55,6 +55,7 @@ def test_the_verbs_are_those_of_the_documentation() -> None:
         "build",
         "verify",
         "bench",
+        "doctor",
         "serve",
     }
 

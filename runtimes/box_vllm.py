@@ -1,0 +1,55 @@
+"""Finds the box's own vLLM, which lives in an environment of its own, and asks its version. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtimes.box_files import run
+
+SETTING = "PACKAGER_VLLM"  # the path of another vllm than the one on PATH
+
+
+def find_vllm() -> str | None:
+    """The program ``vllm``: the one that PACKAGER_VLLM names, else the first on PATH; None when there is none."""
+    named = os.environ.get(SETTING)
+    return shutil.which(named) if named else shutil.which("vllm")
+
+
+def vllm_version(program: str) -> str | None:
+    """Its version, asked of the Python that the script starts (importing vLLM itself takes half a minute)."""
+    python = _interpreter(Path(program))
+    code = "import importlib.metadata as m; print(m.version('vllm'))"
+    said = _said([*python, "-I", "-c", code], 60) if python else ""
+    if not said:
+        said = _said([program, "--version"], 300)
+    found = re.findall(r"\d+\.\d+[\w.+]*", said)
+    return found[-1] if found else None
+
+
+def _interpreter(script: Path) -> list[str]:
+    """The Python in a script's first lines: pip writes ``#!/bin/sh`` and an exec where its path is too long."""
+    try:
+        with script.open("rb") as file:
+            lines = [file.readline(4096).decode("utf-8", "replace") for _ in range(2)]
+    except OSError:
+        return []
+    if not lines[0].startswith("#!"):
+        return []
+    try:
+        command = shlex.split(lines[0][2:])
+        if command and Path(command[0]).name == "sh" and lines[1].startswith("'''exec'"):
+            command = shlex.split(lines[1])[1:2]
+    except ValueError:
+        return []
+    return command if any("python" in Path(word).name for word in command) else []
+
+
+def _said(command: Sequence[str], seconds: float) -> str:
+    """What a program wrote to standard output; "" when it failed or hung."""
+    done = run(command, seconds)
+    return done.output if done.status == 0 else ""
