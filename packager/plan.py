@@ -186,7 +186,8 @@ def _notes(target: Target, recipe: Recipe[Any], estimate: Estimate, box: int, bu
     gpu = target.gpu
     if gpu is not None and gpu.bandwidth_gb_s is not None and not target.on_gpu(recipe.name):
         ceiling = gpu.bandwidth_gb_s * 1e9 / max(1, estimate.read_per_token_bytes)
-        yield f"The ceiling is that of main memory; from that of the {gpu.name} it would be {ceiling:.0f} tokens/s."
+        unit = "tokens" if estimate.kv_bytes else "texts"  # an encoder reads its weights once a text
+        yield f"The ceiling is that of main memory; from that of the {gpu.name} it would be {ceiling:.0f} {unit}/s."
 
 
 # -- what would fit ---------------------------------------------------------------------------------------------------

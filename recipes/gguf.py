@@ -154,6 +154,10 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         imatrix=with_imatrix(options),
         head="Q8_0" if ours else None,  # as quantize_numpy.py writes it
     )
+    gpu = target.gpu
+    if gpu is not None and gpu.architecture.startswith("sm_") and not target.on_gpu("gguf"):
+        idle = f"llama.cpp's wheel is a CPU build: the {gpu.name} GPU stays idle until a CUDA build lies in wheels/."
+        found = replace(found, notes=(*found.notes, idle))
     if not with_tuning(options):
         return found
     from packager.tuning import costs

@@ -54,7 +54,16 @@ def test_a_plan_that_fits() -> None:
     document = json.loads(json.dumps(made.as_dict()))
     assert document["fits"] is True
     assert document["estimate"]["artifact_bytes"] == made.estimate.artifact_bytes
-    assert any("CPU build" in note for note in made.notes)
+
+
+def test_a_recipe_says_itself_that_it_leaves_the_gpu_idle() -> None:
+    """llama.cpp's note is for its own bundles, where there is an NVIDIA GPU to leave idle."""
+    recipe = catalog.load_recipe("gguf")
+    for name, idle in {"jetson_orin_nano_8gb": True, "t4": True, "desktop_linux_x86_64": False}.items():
+        target = catalog.load_target(name)
+        found = recipe.estimate(sketch(QWEN_1_5B), target, parse_options(recipe, target, ()))
+        assert any("CPU build" in note for note in found.notes) == idle, name
+        assert not any("llama.cpp" in note for note in target.notes), "every recipe would say it"
 
 
 def test_too_big_says_what_would_fit() -> None:
