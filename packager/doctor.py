@@ -78,9 +78,9 @@ def examine(bundle: Path | None, target: str | None, facts: Path | None, *, file
         elif asked is not None:
             verdict = compared["results"][asked.name]
     rows = [
-        {"target": one.name, "title": one.title, "ok": found["ok"], "refusal": found["refusal"]}
+        {"target": one.name, "title": one.title, "ok": said["ok"], "refusal": said["refusal"], "unknown": _open(said)}
         for one in known
-        for found in (compared["results"][one.name],)
+        for said in (compared["results"][one.name],)
     ]
     return {
         "facts": compared["facts"],
@@ -90,6 +90,11 @@ def examine(bundle: Path | None, target: str | None, facts: Path | None, *, file
         "targets": rows,
         "nearest": _nearest(known, rows),
     }
+
+
+def _open(verdict: Mapping[str, Any]) -> list[str]:
+    """What could not be read and might still refuse the box."""
+    return [one["name"] for one in verdict["findings"] if one["ok"] is None and one["severity"] == "refuses"]
 
 
 def _recorded(facts: Path | None) -> tuple[str | Path, ...]:
@@ -113,7 +118,7 @@ def _ask(output: Path, *arguments: str | Path) -> dict[str, Any]:
 
 def _nearest(known: list[Target], rows: list[dict[str, Any]]) -> str | None:
     """The target that says most of this box: of those that it is, one with a GPU, then the one with most memory."""
-    fitting = [target for target, row in zip(known, rows, strict=True) if row["ok"]]
+    fitting = [target for target, row in zip(known, rows, strict=True) if row["ok"] and not row["unknown"]]
     best = max(fitting, key=lambda one: (one.gpu is not None, one.memory_bytes), default=None)
     return best.name if best else None
 

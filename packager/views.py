@@ -311,12 +311,20 @@ def doctor(console: Console, bundle: Path | None, target: str | None, facts: Pat
             return
         console.table(
             ("target", "this box", "why not"),
-            [(row["target"], "yes" if row["ok"] else "no", row["refusal"]) for row in document["targets"]],
+            [_told(row) for row in document["targets"]],
         )
         console.line(f"\nNearest target: {document['nearest'] or 'none; copy a target file and change it'}.")
 
     console.result(document, render)
     raise_if_refused(document)
+
+
+def _told(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A target's row: yes, no with the reason, or perhaps with what is not known."""
+    if not row["ok"]:
+        return row["target"], "no", row["refusal"]
+    unknown = ", ".join(f"{name} unknown" for name in row["unknown"])
+    return row["target"], "perhaps" if unknown else "yes", unknown
 
 
 def bench(

@@ -50,7 +50,7 @@ class Box:
         """A small file's text without NULs and blanks at its ends; None when it is not there or cannot be read."""
         try:
             with self.path(name).open(encoding="utf-8", errors="replace") as file:
-                return file.read(LIMIT).replace("\0", "\n").strip()
+                return plain(file.read(LIMIT).replace("\0", "\n")).strip()
         except (OSError, ValueError):
             return None
 
@@ -102,6 +102,11 @@ class Box:
         return answer if isinstance(answer, dict) else {}
 
 
+def plain(text: str) -> str:
+    """Text without what would steer a terminal: it is shown to people, and comes from firmware and foreign programs."""
+    return "".join(mark for mark in text if mark.isprintable() or mark in "\n\t")
+
+
 def _closing(file: Any) -> Iterator[str]:
     with file:
         yield from file
@@ -127,7 +132,7 @@ def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = 
     if taken and len(taken[0]) < LIMIT:
         try:
             status = child.wait(max(0.1, end - time.monotonic()))
-            return Said(status, taken[0].decode("utf-8", "replace"))
+            return Said(status, plain(taken[0].decode("utf-8", "replace")))
         except subprocess.TimeoutExpired:  # it closed its output and goes on
             _end(child)
             return Said(None, "")

@@ -81,8 +81,9 @@ def _from_smi(box: Box) -> tuple[list[dict[str, Any]] | None, str | None, str]:
         return [], None, ""
     rows = [[part.strip() for part in line.split(",")] for line in said.output.splitlines() if line.strip()]
     if said.status != 0 or not rows or any(len(row) != len(fields) for row in rows):
-        first = next((line.strip() for line in said.output.splitlines() if line.strip()), f"status {said.status}")
-        return None, None, f"nvidia-smi says: {first[:120].rstrip('.')}"
+        first = next((line.strip() for line in said.output.splitlines() if line.strip()), "")
+        words = f"nvidia-smi says: {first[:120].rstrip('.')}" if first else f"nvidia-smi failed, status {said.status}"
+        return None, None, words
     gpus, driver = [], None
     for row in rows:
         told = dict(zip(fields, row))  # noqa: B905 - Python 3.8 has no strict; the lengths are checked above

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,15 @@ def test_a_box_finds_its_target(box: str, nearest: str | None, others: set[str])
     assert found["nearest"] == nearest
     assert {row["target"] for row in found["targets"] if row["ok"]} == others | ({nearest} if nearest else set())
     assert all(row["refusal"] for row in found["targets"] if not row["ok"])
+
+
+def test_a_target_that_hangs_on_what_is_unknown_is_not_the_nearest() -> None:
+    """A T4 whose nvidia-smi does not answer is perhaps a T4."""
+    found = examine(None, None, BOXES / "t4_without_nvidia_smi_answer.json", files=False)
+    assert [row["unknown"] for row in found["targets"] if row["target"] == "t4"] == [["GPU"]]
+    assert found["nearest"] == "desktop_linux_x86_64"
+    shown = packager("--facts", BOXES / "t4_without_nvidia_smi_answer.json").stdout
+    assert re.search(r"^t4 +perhaps +GPU unknown$", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", target_names())

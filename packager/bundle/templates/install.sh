@@ -68,6 +68,10 @@ if [ -z "$python" ]; then
         if fits "$found"; then python=python3.$minor; fi
         minor=$((minor - 1))
     done
+    if [ -z "$python" ]; then # the check runs on Python 3.8 too, and tells what is wrong with the whole box
+        found=$(version python3)
+        case $found in 3.*) [ "${found#3.}" -lt 8 ] || python=python3 ;; esac
+    fi
     [ -n "$python" ] || refuse 4 "Python: expected Python $python_min to $python_max, found ${seen:-none}; \
 install one of them beside the system's own and name it with --python."
 else

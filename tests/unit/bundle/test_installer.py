@@ -89,6 +89,26 @@ def test_without_any_python_the_refusal_says_what_is_needed(bundle: Path, tmp_pa
     assert done.returncode == 4 and "found none" in done.stderr
 
 
+@pytest.mark.parametrize(("machine", "starts"), [
+    (None, "Python: expected Python 3.98 to 3.99, found Python 3."), ("riscv64", "processor: expected riscv64, found "),
+])
+def test_a_box_without_a_fitting_python_is_told_the_gravest_thing(
+    tmp_path: Path, machine: str | None, starts: str
+) -> None:
+    """On an old JetPack that is not its Python: the check runs on the Python that is there."""
+    wanted = needs(python_min="3.98", python_max="3.99", ram_bytes=1000, **({"machine": machine} if machine else {}))
+    bundle = assemble(contents(tmp_path / "in", needs=wanted), tmp_path / "out", Silent()).path
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    programs = {"python3": sys.executable, "dirname": shutil.which("dirname"), "cat": shutil.which("cat")}
+    for name, program in programs.items():
+        (tools / name).symlink_to(str(program))
+    done = install(bundle, "--prefix", str(tmp_path / "p"), PATH=str(tools))
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 4 and last.startswith(starts) and "Traceback" not in done.stderr
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.parametrize("broken", ["runtime/runtimes/install.py", "runtime/runtimes/check.py"])
 def test_the_installers_own_code_is_checked_before_it_runs(bundle: Path, tmp_path: Path, broken: str) -> None:
     """A damaged installer never starts."""

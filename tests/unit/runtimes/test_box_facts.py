@@ -92,7 +92,8 @@ def test_an_empty_box_has_no_facts_and_none_is_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("said", "because"), [
     ({"status": None, "output": ""}, "nvidia-smi does not answer"),
     ({"status": 0, "output": "lorem ipsum\n"}, "nvidia-smi says: lorem ipsum"),
-    ({"status": 0, "output": ""}, "nvidia-smi says: status 0"),
+    ({"status": 0, "output": ""}, "nvidia-smi failed, status 0"),
+    ({"status": -11, "output": ""}, "nvidia-smi failed, status -11"),
     ({"status": 0, "output": "a, b\n"}, "nvidia-smi says: a, b"),
     ({"status": 9, "output": "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 570\n"},
      "nvidia-smi says: Failed to initialize NVML: Driver/library version mismatch"),
@@ -181,6 +182,12 @@ def test_a_program_that_closes_its_output_and_stays_is_ended(tmp_path: Path) -> 
     """Its silence says nothing of when it ends."""
     program(tmp_path / "stays", "exec >&-\nsleep 600")
     assert run([str(tmp_path / "stays")], 1).status is None
+
+
+def test_what_a_program_prints_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    """Colours, NULs and bytes that are no text are taken out."""
+    program(tmp_path / "colours", r"printf '\033[31mred\000\377 T4\n'")
+    assert run([str(tmp_path / "colours")], 60) == (0, "[31mred\N{REPLACEMENT CHARACTER} T4\n")
 
 
 def test_a_program_that_cannot_be_started_says_nothing(tmp_path: Path) -> None:
