@@ -52,7 +52,8 @@ def read_facts(box: Box, jetson: Mapping[str, Any], memory: tuple[int | None, in
     if gpus is None and not because and not there:  # no program and no driver: a card of NVIDIA's may still be in it
         return {"gpus": [], "driver": "", "cuda_driver": "", "card_without_driver": _has_card(box)}
     hangs = because == HANGS  # then the driver's libraries do too
-    probed: Mapping[str, Any] = {} if hangs else box.probe()
+    whole = bool(gpus) and not any(_has_gap(gpu, bool(jetson["soc"])) for gpu in gpus or [])
+    probed: Mapping[str, Any] = {} if hangs or whole else box.probe()
     gpus = _together(gpus or [], probed) or ([_of_soc(jetson)] if jetson["soc"] in CAPABILITIES else gpus)
     for gpu in gpus or []:
         if gpu["unified"] or (gpu["unified"] is None and jetson["soc"]):
@@ -102,6 +103,11 @@ def _from_smi(box: Box) -> tuple[list[dict[str, Any]] | None, str | None, str]:
 
 def _mib(text: str) -> int | None:
     return int(text) * MIB if text.isdigit() else None
+
+
+def _has_gap(gpu: Mapping[str, Any], of_a_jetson: bool) -> bool:
+    """Whether nvidia-smi leaves something open: an old one the capability, MIG the memory of a slice."""
+    return bool(gpu["capability"] is None or gpu["mig"] or (gpu["bytes"] is None and not of_a_jetson))
 
 
 def _together(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dict[str, Any]]:

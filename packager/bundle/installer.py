@@ -63,6 +63,7 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "SYSTEM": SYSTEMS[needs.system],
         "GLIBC": f"glibc {needs.glibc_min} or newer" if needs.glibc_min else "any",
         "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
+        "GPU": _gpu(needs.gpu),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
         **_said(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
@@ -71,6 +72,28 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
     if needs.system == "linux":
         names += ["packager.service", "packager-user.service"]
     return {name: _fill(name, values) for name in names}
+
+
+def _gpu(needs: Mapping[str, Any] | None) -> str:
+    """What ``needs.gpu`` asks, in words."""
+    if needs is None:
+        return "none is needed"
+    count = f"{needs['count']} × " if needs["count"] > 1 else ""
+    size = _size(needs["bytes"])
+    alone = "and no other" if needs.get("exact") else "or newer"
+    words = [f"{count}NVIDIA, compute capability {needs['capability']} {alone}, {size} of memory"]
+    if needs.get("jetpack"):
+        words.append(f"JetPack {' or '.join(needs['jetpack'])}")
+    for key, name in (("tensorrt", "TensorRT"), ("cuda", "a driver for CUDA")):
+        if wanted := needs.get(key):
+            low, high = wanted.get("min"), wanted.get("below")
+            ends = [f"{low} or newer" if low else "", f"older than {high}" if high else ""]
+            words.append(f"{name} {' and '.join(filter(None, ends))}")
+    if needs.get("driver_min"):
+        words.append(f"NVIDIA driver {needs['driver_min']} or newer")
+    if needs.get("vllm"):
+        words.append(f"vLLM {needs['vllm']} or newer in an environment of its own")
+    return "; ".join(words)
 
 
 def _said(run: Mapping[str, Any], model: str) -> dict[str, str]:

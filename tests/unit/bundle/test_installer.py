@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,20 @@ def test_every_mark_in_every_template_is_filled() -> None:
         for name, text in box_files("b-x", "m", "t", needs(system=system), RUN).items():
             assert "@PREFIX@" not in text or name.endswith(".service")
             assert not {mark for mark in ("@BUNDLE@", "@MODEL@", "@PYTHON_MIN@", "@RAM@", "@SLOTS@") if mark in text}
+
+
+@pytest.mark.parametrize(("gpu", "told"), [
+    (None, "| GPU | none is needed |"),
+    ({"capability": "7.5", "count": 2, "bytes": 8_600_000_000, "vllm": "0.33"},
+     "| GPU | 2 × NVIDIA, compute capability 7.5 or newer, 8.6 GB of memory; vLLM 0.33 or newer in an environment"),
+    ({"capability": "8.7", "exact": True, "count": 1, "bytes": 10**9, "jetpack": ["6.2", "7.2"], "driver_min": None,
+      "tensorrt": {"min": "10.3", "below": "11"}, "cuda": {"min": "12.6"}},
+     "| GPU | NVIDIA, compute capability 8.7 and no other, 1.0 GB of memory; JetPack 6.2 or 7.2; TensorRT 10.3 or "
+     "newer and older than 11; a driver for CUDA 12.6 or newer |"),
+])  # fmt: skip
+def test_the_readme_says_what_gpu_is_needed(gpu: dict[str, Any] | None, told: str) -> None:
+    """With its software."""
+    assert told in box_files("b-x", "m", "t", needs(gpu=gpu), RUN)["README.md"]
 
 
 @pytest.mark.parametrize("name", ["a b", "x;rm", "$(id)", "'", "../x", ""])

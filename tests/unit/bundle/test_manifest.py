@@ -63,6 +63,26 @@ def test_a_wrong_value_is_named_by_its_place(plain: dict[str, Any], where: tuple
     assert any(named in text for text in violations(wrong))
 
 
+@pytest.mark.parametrize(("gpu", "named"), [
+    ({"capability": "7.5", "count": 1, "bytes": 1, "vllm": "0.33"}, None),
+    ({"capability": "8.7", "exact": True, "count": 1, "bytes": 1, "driver_min": None, "cuda": None, "jetpack": ["6.2"],
+      "tensorrt": {"min": "10.3", "below": "11"}}, None),
+    ({"capability": "sm_87", "count": 1, "bytes": 1}, "$.needs.gpu.capability"),
+    ({"capability": "8.7", "count": 0, "bytes": 1}, "$.needs.gpu.count"),
+    ({"capability": "8.7", "bytes": 1}, "'count' is a required property"),
+    ({"capability": "8.7", "count": 1, "bytes": 1, "tensorrt": {"least": "10"}}, "$.needs.gpu.tensorrt"),
+    ({"capability": "8.7", "count": 1, "bytes": 1, "tensorrt": {}}, "$.needs.gpu.tensorrt"),
+    ({"capability": "8.7", "count": 1, "bytes": 1, "jetpack": []}, "$.needs.gpu.jetpack"),
+    ({"capability": "8.7", "count": 1, "bytes": 1, "jetpack": ["JetPack 6"]}, "$.needs.gpu.jetpack[0]"),
+    ({"capability": "8.7", "count": 1, "bytes": 1, "driver": "535"}, "'driver' was unexpected"),
+])  # fmt: skip
+def test_what_a_bundle_asks_of_a_gpu_is_checked(plain: dict[str, Any], gpu: dict[str, Any], named: str | None) -> None:
+    """vLLM's four keys as before, and TensorRT's; a misspelt key would never refuse a box."""
+    plain["needs"]["gpu"] = gpu
+    found = violations(plain)
+    assert found == [] if named is None else any(named in text for text in found)
+
+
 def test_two_paths_that_differ_only_in_case_are_refused(plain: dict[str, Any]) -> None:
     """On Windows and macOS one would overwrite the other."""
     entry = plain["files"][0]
