@@ -227,6 +227,15 @@ def test_without_the_drivers_libraries_the_child_answers_with_nothing() -> None:
     assert isinstance(json.loads(done.stdout), dict)
 
 
+def test_a_box_can_be_recorded_as_a_tree(tmp_path: Path) -> None:
+    """tests/device/record_box.py on this machine: the tree gives the facts that the machine itself gives."""
+    script = ROOT / "tests" / "device" / "record_box.py"
+    done = subprocess.run([sys.executable, "-I", "-B", script, tmp_path / "box"], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0 and json.loads(done.stdout)["different"] == [], done.stderr
+    assert read_facts(box=Box(tmp_path / "box"))["ram_bytes"] > 1 << 28
+
+
 def test_what_runs_before_an_install_can_be_read_by_python_3_8() -> None:
     """JetPack 5's own Python gets the preflight's sentence, not a syntax error; neither are new names used there."""
     newer = ("removeprefix", "removesuffix", "is_relative_to", "strict=", "math.lcm", "zoneinfo", "ParamSpec")
