@@ -70,7 +70,8 @@ def main() -> int:
             found = [name for name in super().names(folder) if wanted(folder, name)]
             for name in found:
                 if not (self.out / folder.lstrip("/") / name).exists():
-                    self.keep(f"{folder}/{name}/.kept" if self.path(f"{folder}/{name}").is_dir() else f"{folder}/{name}", "")
+                    inside = "/.kept" if self.path(f"{folder}/{name}").is_dir() else ""
+                    self.keep(f"{folder}/{name}{inside}", "")
             return found
 
         def said(self, program: str, *arguments: str, seconds: float = 20) -> Said | None:
