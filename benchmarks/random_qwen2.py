@@ -1,10 +1,10 @@
 """Write a Qwen2-shaped checkpoint with random weights and the real DeepSeek-R1 tokenizer.
 
-python benchmarks/random_qwen2.py OUT [--size small|1.5b] [--seed 0]
+python benchmarks/random_qwen2.py OUT [--size small|1.5b|7b] [--seed 0] [--headers]
 
-No hub is needed: the tokenizer, template and small configuration come from tests/data/r1-distill-qwen; the 1.5B shape
-is
-that of DeepSeek-R1-Distill-Qwen-1.5B. The values are scaled so that activations stay near 1 and the logits have a
+No hub is needed: the tokenizer, template and small configuration come from tests/data/r1-distill-qwen; the 1.5B and 7B
+shapes are those of DeepSeek-R1-Distill-Qwen. With --headers the weights are holes in their files: enough for plans, and
+no room on the disk. The values are scaled so that activations stay near 1 and the logits have a
 spread of about 3, so a comparison of two engines sees clear winners and not ties. Same seed, same bytes.
 """
 
@@ -28,6 +28,7 @@ from packager.safetensors_io import (  # noqa: E402
     CHUNK_ELEMENTS,
     Spec,
     from_float32,
+    header_bytes,
     plan_shards,
     shard_names,
     write_file,
@@ -40,6 +41,10 @@ SIZES: dict[str, dict[str, int | float | None]] = {
     "1.5b": {
         "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
         "intermediate_size": 8960, "vocab_size": 151936, "max_window_layers": 21,
+    },
+    "7b": {
+        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "intermediate_size": 18944, "vocab_size": 152064, "max_window_layers": 28,
     },
 }  # fmt: skip
 SHARD_BYTES = 1 << 30
@@ -94,7 +99,14 @@ def values(spec: Spec, layers: int, seed: int) -> Iterator[memoryview]:
         yield from_float32(chunk, "BF16").view("u1").data
 
 
-def make(out: Path, size: str, seed: int = 0) -> None:
+def hollow(path: Path, shard: list[Spec]) -> None:
+    """A safetensors file whose tensors are a hole: all zeros, and no blocks on the disk."""
+    with path.open("wb") as file:
+        file.write(header_bytes(shard))
+        file.truncate(file.tell() + sum(spec.nbytes for spec in shard))
+
+
+def make(out: Path, size: str, seed: int = 0, *, headers: bool = False) -> None:
     """Write the checkpoint folder; a folder that exists already is refused, a cut-off one never takes its name."""
     if out.exists():
         raise SystemExit(f"{out} exists already: remove it or choose another folder")
@@ -106,7 +118,10 @@ def make(out: Path, size: str, seed: int = 0) -> None:
     part.mkdir(parents=True)
     shards = plan_shards(specs(config), SHARD_BYTES)
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-        write_file(part / name, shard, (values(spec, layers, seed) for spec in shard))
+        if headers:
+            hollow(part / name, shard)
+        else:
+            write_file(part / name, shard, (values(spec, layers, seed) for spec in shard))
     write_index(part, shards)
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = {
@@ -125,8 +140,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--headers", action="store_true")
     asked = parser.parse_args()
-    make(asked.out, asked.size, asked.seed)
+    make(asked.out, asked.size, asked.seed, headers=asked.headers)
 
 
 if __name__ == "__main__":

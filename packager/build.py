@@ -271,6 +271,8 @@ def _assemble(
     from packager.digests import file_digest
 
     target, checkpoint = job.target, job.checkpoint
+    if artifact.release is not None:
+        target = target.on_release(artifact.release)
     engine = str(artifact.run["engine"])
     locks = [_lock(name) for name in (f"box-{engine}", *MORE_LOCKS.get(engine, ()))]
     wheels = fetch_wheels(locks[0], target, cache_root() / "box-wheels", job.progress, more=locks[1:],
@@ -307,7 +309,7 @@ def _needs(target: Target, plan: Plan, artifact: Artifact, wheels: WheelSet) -> 
 
     model = sum(path.stat().st_size for path in artifact.files.values())
     settings = artifact.run.get("settings") or {}
-    gpu = None
+    gpu = artifact.gpu
     if "capability" in settings:
         count = 1 if settings["ray"] else settings["tensor_parallel"]  # Ray's other GPUs are in other machines
         gpu = {key: settings[key] for key in ("capability", "vllm")} | {"count": count, "bytes": plan.box_bytes}

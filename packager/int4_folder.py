@@ -82,31 +82,53 @@ def write(form: Form, checkpoint: Checkpoint, tuned: Tuned, beside: Iterable[Pat
     Raises InputError for a weight beyond float16.
     """
     modules = linear_modules(checkpoint)
-    shards = plan_shards(specs(form, checkpoint, modules, tuned.group), SHARD_BYTES)
+    found = specs(form, checkpoint, modules, tuned.group)
+    _write(found, lambda spec: _data(form, checkpoint, tuned, spec), folder)
+    _finish(checkpoint, {"quantization_config": form.config(tuned.group, tuned.method)}, beside, folder)
+
+
+def write_half(checkpoint: Checkpoint, beside: Iterable[Path], folder: Path) -> None:
+    """The same folder with every tensor in float16 and none quantized. Raises InputError as ``write`` does."""
+    found = sorted((Spec(name, "F16", info.shape) for name, info in checkpoint.tensors.items()),
+                   key=lambda spec: spec.name)
+    _write(found, lambda spec: _half(checkpoint, spec.name, "What runs it computes"), folder)
+    _finish(checkpoint, {}, beside, folder)
+
+
+def _write(found: list[Spec], data: Callable[[Spec], Iterator[bytes]], folder: Path) -> None:
+    shards = plan_shards(found, SHARD_BYTES)
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-        write_file(folder / name, shard, (_data(form, checkpoint, tuned, spec) for spec in shard))
+        write_file(folder / name, shard, (data(spec) for spec in shard))
     write_index(folder, shards)
+
+
+def _finish(checkpoint: Checkpoint, more: Mapping[str, Any], beside: Iterable[Path], folder: Path) -> None:
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
-    config |= {"dtype": "float16", "quantization_config": form.config(tuned.group, tuned.method)}
+    config |= {"dtype": "float16", **more}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in beside:
         shutil.copyfile(file, folder / file.name)
 
 
 def _data(form: Form, checkpoint: Checkpoint, tuned: Tuned, spec: Spec) -> Iterator[bytes]:
-    import numpy as np
-
     if spec.name not in checkpoint.tensors:
         module, _, part = spec.name.rpartition(".")
         yield form.data(part, *tuned.read(module), tuned.group)
         return
-    info = checkpoint.tensors[spec.name]
+    yield from _half(checkpoint, spec.name, f"{form.title} keeps what it does not quantize")
+
+
+def _half(checkpoint: Checkpoint, name: str, why: str) -> Iterator[bytes]:
+    """A tensor's bytes in float16. why: who needs it so, up to "in 16 bits"."""
+    import numpy as np
+
+    info = checkpoint.tensors[name]
     for begin, end in row_chunks(info):
         values = to_float32(read_rows(checkpoint.path, info, begin, end), info.dtype)
         if values.size and float(np.abs(values).max()) > LARGEST:
             raise InputError(
-                f"{spec.name} holds {np.abs(values).max():.6g}, more than float16 can (65504).",
-                why=f"{form.title} keeps what it does not quantize in 16 bits.",
+                f"{name} holds {np.abs(values).max():.6g}, more than float16 can (65504).",
+                why=f"{why} in 16 bits.",
                 fix="Use the gguf recipe for this checkpoint.",
             )
         yield from_float32(values, "F16").tobytes()

@@ -203,17 +203,17 @@ def build(form: Form, job: Job, options: Options) -> Artifact:
         steps.append(samples.step)
     tuned = tuning.tune(job, samples, budget=options.tune, group=options.group)
     steps.append(tuned.step)
-    packed = _packed(form, job, tuned)
-    steps.append(packed)
-    files = {path.name: path for path in sorted(packed.path.iterdir()) if path.name != RECORD}
+    packed_step = packed(form, job, tuned)
+    steps.append(packed_step)
+    files = {path.name: path for path in sorted(packed_step.path.iterdir()) if path.name != RECORD}
     run = _run(form, job, options, files, engine)
     from packager.int4_folder import read_back
 
-    report: dict[str, Any] = {"int4": {**tuned.as_dict(), **read_back(form, packed.path, job.checkpoint)}}
+    report: dict[str, Any] = {"int4": {**tuned.as_dict(), **read_back(form, packed_step.path, job.checkpoint)}}
     if job.verify and samples:
         source, step = source_scores(job, samples)
         steps.append(step)
-        found = _score(form, job, run, packed, samples, steps)
+        found = score_folder(form, job, run, packed_step, samples, steps)
         said = require_contract(job, samples, found, "the tokenizer beside the weights")
         fidelity = measure(samples, source, found.distributions)
         limits = thresholds(options).changed(job.limits)
@@ -241,7 +241,7 @@ def build(form: Form, job: Job, options: Options) -> Artifact:
     )
 
 
-def _packed(form: Form, job: Job, tuned: Any) -> Step:
+def packed(form: Form, job: Job, tuned: Any) -> Step:
     """The folder that loaders read."""
     import importlib
 
@@ -259,19 +259,21 @@ def _packed(form: Form, job: Job, tuned: Any) -> Step:
     return job.store.step(form.name, inputs, make, progress=job.progress)
 
 
-def _score(form: Form, job: Job, run: Mapping[str, Any], packed: Step, samples: Samples, steps: list[Step]) -> Scored:
+def score_folder(
+    form: Form, job: Job, run: Mapping[str, Any], folder: Step, samples: Samples, steps: list[Step]
+) -> Scored:
     """Score the folder with the engine that runs on the build machine as well."""
     from packager.scoring import score
     from packager.tools import version_of
 
-    absolute = {key: str(packed.path / Path(value).name) for key, value in run.items()
+    absolute = {key: str(folder.path / Path(value).name) for key, value in run.items()
                 if isinstance(value, str) and value.startswith("model/")}  # fmt: skip
     found, step = score(
         job,
         {**run, **absolute, "engine": "transformers", "settings": {}, "context": 1024, "slots": 1},
         samples,
         what=f"the {form.title} model",
-        inputs={"model": packed.key, "torch": version_of("torch"), "transformers": version_of("transformers")},
+        inputs={"model": folder.key, "torch": version_of("torch"), "transformers": version_of("transformers")},
         max_rss_bytes=0,
     )
     steps.append(step)

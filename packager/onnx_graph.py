@@ -156,17 +156,17 @@ class Decoder:
         from onnx import TensorProto, helper
 
         graph, shape = self.graph, self.shape
-        inputs = [_value("input_ids", TensorProto.INT64, ["batch", "tokens"]),
-                  _value("seqlens_k", TensorProto.INT32, ["batch"]),
-                  _value("total_length", TensorProto.INT32, []),
-                  _value("kept", TensorProto.INT64, [1])]
-        outputs = [_value("logits", TensorProto.FLOAT, ["batch", "logits_kept", shape.vocab])]
+        inputs = [value_info("input_ids", TensorProto.INT64, ["batch", "tokens"]),
+                  value_info("seqlens_k", TensorProto.INT32, ["batch"]),
+                  value_info("total_length", TensorProto.INT32, []),
+                  value_info("kept", TensorProto.INT64, [1])]
+        outputs = [value_info("logits", TensorProto.FLOAT, ["batch", "logits_kept", shape.vocab])]
         cache = [shape.kv_heads, shape.head_dim]
         for index in range(shape.layers):
             for part in ("key", "value"):
                 past, present = PAST.format(index, part), PRESENT.format(index, part)
-                inputs.append(_value(past, TensorProto.FLOAT, ["batch", cache[0], "capacity", cache[1]]))
-                outputs.append(_value(present, TensorProto.FLOAT, ["batch", cache[0], "capacity", cache[1]]))
+                inputs.append(value_info(past, TensorProto.FLOAT, ["batch", cache[0], "capacity", cache[1]]))
+                outputs.append(value_info(present, TensorProto.FLOAT, ["batch", cache[0], "capacity", cache[1]]))
         self._body()
         made = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
@@ -174,7 +174,7 @@ class Decoder:
 
     def _body(self) -> None:
         graph = self.graph
-        x = self.weights.embedding(graph, "input_ids")
+        x = self._embedded()
         if self.family in GEMMAS:
             x = graph.add("Mul", [x, self._scalar("embedding.scale", math.sqrt(self.shape.hidden))])
         four = len(self.checkpoint.family.norms) == 4
@@ -192,37 +192,62 @@ class Decoder:
             last = index + 1 == self.shape.layers
             following = "model.norm" if last else f"model.layers.{index + 1}.input_layernorm"
             normed, x = self._add_norm(x, branch, following)
-        begin = graph.add("Neg", ["kept"])
-        normed = graph.add("Slice", [normed, begin, self._integers("end", [2**62]), self._integers("tokens.axis", [1])])
-        logits = self.weights.head(graph, normed)
+        logits = self._logits(normed)
         cap = self.config.get("final_logit_softcapping") if self.family in GEMMAS else None
         if cap:
             size = self._scalar("logits.cap", float(cap))
             logits = graph.add("Mul", [graph.add("Tanh", [graph.add("Div", [logits, size])]), size])
         graph.add("Identity", [logits], outputs=["logits"])
 
+    def _embedded(self) -> str:
+        """The rows of the embedding."""
+        return self.weights.embedding(self.graph, "input_ids")
+
+    def _logits(self, x: str) -> str:
+        """The logits of the tokens that are asked for."""
+        graph = self.graph
+        begin = graph.add("Neg", ["kept"])
+        last = graph.add("Slice", [x, begin, self._integers("end", [2**62]), self._integers("tokens.axis", [1])])
+        return self.weights.head(graph, last)
+
     def _attention(self, name: str, index: int, layer: Layer, x: str) -> str:
-        graph, shape = self.graph, self.shape
         parts = ["qkv_proj"] if self.checkpoint.family.fused else ["q_proj", "k_proj", "v_proj"]
         qkv = self._linear(x, [f"{name}.{part}" for part in parts])
         query, key, value = qkv, "", ""
         if self.checkpoint.family.qk_norm:
-            sizes = [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim]
-            names = [f"{name}.{part}" for part in ("query", "key", "value")]
-            graph.add("Split", [qkv, self._integers("qkv.sizes", sizes)], outputs=names, axis=-1)
-            query, key, value = names
+            query, key, value = self._apart(name, qkv)
+        return self._linear(self._mixed(name, index, layer, query, key, value), [f"{name}.o_proj"])
+
+    def _apart(self, name: str, qkv: str) -> tuple[str, str, str]:
+        """Queries, keys and values, each (batch, tokens, heads x dimensions), normed where the family does."""
+        shape = self.shape
+        sizes = [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim]
+        names = [f"{name}.{part}" for part in ("query", "key", "value")]
+        self.graph.add("Split", [qkv, self._integers("qkv.sizes", sizes)], outputs=names, axis=-1)
+        query, key, value = names
+        if self.checkpoint.family.qk_norm:
             query = self._head_norm(query, f"{name}.q_norm")
             key = self._head_norm(key, f"{name}.k_norm")
+        return query, key, value
+
+    @property
+    def _scale(self) -> float:
+        """Of the attention scores."""
+        scored = self.config.get("query_pre_attn_scalar") if self.family in ("gemma2", "gemma3_text") else None
+        return 1.0 / math.sqrt(float(scored or self.shape.head_dim))
+
+    def _mixed(self, name: str, index: int, layer: Layer, query: str, key: str, value: str) -> str:
+        """The values as attention mixes them, (batch, tokens, heads x dimensions). key "": query holds all three."""
+        graph, shape = self.graph, self.shape
         rotation = ["", ""]
         if layer.rotated:
             rotation = self._rotation(layer.kind)
         past = [PAST.format(index, part) for part in ("key", "value")]
         present = [PRESENT.format(index, part) for part in ("key", "value")]
-        scored = self.config.get("query_pre_attn_scalar") if self.family in ("gemma2", "gemma3_text") else None
         attributes: dict[str, Any] = {
             "num_heads": shape.heads,
             "kv_num_heads": shape.kv_heads,
-            "scale": float(scored or shape.head_dim) ** -0.5,
+            "scale": self._scale,
             "do_rotary": int(layer.rotated),
             "rotary_interleaved": 0,
         }
@@ -231,14 +256,13 @@ class Decoder:
         cap = self.config.get("attn_logit_softcapping") if self.family == "gemma2" else None
         if cap:
             attributes["softcap"] = float(cap)
-        mixed = graph.add(
+        return graph.add(
             "GroupQueryAttention",
             [query, key, value, *past, "seqlens_k", "total_length", *rotation],
             outputs=[f"{name}.mixed", *present],
             domain=MICROSOFT,
             **attributes,
         )
-        return self._linear(mixed, [f"{name}.o_proj"])
 
     def _rotation(self, kind: str) -> list[str]:
         names = [f"rope.{kind}.{part}" for part in ("cos", "sin")]
@@ -264,17 +288,18 @@ class Decoder:
             graph.add("Split", [both, halves], outputs=[gate, up], axis=-1)
         else:
             gate, up = (self._linear(x, [f"{name}.{part}"]) for part in ("gate_proj", "up_proj"))
+        return self._linear(graph.add("Mul", [self._active(gate), up]), [f"{name}.down_proj"])
+
+    def _active(self, gate: str) -> str:
         if self.family in GEMMAS:
-            active = graph.add("FastGelu", [gate], domain=MICROSOFT)  # the tanh form
-        else:
-            active = graph.add("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x): SiLU
-        return self._linear(graph.add("Mul", [active, up]), [f"{name}.down_proj"])
+            return self.graph.add("FastGelu", [gate], domain=MICROSOFT)  # the tanh form
+        return self.graph.add("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x): SiLU
 
     def _linear(self, x: str, modules: Sequence[str]) -> str:
         """Weights, and biases where the checkpoint has them."""
         import numpy as np
 
-        product = self.weights.linear(self.graph, x, modules)
+        product = self._product(x, modules)
         names = [f"{module}.bias" for module in modules]
         found = [name for name in names if name in self.checkpoint.tensors]
         if not found:
@@ -282,6 +307,9 @@ class Decoder:
         rows = {name: self.checkpoint.tensors[name.removesuffix("bias") + "weight"].shape[0] for name in names}
         parts = [self.weights.vector(name) if name in found else np.zeros(rows[name], np.float32) for name in names]
         return self.graph.add("Add", [product, self.graph.constant(found[0], np.concatenate(parts))])
+
+    def _product(self, x: str, modules: Sequence[str]) -> str:
+        return self.weights.linear(self.graph, x, modules)
 
     def _norm_weight(self, name: str) -> str:
         value = self.weights.vector(f"{name}.weight")
@@ -313,7 +341,7 @@ class Decoder:
         return self.graph.constant(name, np.array(value, np.float32))
 
 
-def _value(name: str, kind: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
+def value_info(name: str, kind: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
     from onnx import helper
 
     return helper.make_tensor_value_info(name, kind, list(shape))

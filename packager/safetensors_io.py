@@ -189,12 +189,8 @@ class Spec:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def write_file(path: Path, specs: Sequence[Spec], data: Iterable[Iterator[bytes | memoryview]]) -> None:
-    """Write one safetensors file: the header first, then each tensor's chunks as they come, then fsync.
-
-    specs: the tensors in file order. data: for each spec an iterator of byte chunks. Raises ValueError when a
-    tensor yields another number of bytes than its spec says.
-    """
+def header_bytes(specs: Sequence[Spec]) -> bytes:
+    """What a safetensors file of these tensors, in this order, begins with."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     offset = 0
     for spec in specs:
@@ -203,9 +199,17 @@ def write_file(path: Path, specs: Sequence[Spec], data: Iterable[Iterator[bytes 
         offset += spec.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_file(path: Path, specs: Sequence[Spec], data: Iterable[Iterator[bytes | memoryview]]) -> None:
+    """Write one safetensors file: the header first, then each tensor's chunks as they come, then fsync.
+
+    specs: the tensors in file order. data: for each spec an iterator of byte chunks. Raises ValueError when a
+    tensor yields another number of bytes than its spec says.
+    """
     with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little"))
-        file.write(raw)
+        file.write(header_bytes(specs))
         for spec, chunks in zip(specs, data, strict=True):
             written = 0
             for chunk in chunks:

@@ -164,6 +164,17 @@ class Target:
             return self.gpu.bandwidth_gb_s * GB
         return self.bandwidth
 
+    def on_release(self, jetpack: str) -> Target:
+        """The same device with one release of its system image: that one's Python and C library alone. Raises KeyError
+        for a release that the file does not have.
+        """
+        found = next((entry for entry in self.software if entry.jetpack == jetpack), None)
+        if found is None:
+            raise KeyError(f"{self.name} has no [[software]] of JetPack {jetpack}")
+        tag = f"manylinux_{found.glibc.replace('.', '_')}_{self.platform.machine}"
+        place = dataclasses.replace(self.platform, python=(found.python,), glibc=found.glibc, wheel_tag=tag)
+        return dataclasses.replace(self, platform=place)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``: the file's keys, and name, digest and wheel_platforms."""
         plain = dataclasses.asdict(dataclasses.replace(self, options={}))

@@ -20,6 +20,7 @@ MODULES = {
     "ort": "ort",
     "transformers": "transformers_",
     "vllm": "vllm_",
+    "edgellm": "edgellm_",
     "ort_encoder": "ort_encoder",
 }
 

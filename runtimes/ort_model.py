@@ -96,6 +96,16 @@ class Model:
             raise EngineError(f"onnxruntime failed: {_first_line(error)}") from None
         return logits
 
+    def memory(self) -> int:
+        """Nothing outside this process."""
+        return 0
+
+    def close(self) -> None:
+        """Free the session and the caches."""
+        self._session = None
+        self._bindings.clear()
+        self._caches.clear()
+
     def _binding(self, slot: int, rows: int) -> Any:
         """The caches of these slots as inputs and outputs alike."""
         import numpy as np

@@ -45,12 +45,14 @@ RUNTIME_SERVER = (*RUNTIME_FACE, "answer.py", "api.py", "app.py", "chat.py", "ge
                   "score.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
-    "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "sampling.py", "stream.py"),
+    "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "sampling.py",
+            "slots.py", "stream.py"),
     "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "stream.py", "threads.py",
                      "torch_model.py", "transformers_.py"),
     "ort_encoder": (*RUNTIME_FACE, "batches.py", "bench_encoder.py", "encode.py", "encoder_app.py", "encoding.py",
                     "ort_encoder.py"),
     "vllm": (*RUNTIME_SERVER, "vllm_.py"),
+    "edgellm": (*RUNTIME_SERVER, "edgellm_.py", "vllm_.py"),
 }
 
 

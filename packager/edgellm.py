@@ -1,0 +1,295 @@
+"""Bundles for TensorRT Edge-LLM, NVIDIA's own engine for language models on Jetson Orin (JetPack 7.2) and Thor.
+
+Its wheel for aarch64 holds runtime, plugins, server and a builder that makes the engine on the device straight out of a
+Hugging Face folder (installation.md and direct-engine-builder.md of 0.11.0's user guide). So a bundle is that folder,
+in float16 or in the GPTQ form that our int4 tuning writes, the wheels, and a command line. The other way, its ONNX
+export and llm_build, needs C++ programs that no wheel has and that are compiled from a clone on the device: nothing for
+a box without a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packager.gates import Thresholds
+from packager.gguf_sizes import kv_cache_bytes
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+from packager.store import RECORD, code_digest
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Checkpoint
+    from packager.int4_folder import Form
+    from packager.reference import Samples
+    from packager.store import Cost, Step
+    from packager.target import Software, Target
+
+VERSION = "0.11.0"  # whose documents, flags and loaders were read; the lock pins it
+JETPACK = "7.2"  # Orin's first: support-matrix.md, "Wheel Packaging Matrix"
+# Its registry of decoders has more; these are the ones that the packager knows too (direct-engine-builder.md).
+MODELS = ("llama", "mistral", "qwen2", "qwen3")
+HEADS = (64, 128)  # of its supported checkpoints (supported-models.md)
+GROUP = 128  # "currently supports 128 only" (tensorrt-plugins.md, Int4GroupwiseGemmPluginV2)
+ALIGNED = 64  # inputs and outputs of an int4 matrix (checkpoint/repacking.py)
+# "at least the deployed model size plus 2 GB of available device memory" (installation.md)
+DEVICE_BYTES = 2 << 30
+OTHERS_SCORE = "on the build machine in float32, not by TensorRT Edge-LLM"
+ARCHITECTURES = {"sm_87": "8.7", "sm_110": "11.0"}
+
+
+@dataclass(frozen=True)
+class Options:
+    quant: Literal["fp16", "int4"] = field(
+        default="fp16", metadata={"doc": "weights: 16 bits, or tuned int4 in groups of 128 (Edge-LLM's only size)"}
+    )
+    tune: Literal["quick", "full", "none"] = field(
+        default="quick", metadata={"doc": "int4: iterations a layer: 20 (quick), 200 (full), or plain rounding (none)"}
+    )
+    context: int = field(
+        default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 1}
+    )
+    slots: int = field(default=1, metadata={"doc": "conversations answered at the same time", "min": 1})
+
+
+def thresholds(options: Options) -> Thresholds:
+    """float16 is the source; four bits in groups of 128 cost a small model this much at most."""
+    if options.quant == "fp16":
+        return Thresholds(max_kl=0.001, min_top1=0.995)
+    return Thresholds(max_kl=1.0, min_top1=0.55)
+
+
+def release(target: Target) -> Software | None:
+    """The oldest JetPack of the target that Edge-LLM's wheels are for."""
+    found = [entry for entry in target.software if _numbers(entry.jetpack) >= _numbers(JETPACK)]
+    return min(found, key=lambda entry: _numbers(entry.jetpack), default=None)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+    """None, or one sentence."""
+    from packager.tuning import linear_modules, ragged
+
+    other = "use the gguf recipe for this model"
+    if checkpoint.family.kind != "decoder":
+        return f"edge_llm serves decoder language models, and {checkpoint.architecture} is none; use tensorrt_engine."
+    architecture = target.gpu.architecture if target.gpu else None
+    if architecture not in ARCHITECTURES or release(target) is None:
+        return (
+            f"TensorRT Edge-LLM runs on Jetson Orin and Thor with JetPack {JETPACK} or newer, and {target.title} is "
+            "none of them; use the gguf recipe."
+        )
+    if checkpoint.family.model_type not in MODELS:
+        return f"TensorRT Edge-LLM builds {', '.join(MODELS)}, not {checkpoint.family.model_type}; {other}."
+    if checkpoint.shape.head_dim not in HEADS:
+        sizes = " or ".join(map(str, HEADS))
+        return f"its models have heads of {sizes} dimensions, not {checkpoint.shape.head_dim}; {other}."
+    if options.context > checkpoint.shape.context:
+        return (
+            f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model was made "
+            f"for; set context={checkpoint.shape.context} or less."
+        )
+    if options.quant == "int4":
+        if uneven := ragged(checkpoint, GROUP):
+            return f"groups of {GROUP}, the only size that it computes, do not divide {uneven}; set quant=fp16."
+        for module, (rows, inputs) in linear_modules(checkpoint).items():
+            if rows % ALIGNED or inputs % ALIGNED:
+                return f"{module} is {rows} x {inputs}, and int4 takes multiples of {ALIGNED}; set quant=fp16."
+    return None
+
+
+def _form() -> Form:
+    from packager.gptq import FORM
+
+    return FORM
+
+
+def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
+    """Sizes from the headers."""
+    from packager.tuning import costs
+
+    shape = checkpoint.shape
+    size, ram, seconds = 2 * checkpoint.parameters, 900 << 20, 60 + checkpoint.weight_bytes / 1.2e8
+    if options.quant == "int4":
+        from packager.int4_recipe import weight_bytes
+
+        size = weight_bytes(_form(), checkpoint, GROUP)
+        ram, longer = costs(checkpoint, options.tune)
+        seconds += longer
+    embedding = 0 if shape.tied else 2 * shape.vocab * shape.hidden  # one row of it is read, unless it is the head
+    return Estimate(
+        artifact_bytes=size,
+        build_ram_bytes=ram,
+        build_disk_bytes=3 * size,
+        load_bytes=size,
+        kv_bytes=kv_cache_bytes(shape.layers, shape.kv_heads, shape.head_dim, options.context, options.slots, "f16"),
+        overhead_bytes=DEVICE_BYTES,
+        read_per_token_bytes=size - embedding,
+        context=options.context,
+        slots=options.slots,
+        seconds=round(seconds, 1),
+        notes=(
+            f"The bundle is for JetPack {JETPACK} or newer: the box builds its engine with its own TensorRT at the "
+            f"first start (minutes), by TensorRT Edge-LLM {VERSION}. Generated, not executed here; the fidelity score "
+            f"is taken {OTHERS_SCORE}.",
+        ),
+    )
+
+
+def build(job: Job, options: Options) -> Artifact:
+    """The folder that Edge-LLM builds from, proven against its source. Raises GateFailed."""
+    from packager.gates import measure, require_kept
+    from packager.reference import make_samples, source_scores
+
+    steps: list[Step] = []
+    samples = make_samples(job) if job.verify or (options.quant == "int4" and options.tune != "none") else None
+    if samples:
+        steps.append(samples.step)
+    report: dict[str, Any] = {"edge_llm": {"version": VERSION, "jetpack": JETPACK, "executed": False}}
+    method = "none: the source's weights, rounded to float16"
+    if options.quant == "int4":
+        folder, method = _int4(job, samples, options, steps, report)
+    else:
+        folder = _half(job)
+        steps.append(folder)
+    if job.verify and samples:
+        source, step = source_scores(job, samples)
+        steps.append(step)
+        found = _scored(job, folder, samples, options, steps, report)
+        fidelity = measure(samples, source, found)
+        limits = thresholds(options).changed(job.limits)
+        report["fidelity"] = {**fidelity.as_dict(limits), "scored": OTHERS_SCORE}
+        require_kept(fidelity, limits, f"the {options.quant} folder", "Give the fine-tuning pairs with --calibration.")
+    files = {path.name: path for path in sorted(folder.path.iterdir()) if path.name != RECORD}
+    return Artifact(
+        format="safetensors",
+        files=files,
+        run=_run(job, options, files),
+        report=report,
+        provenance={
+            "quantizer": method,
+            "checkpoint": job.checkpoint.digest,
+            "calibration": job.calibration.digest if job.calibration else None,
+            "verified": job.verify,
+            "options": asdict(options),
+            "steps": {step.name: step.key for step in steps},
+        },
+        costs=tuple(step.cost() for step in steps),
+        gpu=_needs(job, options),
+        release=_release(job.target).jetpack,
+    )
+
+
+def _release(target: Target) -> Software:
+    found = release(target)
+    assert found is not None  # why_not has refused other targets
+    return found
+
+
+def _needs(job: Job, options: Options) -> dict[str, Any]:
+    """What the box's GPU and system must be: Edge-LLM takes one compute capability and one JetPack, exactly."""
+    size = estimate(job.checkpoint, job.target, options)
+    assert job.target.gpu is not None
+    return {
+        "capability": ARCHITECTURES[job.target.gpu.architecture],
+        "exact": True,
+        "count": 1,
+        "bytes": size.load_bytes + size.kv_bytes + size.overhead_bytes,
+        "driver_min": None,
+        "cuda": None,
+        "tensorrt": None,
+        "jetpack": sorted({one.jetpack for one in job.target.software if _numbers(one.jetpack) >= _numbers(JETPACK)}),
+    }
+
+
+def _int4(
+    job: Job, samples: Samples | None, options: Options, steps: list[Step], report: dict[str, Any]
+) -> tuple[Step, str]:
+    """The tuned integers as GPTQ; read back, so that nothing that was to be int4 is not."""
+    from packager import int4_recipe, tuning
+    from packager.int4_folder import read_back
+
+    tuned = tuning.tune(job, samples, budget=options.tune, group=GROUP)
+    folder = int4_recipe.packed(_form(), job, tuned)
+    steps += [tuned.step, folder]
+    report["int4"] = {**tuned.as_dict(), **read_back(_form(), folder.path, job.checkpoint)}
+    return folder, tuned.method
+
+
+def _half(job: Job) -> Step:
+    """All tensors in float16: what Edge-LLM makes of them on the device, made where an overflow is told."""
+    from packager import int4_folder, tokenizer_files
+
+    checkpoint = job.checkpoint
+    beside = tokenizer_files.tokenizer_files(job, tokenizer_files.TRANSFORMERS)
+
+    def make(folder: Path, cost: Cost) -> None:
+        with job.progress.step("writing the weights in float16"):
+            int4_folder.write_half(checkpoint, beside.values(), folder)
+
+    code = code_digest(*(Path(str(module.__file__)) for module in (int4_folder, tokenizer_files)))
+    return job.store.step("half", {"checkpoint": checkpoint.digest, "code": code}, make, progress=job.progress)
+
+
+def _scored(
+    job: Job, folder: Step, samples: Samples, options: Options, steps: list[Step], report: dict[str, Any]
+) -> list[dict[int, float]]:
+    """Distributions of the folder that ships, at the samples' positions."""
+    if options.quant == "int4":
+        from packager import int4_recipe
+        from packager.scoring import require_contract
+
+        run = {**_run(job, options, {path.name: path for path in folder.path.iterdir()}), "dtype": "float16"}
+        found = int4_recipe.score_folder(_form(), job, run, folder, samples, steps)
+        said = require_contract(job, samples, found, "the tokenizer beside the weights")
+        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
+        return found.distributions
+    from packager.checkpoint import open_checkpoint
+    from packager.reference import source_scores
+    from packager.store import cache_root
+
+    halved = open_checkpoint(str(folder.path), progress=job.progress, cache=cache_root(), name=job.checkpoint.name)
+    rows, step = source_scores(replace(job, checkpoint=halved), samples)
+    steps.append(step)
+    return rows
+
+
+def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
+    from packager.tokenizer_files import tokenizer_paths
+
+    weights = sorted(name for name in files if name.endswith(".safetensors"))
+    return {
+        "engine": "edgellm",
+        "model": f"model/{weights[0]}",
+        **tokenizer_paths(job.checkpoint),
+        **job.checkpoint.tokenizer.as_run(),
+        "context": options.context,
+        "slots": options.slots,
+        "threads": 0,
+        "read_per_token_bytes": estimate(job.checkpoint, job.target, options).read_per_token_bytes,
+        "model_bytes": sum(files[name].stat().st_size for name in weights),
+        "settings": {"edgellm": VERSION, "reasoning": _reasoning(job.checkpoint)},
+    }
+
+
+def _reasoning(checkpoint: Checkpoint) -> str:
+    """Which of its parsers takes the thought apart from the answer; "none" where the template knows no thought."""
+    template = checkpoint.tokenizer.chat_template or ""
+    return "deepseek_r1" if "<think>" in template or "</think>" in template else "none"
+
+
+RECIPE = Recipe(
+    name="edge_llm",
+    summary="TensorRT Edge-LLM on Jetson Orin (JetPack 7.2) and Thor: float16 or tuned int4, engine built on the box",
+    format="safetensors",
+    options=Options,
+    needs=(Need("torch", "packager"), Need("transformers", "packager")),
+    why_not=why_not,
+    estimate=estimate,
+    build=build,
+    thresholds=thresholds,
+)

@@ -1,0 +1,113 @@
+"""Starts TensorRT Edge-LLM's own server on the bundle's folder: one command line, made of the manifest.
+
+The server is a wheel of the bundle (its documents call this frontend experimental). At its first start it builds the
+engine with the box's own TensorRT, straight out of the folder, and keeps it under --cache-dir; later starts reuse it.
+JetPack's Python package of TensorRT lies with the system's Python: a folder of links to that package alone is put on
+the module path, so nothing else of the system gets in. Flags are those of 0.11.0. This process becomes the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from runtimes.manifest import ManifestError, Run
+from runtimes.vllm_ import OFFLINE, OURS, free_port
+
+REFUSED = 4
+SETTING = "PACKAGER_TENSORRT"  # a folder with the package tensorrt, for one that was installed elsewhere
+CACHE = "PACKAGER_ENGINE_CACHE"  # where engines are kept, for a place other than the install's own
+# what JetPack's packages of TensorRT consist of; tensorrt alone has to be there
+PARTS = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_libs", "tensorrt_bindings")
+SYSTEM = ("/usr/lib/python{0}/dist-packages", "/usr/lib/python3/dist-packages",
+          "/usr/local/lib/python{0}/dist-packages")  # fmt: skip
+# its module has no entry of its own, and its script's first line names the place where pip ran
+START = "from experimental.server.cli import main; main()"
+PARSERS = ("auto", "none", "qwen3", "deepseek_r1")
+
+
+def command(run: Run, python: str, host: str, port: int, cache: Path) -> list[str]:
+    """The whole command line. Raises ManifestError for settings that are not those of this engine."""
+    reasoning = run.settings.get("reasoning")
+    if reasoning not in PARSERS:
+        raise ManifestError(f"The manifest's run.settings.reasoning is {reasoning!r}; {', '.join(PARSERS)} are known.")
+    words = [python, "-P", "-c", START, str(run.model.parent), "--host", host, "--port", str(port),
+             "--served-model-name", run.name, "--cache-dir", str(cache), "--max-input-len", str(run.context),
+             "--max-kv-cache-capacity", str(run.context), "--max-batch-size", str(run.slots),
+             "--reasoning-parser", reasoning]  # fmt: skip
+    if run.slots > 1:
+        words.append("--enable-in-flight-batching")  # else requests take turns
+    return words
+
+
+def environment(given: Mapping[str, str], tensorrt: Path) -> dict[str, str]:
+    """The environment that the server gets. tensorrt: the folder of links."""
+    return {**{key: value for key, value in given.items() if key not in OURS}, **OFFLINE,
+            "PYTHONPATH": str(tensorrt), "PYTHONNOUSERSITE": "1"}  # fmt: skip
+
+
+def serve(run: Run, options: argparse.Namespace) -> int:
+    """Become the server. Returns 4 with one sentence where the box has no TensorRT for this Python."""
+    home = Path(options.bundle).resolve()
+    found = find_tensorrt(os.environ)
+    if found is None:
+        version = sysconfig.get_python_version()
+        sys.stderr.write(f"TensorRT: expected JetPack's Python package tensorrt for Python {version}, found none; "
+                         f"install python3-libnvinfer, or name its folder in {SETTING}.\n")  # fmt: skip
+        return REFUSED
+    cache = cache_folder(home, os.environ)
+    links = link_tensorrt(found, cache / "tensorrt")
+    words = command(run, sys.executable, options.host, free_port(options.host, options.port), cache)
+    if options.verbose:
+        words += ["--log-level", "debug"]
+    if options.log_json:
+        sys.stderr.write("--log-json is our own server's; Edge-LLM writes its own log.\n")
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    sys.stdout.write(f"{run.name} by TensorRT Edge-LLM on http://{shown}:{words[words.index('--port') + 1]} (the first "
+                     f"start builds the engine, which takes minutes, into {cache})\n")  # fmt: skip
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(words[0], words, environment(os.environ, links))  # noqa: S606 - a list, no shell
+    except OSError as error:
+        raise ManifestError(f"{words[0]} cannot be started: {error.strerror}.") from None
+
+
+def find_tensorrt(given: Mapping[str, str], places: Sequence[str] = SYSTEM) -> Path | None:
+    """The folder that holds the package ``tensorrt``; None when there is none."""
+    named = given.get(SETTING)
+    folders = [named] if named else [place.format(sysconfig.get_python_version()) for place in places]
+    return next((Path(folder) for folder in folders if (Path(folder) / "tensorrt" / "__init__.py").is_file()), None)
+
+
+def link_tensorrt(found: Path, links: Path) -> Path:
+    """A folder with links to TensorRT's own packages. Raises ManifestError when it cannot be made."""
+    try:
+        links.mkdir(parents=True, exist_ok=True)
+        for part in PARTS:
+            goal, target = links / part, found / part
+            if goal.is_symlink():
+                goal.unlink()
+            if target.is_dir():
+                goal.symlink_to(target, target_is_directory=True)
+        for record in found.glob("tensorrt*-info"):  # the version that importlib.metadata tells
+            goal = links / record.name
+            if not goal.is_symlink():
+                goal.symlink_to(record)
+    except OSError as error:
+        raise ManifestError(f"{links} cannot be written ({error.strerror}); name another folder in {CACHE}.") from None
+    return links
+
+
+def cache_folder(home: Path, given: Mapping[str, str]) -> Path:
+    """Where engines are kept: as asked, else beside the install where that may be written, else in the user's cache."""
+    if named := given.get(CACHE):
+        return Path(named)
+    if os.access(home, os.W_OK):
+        return home / "engines"
+    base = given.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "packager" / "engines" / home.name
