@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from packager.target import Software, Target
 
 VERSION = "0.11.0"  # whose documents, flags and loaders were read; the lock pins it
-JETPACK = "7.2"  # Orin's first: support-matrix.md, "Wheel Packaging Matrix"
+DOWNLOAD_MB = 447  # of its wheel for aarch64, which the bundle carries
 # Its registry of decoders has more; these are the ones that the packager knows too (direct-engine-builder.md).
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
 HEADS = (64, 128)  # of its supported checkpoints (supported-models.md)
@@ -36,7 +36,9 @@ ALIGNED = 64  # inputs and outputs of an int4 matrix (checkpoint/repacking.py)
 # "at least the deployed model size plus 2 GB of available device memory" (installation.md)
 DEVICE_BYTES = 2 << 30
 OTHERS_SCORE = "on the build machine in float32, not by TensorRT Edge-LLM"
-ARCHITECTURES = {"sm_87": "8.7", "sm_110": "11.0"}
+# What the wheel has native code for (support-matrix.md, "Wheel Packaging Matrix"), and the first JetPack of each.
+ARCHITECTURES = {"sm_87": ("8.7", "7.2"), "sm_110": ("11.0", "7.0")}
+WHERE = "Jetson Orin with JetPack 7.2 and Thor with JetPack 7"
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,13 @@ def thresholds(options: Options) -> Thresholds:
     return Thresholds(max_kl=1.0, min_top1=0.55)
 
 
-def release(target: Target) -> Software | None:
-    """The oldest JetPack of the target that Edge-LLM's wheels are for."""
-    found = [entry for entry in target.software if _numbers(entry.jetpack) >= _numbers(JETPACK)]
-    return min(found, key=lambda entry: _numbers(entry.jetpack), default=None)
+def releases(target: Target) -> list[Software]:
+    """The target's JetPacks that Edge-LLM's wheel is for, oldest first."""
+    if target.gpu is None or target.gpu.architecture not in ARCHITECTURES:
+        return []
+    first = _numbers(ARCHITECTURES[target.gpu.architecture][1])
+    found = [entry for entry in target.software if _numbers(entry.jetpack) >= first]
+    return sorted(found, key=lambda entry: _numbers(entry.jetpack))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -77,12 +82,8 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
     other = "use the gguf recipe for this model"
     if checkpoint.family.kind != "decoder":
         return f"edge_llm serves decoder language models, and {checkpoint.architecture} is none; use tensorrt_engine."
-    architecture = target.gpu.architecture if target.gpu else None
-    if architecture not in ARCHITECTURES or release(target) is None:
-        return (
-            f"TensorRT Edge-LLM runs on Jetson Orin and Thor with JetPack {JETPACK} or newer, and {target.title} is "
-            "none of them; use the gguf recipe."
-        )
+    if not releases(target):
+        return f"TensorRT Edge-LLM runs on {WHERE}, and {target.title} is none of them; use the gguf recipe."
     if checkpoint.family.model_type not in MODELS:
         return f"TensorRT Edge-LLM builds {', '.join(MODELS)}, not {checkpoint.family.model_type}; {other}."
     if checkpoint.shape.head_dim not in HEADS:
@@ -121,6 +122,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         ram, longer = costs(checkpoint, options.tune)
         seconds += longer
     embedding = 0 if shape.tied else 2 * shape.vocab * shape.hidden  # one row of it is read, unless it is the head
+    known = releases(target)
     return Estimate(
         artifact_bytes=size,
         build_ram_bytes=ram,
@@ -133,9 +135,9 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         slots=options.slots,
         seconds=round(seconds, 1),
         notes=(
-            f"The bundle is for JetPack {JETPACK} or newer: the box builds its engine with its own TensorRT at the "
-            f"first start (minutes), by TensorRT Edge-LLM {VERSION}. Generated, not executed here; the fidelity score "
-            f"is taken {OTHERS_SCORE}.",
+            f"The bundle is for JetPack {known[0].jetpack if known else 7} or newer and carries TensorRT Edge-LLM "
+            f"{VERSION} ({DOWNLOAD_MB} MB): the box builds its engine with its own TensorRT at the first start, which "
+            f"takes minutes. Generated, not executed here; the fidelity score is taken {OTHERS_SCORE}.",
         ),
     )
 
@@ -149,7 +151,7 @@ def build(job: Job, options: Options) -> Artifact:
     samples = make_samples(job) if job.verify or (options.quant == "int4" and options.tune != "none") else None
     if samples:
         steps.append(samples.step)
-    report: dict[str, Any] = {"edge_llm": {"version": VERSION, "jetpack": JETPACK, "executed": False}}
+    report: dict[str, Any] = {"edge_llm": {"version": VERSION, "executed": False}}
     method = "none: the source's weights, rounded to float16"
     if options.quant == "int4":
         folder, method = _int4(job, samples, options, steps, report)
@@ -180,14 +182,8 @@ def build(job: Job, options: Options) -> Artifact:
         },
         costs=tuple(step.cost() for step in steps),
         gpu=_needs(job, options),
-        release=_release(job.target).jetpack,
+        release=releases(job.target)[0].jetpack,
     )
-
-
-def _release(target: Target) -> Software:
-    found = release(target)
-    assert found is not None  # why_not has refused other targets
-    return found
 
 
 def _needs(job: Job, options: Options) -> dict[str, Any]:
@@ -195,14 +191,14 @@ def _needs(job: Job, options: Options) -> dict[str, Any]:
     size = estimate(job.checkpoint, job.target, options)
     assert job.target.gpu is not None
     return {
-        "capability": ARCHITECTURES[job.target.gpu.architecture],
+        "capability": ARCHITECTURES[job.target.gpu.architecture][0],
         "exact": True,
         "count": 1,
         "bytes": size.load_bytes + size.kv_bytes + size.overhead_bytes,
         "driver_min": None,
         "cuda": None,
         "tensorrt": None,
-        "jetpack": sorted({one.jetpack for one in job.target.software if _numbers(one.jetpack) >= _numbers(JETPACK)}),
+        "jetpack": [one.jetpack for one in releases(job.target)],
     }
 
 

@@ -85,8 +85,9 @@ class Artifact:
     run: how the box runs it (manifest's ``run`` object). report: measured facts (tensor types, fidelity).
     provenance: versions, digests, options. extra: further files at the bundle's top level (an Ollama store). costs:
     seconds and peak resident bytes of each step, which stay outside the bundle (they differ between equal builds). gpu:
-    what the box's GPU has to be, as the manifest's needs.gpu has it; None where the run object's settings say it, or none
-    is needed. release: the one release of the target's system image (JetPack) that it is for; None for all of them.
+    what the box's GPU has to be, as the manifest's needs.gpu has it; None where the run object's settings say it, or
+    none is needed. release: the release of the target's system image (JetPack) whose Python and C library its wheels
+    are for; None for all that the target names.
     """
 
     format: str

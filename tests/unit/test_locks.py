@@ -42,10 +42,17 @@ def test_every_requirement_is_one_version_with_hashes(name: str) -> None:
         assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", item) for item in hashes), wanted
 
 
+# NVIDIA's Python interface to the driver that a box has: some MB, and nothing of CUDA itself
+BINDINGS = {"cuda-python", "cuda-bindings", "cuda-core", "cuda-pathfinder"}
+# What TensorRT Edge-LLM's own server runs is its own choice; of this bundle our code renders the template alone.
+OURS = {"box-edgellm.lock": {"jinja2", "markupsafe", "tokenizers"}}
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "torch-cpu.lock"])
 def test_no_lock_brings_torch_or_cuda(name: str) -> None:
     """torch stands in its own lock only; nothing else may bring gigabytes of CUDA along."""
-    assert not [package for package in pinned(name) if re.match(r"torch$|nvidia|triton|cuda", package)]
+    found = [package for package in pinned(name) if re.match(r"torch$|nvidia|triton|cuda", package)]
+    assert not set(found) - BINDINGS
 
 
 def test_linux_gets_the_cpu_build_by_its_exact_name() -> None:
@@ -60,6 +67,7 @@ def test_linux_gets_the_cpu_build_by_its_exact_name() -> None:
 def test_box_and_build_machine_run_the_same_versions(name: str) -> None:
     """What is scored here is what runs there: packages in both locks have one version. Nor do the tests run others."""
     build, box, test = pinned("build.lock"), pinned(name), pinned("test.lock")
+    box = {package: version for package, version in box.items() if package in OURS.get(name, box)}
     assert {name: build[name] for name in box if name in build} == {name: box[name] for name in box if name in build}
     assert build.items() <= test.items()
 
