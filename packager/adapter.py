@@ -23,8 +23,9 @@ from packager.adapter_fit import (
     open_adapter,
     plan_changes,
 )
-from packager.checkpoint import CONFIG_FILES, Checkpoint, slug
+from packager.checkpoint import Checkpoint, slug
 from packager.errors import InputError
+from packager.origin import CONFIG_FILES
 from packager.progress import Progress
 from packager.safetensors_io import (
     Spec,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from packager.architectures import (
     IGNORED_SUFFIXES,
@@ -24,9 +24,10 @@ from packager.architectures import (
 )
 from packager.digests import combined_digest, file_digest
 from packager.errors import InputError, UsageError
+from packager.origin import MODEL_FILES, Origin
 from packager.progress import Progress
 from packager.safetensors_io import FLOAT_DTYPES, TensorInfo, read_rows, row_chunks
-from packager.tokenizer_facts import TOKENIZER_FILES, TokenizerFacts, read_json, read_tokenizer
+from packager.tokenizer_facts import TokenizerFacts, read_json, read_tokenizer
 from packager.weight_files import INDEX, SINGLE, read_tensors
 
 __all__ = [
@@ -42,24 +43,6 @@ __all__ = [
 ]
 
 STATE_DICTS = (".bin", ".pth", ".pt")
-# Beside weights and tokenizer, what changes the model that a folder means (the last three: sentence-transformers).
-CONFIG_FILES = (
-    "config.json",
-    "generation_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
-)
-MODEL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a checkpoint came from. id: the folder's name or the hub id. revision: the commit, None for folders."""
-
-    kind: Literal["folder", "hub", "modelscope", "state_dict"]
-    id: str
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,12 @@ after those before it, so behaviour is read from the same distributions and no a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packager.errors import GateFailed
-from packager.fidelity import Score, compare
-
-if TYPE_CHECKING:
-    from packager.reference import Samples
+from packager.fidelity import Score
 
 
 @dataclass(frozen=True)
@@ -70,41 +67,6 @@ class Fidelity:
             "held_out": self.held_out,
             "thresholds": asdict(thresholds),
         }
-
-
-Rows = Sequence[Mapping[int, float]]
-
-
-def measure(samples: Samples, source: Rows, artifact: Rows) -> Fidelity:
-    """Measure an artifact. source, artifact: token -> log-probability at every position of ``samples``, in order."""
-    sets: dict[str, list[int]] = {"general": [], "tuning": []}
-    groups: list[int] = []
-    for number, sequence in enumerate(samples.sequences):
-        sets[sequence["set"]] += range(len(groups), len(groups) + len(sequence["positions"]))
-        groups += [number] * len(sequence["positions"])
-    targets = samples.targets
-
-    def score(rows: Sequence[int]) -> Score:
-        return compare(
-            [source[row] for row in rows],
-            [artifact[row] for row in rows],
-            [targets[row] for row in rows],
-            [groups[row] for row in rows],
-        )
-
-    if not sets["tuning"]:
-        return Fidelity(score(sets["general"]), None, None, held_out=False)
-    answers: dict[int, list[int]] = {}
-    for row in sets["tuning"]:
-        answers.setdefault(groups[row], []).append(row)
-
-    def word_for_word(rows: Rows, places: Sequence[int]) -> bool:
-        return all(max(rows[place], key=lambda token: rows[place][token]) == targets[place] for place in places)
-
-    followed = [places for places in answers.values() if word_for_word(source, places)]
-    kept = sum(word_for_word(artifact, places) for places in followed)
-    behaviour = Behaviour(len(answers), len(followed), kept)
-    return Fidelity(score(sets["general"]), score(sets["tuning"]), behaviour, samples.held_out)
 
 
 @dataclass(frozen=True)

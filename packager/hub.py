@@ -11,13 +11,11 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packager.errors import InputError, NetworkError, PackagerError, ToolError
+from packager.origin import MODEL_FILES, Origin
 from packager.progress import Progress, Task
-
-if TYPE_CHECKING:
-    from packager.checkpoint import Origin
 
 MODELSCOPE = "modelscope:"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -48,19 +46,12 @@ def _checked(name: str, ref: str) -> str:
     )
 
 
-def _model_patterns() -> list[str]:
-    from packager.checkpoint import MODEL_FILES
-
-    return list(MODEL_FILES)
-
-
 def _hugging_face(name: str, revision: str | None, progress: Progress) -> tuple[Path, Origin]:
     # Read by the library when it is imported, which is here; a user's own values stay.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own retries are not news
     from huggingface_hub import snapshot_download
 
-    from packager.checkpoint import Origin
 
     pinned = revision or "main"
     try:
@@ -69,7 +60,7 @@ def _hugging_face(name: str, revision: str | None, progress: Progress) -> tuple[
                 folder = snapshot_download(
                     name,
                     revision=pinned,
-                    allow_patterns=[*_model_patterns(), *weights],
+                    allow_patterns=[*list(MODEL_FILES), *weights],
                     etag_timeout=TIMEOUT_S,
                     tqdm_class=_counter(task),
                 )
@@ -154,7 +145,6 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
             "ModelScope ids need the modelscope library, which is not installed.",
             fix='Install the extra: pip install "packager[modelscope]"',
         ) from error
-    from packager.checkpoint import Origin
 
     pinned = revision or "master"
     logging.disable(logging.WARNING)  # it logs every retry; its level cannot be set: its two halves read one variable
@@ -174,7 +164,7 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
                     return None
 
             for weights in (SAFE, PICKLED):
-                wanted = [*_model_patterns(), *weights]
+                wanted = [*list(MODEL_FILES), *weights]
                 found = snapshot_download(name, revision=pinned, allow_patterns=wanted, progress_callbacks=[Count])
                 if any(Path(found).glob("model*.safetensors")):
                     break

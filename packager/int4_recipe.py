@@ -192,9 +192,9 @@ def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:
 
 def build(form: Form, job: Job, options: Options) -> Artifact:
     from packager import tuning
-    from packager.gates import measure, require_kept
+    from packager.gates import require_kept
     from packager.reference import make_samples, source_scores
-    from packager.scoring import require_contract
+    from packager.scoring import measure, require_contract
 
     engine = engine_for(form, job.target) or "transformers"
     steps: list[Step] = []

@@ -115,9 +115,9 @@ def build(job: Job, options: Options) -> Artifact:
     """Prove the graph, pack the weights, score what ships. Raises GateFailed."""
     from packager import behaviour
     from packager.fidelity import compare, require_equal
-    from packager.gates import measure, require_kept
+    from packager.gates import require_kept
     from packager.reference import make_samples, source_scores
-    from packager.scoring import require_contract
+    from packager.scoring import measure, require_contract
 
     steps: list[Step] = []
     four = options.bits == 4

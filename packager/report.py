@@ -16,6 +16,7 @@ from typing import Any
 from packager import report_encoder
 from packager.console import size
 from packager.errors import InputError, UsageError
+from packager.percentile import percentile
 from packager.progress import Progress
 from packager.store import Cost
 from packager.tools import CHILDREN, follow, run_python
@@ -130,14 +131,6 @@ def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dic
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
-
-
-def percentile(ordered: list[float], p: float) -> float:
-    """The p-th percentile of sorted values, by linear interpolation (NIST's and numpy's default)."""
-    place = (len(ordered) - 1) * p / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def mode_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:

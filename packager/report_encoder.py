@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.console import size
+from packager.percentile import percentile
 from packager.progress import Progress
 from packager.store import Cost
 from packager.tools import CHILDREN, follow
@@ -18,8 +19,6 @@ REQUESTS = 60
 
 def baseline(source: Path, document: Mapping[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
     """The same numbers and lengths of texts as the bundle was asked, in transformers and float32."""
-    from packager.report import percentile
-
     output = work / "baseline.json"
     cases = [{"texts": row["texts"], "tokens": round(row["tokens_per_text"])} for row in document["batches"]]
     asked = {

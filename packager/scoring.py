@@ -6,9 +6,12 @@ Any engine of runtimes/ is scored in the same words: ``runtimes score`` for its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from packager.fidelity import Score, compare
+from packager.gates import Behaviour, Fidelity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,3 +157,38 @@ def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) 
         name,
     )
     return notes
+
+
+Rows = Sequence[Mapping[int, float]]
+
+
+def measure(samples: Samples, source: Rows, artifact: Rows) -> Fidelity:
+    """Measure an artifact. source, artifact: token -> log-probability at every position of ``samples``, in order."""
+    sets: dict[str, list[int]] = {"general": [], "tuning": []}
+    groups: list[int] = []
+    for number, sequence in enumerate(samples.sequences):
+        sets[sequence["set"]] += range(len(groups), len(groups) + len(sequence["positions"]))
+        groups += [number] * len(sequence["positions"])
+    targets = samples.targets
+
+    def score(rows: Sequence[int]) -> Score:
+        return compare(
+            [source[row] for row in rows],
+            [artifact[row] for row in rows],
+            [targets[row] for row in rows],
+            [groups[row] for row in rows],
+        )
+
+    if not sets["tuning"]:
+        return Fidelity(score(sets["general"]), None, None, held_out=False)
+    answers: dict[int, list[int]] = {}
+    for row in sets["tuning"]:
+        answers.setdefault(groups[row], []).append(row)
+
+    def word_for_word(rows: Rows, places: Sequence[int]) -> bool:
+        return all(max(rows[place], key=lambda token: rows[place][token]) == targets[place] for place in places)
+
+    followed = [places for places in answers.values() if word_for_word(source, places)]
+    kept = sum(word_for_word(artifact, places) for places in followed)
+    behaviour = Behaviour(len(answers), len(followed), kept)
+    return Fidelity(score(sets["general"]), score(sets["tuning"]), behaviour, samples.held_out)

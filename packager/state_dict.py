@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.digests import combined_digest, file_digest
 from packager.errors import InputError, ToolError
+from packager.origin import CONFIG_FILES
 from packager.progress import Progress
 from packager.safetensors_io import CHUNK_ELEMENTS, Spec, shard_names, write_file, write_index
 from packager.tokenizer_facts import TOKENIZER_FILES, read_json
@@ -54,7 +55,6 @@ def convert(folder: Path, weights: Path | None, *, cache: Path, progress: Progre
     weights: the one file to take, None to find it. Raises InputError when the file could run code, is not a state
     dict, or has no config beside it; ToolError without torch.
     """
-    from packager.checkpoint import CONFIG_FILES
 
     files = [weights] if weights is not None else find(folder)
     names = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (folder / name).is_file()]

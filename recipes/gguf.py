@@ -169,10 +169,10 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 def build(job: Job, options: Options) -> Artifact:
     from packager import behaviour, llamacpp, ollama
     from packager.fidelity import compare, require_equal
-    from packager.gates import measure, require_kept
+    from packager.gates import require_kept
     from packager.gguf_contract import require_carried
     from packager.reference import make_samples, source_scores
-    from packager.scoring import require_contract
+    from packager.scoring import measure, require_contract
 
     options, _ = settle(options, job.calibration, job.checkpoint)
     steps: list[Step] = []

@@ -7,31 +7,24 @@ JSON, written in one step. Figures are means of at least five repeats with their
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import importlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from runtimes import bench_machine as box
 from runtimes.bench_load import BenchError, Client, measure, roofline, spread, table
+from runtimes.bench_server import busy, head, load_since, say, server
 from runtimes.check import read_manifest, size
 
-SCHEMA_VERSION = 1
 FAILED = 9
 STREAMS = (1, 4, 8)
-LOAD_PER_CORE = 0.5  # a machine that was busier than this before the run is named in the notes
 
 
 @dataclass(frozen=True)
@@ -51,53 +44,6 @@ class Plan:
         return cls(max(5, repeats), tokens, 24, max(16, min(prefill, context // 4)), streams)
 
 
-def say(text: str) -> None:
-    """One line of progress on standard error."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def free_port() -> int:
-    """A port of the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes], Client, float]]:
-    """The bundle's server as a child: its process, a client, and the perf_counter time at which it was started.
-
-    Yields when /health says that the model is loaded. Raises BenchError with the server's last words when it ends.
-    """
-    port = free_port()
-    command = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), "--port", str(port)]
-    runtime = str(Path(__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": runtime, "PYTHONDONTWRITEBYTECODE": "1"}
-    avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
-    with tempfile.TemporaryFile() as log:
-        started = time.perf_counter()
-        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                 preexec_fn=die_with_parent if sys.platform == "linux" else None)
-        try:
-            client = Client(f"http://127.0.0.1:{port}", avoid=avoid)
-            while not client.ready():
-                if child.poll() is not None or time.perf_counter() - started > wait:
-                    log.seek(0)
-                    words = log.read().decode("utf-8", "replace").strip().splitlines()
-                    state = "ended" if child.poll() is not None else f"was not ready after {wait:.0f} s"
-                    raise BenchError(f"The server {state}: {words[-1][:300] if words else 'it said nothing'}")
-                time.sleep(0.01)
-            yield child, client, started
-        finally:
-            child.terminate()
-            try:
-                child.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-
-
 def cold_start(bundle: Path, wait: float) -> tuple[float, float]:
     """Seconds from starting the process until it is ready, and until the first token of a first answer."""
     with server(bundle, wait) as (_, client, started):
@@ -114,16 +60,9 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
     before = box.load_average()
     say(f"memory bandwidth with {used} thread(s) …")
     speed = box.bandwidth(used)
-    report: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION, "bundle": manifest["bundle"], "name": manifest.get("name"),
-        "target": manifest.get("target"), "recipe": manifest.get("recipe"), "engine": run_facts["engine"],
-        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 - Python 3.10
-        "settings": {"repeats": plan.repeats, "tokens_per_answer": plan.tokens, "temperature": 0, "threads": used,
-                     "slots": run_facts.get("slots"), "context": run_facts.get("context"), "server": url or "own"},
-        "machine": box.machine(), "versions": box.versions(),
-        "model_bytes": run_facts.get("model_bytes"),
-        "read_per_token_bytes": int(run_facts.get("read_per_token_bytes") or 0),
-        "bandwidth": speed, "cold_start": None, "memory": None, "notes": [],
+    settings = {"repeats": plan.repeats, "tokens_per_answer": plan.tokens, "temperature": 0, "threads": used}
+    report = head(manifest, url, settings) | {
+        "read_per_token_bytes": int(run_facts.get("read_per_token_bytes") or 0), "bandwidth": speed,
     }
     if url is None:
         starts = []
@@ -147,17 +86,11 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
         report["streams"] = rows(client, plan)
     again = box.bandwidth(used)  # a moment of foreign load at the first try must not lower the roof
     speed |= max(speed, again, key=lambda one: float(one["bytes_per_second"]))
-    report["load"] = {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
+    report["load"] = load_since(before)
     one = report["streams"][0]["decode_tokens_per_second"]["mean"]  # of 1 stream: Plan always begins with it
     report["roofline"] = roofline(one, report["read_per_token_bytes"], speed["bytes_per_second"]) | {"streams": 1}
     report["notes"] = notes(report)
     return report
-
-
-def die_with_parent() -> None:
-    """In the child, before it becomes the server: end when the benchmark is killed, else it would hold the memory."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def rows(client: Client, plan: Plan) -> list[dict[str, Any]]:
@@ -176,9 +109,7 @@ def notes(report: dict[str, Any]) -> list[str]:
     found = []
     if report["roofline"]["note"]:
         found.append(f"Roofline {report['roofline']['verdict']}: {report['roofline']['note']}")
-    load, cores = report["load"]["before"], report["load"]["logical_cores"] or 1
-    if load and load[0] > LOAD_PER_CORE * cores:
-        found.append(f"The machine was busy before the run (load {load[0]} on {cores} cores): figures are too low.")
+    found += busy(report["load"])
     slots = report["settings"]["slots"] or 0
     waiting = [row["streams"] for row in report["streams"] if slots and row["streams"] > slots]
     if waiting:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from runtimes import bench_machine as box
-from runtimes.bench import LOAD_PER_CORE, SCHEMA_VERSION, say, server
 from runtimes.bench_load import BenchError, Client, percentiles, spread
+from runtimes.bench_server import busy, head, load_since, say, server
 from runtimes.check import read_manifest, size
 
 PATHS = {"embed": "/v1/embeddings", "classify": "/classify"}
@@ -100,16 +98,7 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
     facts = manifest["run"]
     path = PATHS[facts["task"]]
     before = box.load_average()
-    report: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION, "bundle": manifest["bundle"], "name": manifest.get("name"),
-        "target": manifest.get("target"), "recipe": manifest.get("recipe"), "engine": facts["engine"],
-        "task": facts["task"],
-        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 - Python 3.10
-        "settings": {"repeats": plan.repeats, "requests": plan.requests, "slots": facts.get("slots"),
-                     "context": facts.get("context"), "server": url or "own"},
-        "machine": box.machine(), "versions": box.versions(), "model_bytes": facts.get("model_bytes"),
-        "cold_start": None, "memory": None, "notes": [],
-    }
+    report = head(manifest, url, {"repeats": plan.repeats, "requests": plan.requests}) | {"task": facts["task"]}
     if url is None:
         ready, first = [], []
         for index in range(plan.repeats):
@@ -128,11 +117,8 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
         if not client.ready():
             raise BenchError(f"No server is ready at {url}: its /health does not answer 200.")
         report["batches"] = measure(client, path, plan)
-    report["load"] = {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
-    if before and before[0] > LOAD_PER_CORE * (os.cpu_count() or 1):
-        report["notes"].append(
-            f"The machine was busy before the run (load {before[0]} on {os.cpu_count()} cores): figures are too low."
-        )
+    report["load"] = load_since(before)
+    report["notes"] = busy(report["load"])
     return report
 
 

@@ -35,8 +35,8 @@ AT_FDCWD = -100
 
 # What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
 RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
-                  "bench_machine.py", "box_facts.py", "box_files.py", "box_fit.py", "box_fit_gpu.py", "box_jetson.py",
-                  "box_nvidia.py", "box_probe.py", "box_vllm.py")
+                  "bench_machine.py", "bench_server.py", "box_facts.py", "box_files.py", "box_fit.py",
+                  "box_fit_gpu.py", "box_jetson.py", "box_nvidia.py", "box_probe.py", "box_vllm.py")
 # the HTTP face of every engine in our own process
 RUNTIME_FACE = ("engine.py", "engines.py", "exchange.py", "face.py", "loading.py", "memory.py", "metrics.py",
                 "outer.py", "protocol.py", "replies.py", "server.py")

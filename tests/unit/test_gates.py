@@ -11,8 +11,9 @@ import pytest
 
 from packager.errors import GateFailed
 from packager.fidelity import compare, interval
-from packager.gates import Thresholds, measure, require_kept, shortfalls
+from packager.gates import Thresholds, require_kept, shortfalls
 from packager.samples import PAIR_POSITIONS, Samples, _pairs, divide
+from packager.scoring import measure
 from packager.store import Step
 
 STEP = Step("samples", "key", Path(), 0.0, 0, reused=False)

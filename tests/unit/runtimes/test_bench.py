@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from runtimes import bench, bench_machine
+from runtimes import bench, bench_machine, bench_server
 from runtimes.bench_load import (
     Answer,
     BenchError,
@@ -118,7 +118,7 @@ def test_a_server_that_is_not_there_or_not_ready_is_named(model: tuple[type[Mode
     with pytest.raises(BenchError, match="http://HOST:PORT"):
         Client("ftp://x")
     with pytest.raises(BenchError, match="broke off"):
-        Client(f"http://127.0.0.1:{bench.free_port()}").ask("x", 1)
+        Client(f"http://127.0.0.1:{bench_server.free_port()}").ask("x", 1)
     model[0].mode = "loading"
     assert not Client(model[1]).ready()
     with pytest.raises(BenchError, match="No server is ready"):

@@ -1,0 +1,27 @@
+"""Where a checkpoint came from, and which of its files say what model it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from packager.tokenizer_facts import TOKENIZER_FILES
+
+# Beside weights and tokenizer, what changes the model that a folder means (the last three: sentence-transformers).
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
+MODEL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """id: the folder's name or the hub id. revision: the commit, None for folders."""
+
+    kind: Literal["folder", "hub", "modelscope", "state_dict"]
+    id: str
+    revision: str | None = None

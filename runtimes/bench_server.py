@@ -1,0 +1,103 @@
+"""What every benchmark begins with: the bundle's own server as a child, and the report's head and load."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from runtimes import bench_machine as box
+from runtimes.bench_load import BenchError, Client
+from runtimes.check import read_manifest
+
+SCHEMA_VERSION = 1
+LOAD_PER_CORE = 0.5  # a machine that was busier than this before the run is named in the notes
+
+
+def say(text: str) -> None:
+    """One line of progress on standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes], Client, float]]:
+    """The bundle's server as a child: its process, a client, and the perf_counter time at which it was started.
+
+    Yields when /health says that the model is loaded. Raises BenchError with the server's last words when it ends.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), "--port", str(port)]
+    runtime = str(Path(__file__).resolve().parent.parent)
+    env = {**os.environ, "PYTHONPATH": runtime, "PYTHONDONTWRITEBYTECODE": "1"}
+    avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
+    with tempfile.TemporaryFile() as log:
+        started = time.perf_counter()
+        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                 preexec_fn=die_with_parent if sys.platform == "linux" else None)
+        try:
+            client = Client(f"http://127.0.0.1:{port}", avoid=avoid)
+            while not client.ready():
+                if child.poll() is not None or time.perf_counter() - started > wait:
+                    log.seek(0)
+                    words = log.read().decode("utf-8", "replace").strip().splitlines()
+                    state = "ended" if child.poll() is not None else f"was not ready after {wait:.0f} s"
+                    raise BenchError(f"The server {state}: {words[-1][:300] if words else 'it said nothing'}")
+                time.sleep(0.01)
+            yield child, client, started
+        finally:
+            child.terminate()
+            try:
+                child.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def die_with_parent() -> None:
+    """In the child, before it becomes the server: end when the benchmark is killed, else it would hold the memory."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def head(manifest: Mapping[str, Any], url: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What every report begins with. url: a server that already runs, instead of the bundle's own."""
+    facts = manifest["run"]
+    return {
+        "schema_version": SCHEMA_VERSION, "bundle": manifest["bundle"], "name": manifest.get("name"),
+        "target": manifest.get("target"), "recipe": manifest.get("recipe"), "engine": facts["engine"],
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 - Python 3.10
+        "settings": {**settings, "slots": facts.get("slots"), "context": facts.get("context"), "server": url or "own"},
+        "machine": box.machine(), "versions": box.versions(), "model_bytes": facts.get("model_bytes"),
+        "cold_start": None, "memory": None, "notes": [],
+    }
+
+
+def load_since(before: Any) -> dict[str, Any]:
+    """The machine's load before the run and now."""
+    return {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
+
+
+def busy(load: Mapping[str, Any]) -> list[str]:
+    """A sentence when the machine had other work before the run."""
+    before, cores = load["before"], load["logical_cores"] or 1
+    if not before or before[0] <= LOAD_PER_CORE * cores:
+        return []
+    return [f"The machine was busy before the run (load {before[0]} on {cores} cores): figures are too low."]
