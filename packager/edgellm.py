@@ -144,8 +144,9 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 def build(job: Job, options: Options) -> Artifact:
     """The folder that Edge-LLM builds from, proven against its source. Raises GateFailed."""
-    from packager.gates import measure, require_kept
+    from packager.gates import require_kept
     from packager.reference import make_samples, source_scores
+    from packager.scoring import measure
 
     steps: list[Step] = []
     samples = make_samples(job) if job.verify or (options.quant == "int4" and options.tune != "none") else None
