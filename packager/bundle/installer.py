@@ -16,9 +16,10 @@ from packager.errors import PackagerError
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SYSTEMS = {"linux": "Linux", "windows": "Windows", "macos": "macOS"}
+CHECK = "    ./install.sh --check             # only looks whether this box fits\n"
 INSTALL = {
-    "linux": "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
-    "macos": "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
+    "linux": CHECK + "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
+    "macos": CHECK + "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
     "windows": "    install.cmd                      & rem or: install.cmd --prefix C:\\@BUNDLE@\n\n"
                "Below, read `PREFIX\\bin\\serve.cmd` for `PREFIX/bin/serve`, and so on.",
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs this bundle on this box; needs no network and no rights beyond the folder it installs to.
-# Usage: ./install.sh [--prefix DIR] [--python PYTHON]
+# Usage: ./install.sh [--check | --facts] [--prefix DIR] [--python PYTHON]
 set -eu
 bundle='@BUNDLE@'
 python_min='@PYTHON_MIN@'
@@ -8,10 +8,12 @@ python_max='@PYTHON_MAX@'
 
 usage() {
     cat <<EOF
-Usage: ./install.sh [--prefix DIR] [--python PYTHON]
+Usage: ./install.sh [--check | --facts] [--prefix DIR] [--python PYTHON]
 
 Checks this box, then installs $bundle. Nothing is written before the check has passed.
 
+  --check          only check this box and the files, line by line; nothing is installed
+  --facts          only print this box's facts as JSON, to compare them elsewhere
   --prefix DIR     where to install (default: \$HOME/.local/opt/$bundle)
   --python PYTHON  the Python to use, $python_min to $python_max (default: the first fitting one on the PATH)
 
@@ -36,6 +38,7 @@ fits() {
 
 prefix=
 python=
+verb=install
 while [ $# -gt 0 ]; do
     case $1 in
         --prefix | --python)
@@ -44,6 +47,7 @@ while [ $# -gt 0 ]; do
             shift 2 ;;
         --prefix=*) prefix=${1#*=}; shift ;;
         --python=*) python=${1#*=}; shift ;;
+        --check | --facts) verb=${1#--}; shift ;;
         -h | --help) usage; exit 0 ;;
         *) refuse 2 "Unknown option $1; see ./install.sh --help." ;;
     esac
@@ -83,7 +87,7 @@ fi
 # The installer's own code is checked before it runs; it then checks everything else. -B: the bundle stays as it is.
 exec "$python" -I -B -c '
 import hashlib, os, sys
-home = sys.argv.pop(1)
+home, verb = sys.argv.pop(1), sys.argv.pop(1)
 damaged = None
 try:
     with open(os.path.join(home, "SHA256SUMS"), "rb") as lines:
@@ -103,6 +107,9 @@ if damaged:
                      % (damaged, reason))
     sys.exit(5)
 sys.path.insert(0, os.path.join(home, "runtime"))
-from runtimes.install import main
-sys.exit(main())
-' "$here" --bundle "$here" --prefix "$prefix"
+if verb == "install":
+    from runtimes.install import main
+else:
+    from runtimes.check import main
+sys.exit(main(sys.argv[1:] + ["--facts-only"] * (verb == "facts")))
+' "$here" "$verb" --bundle "$here" --prefix "$prefix"

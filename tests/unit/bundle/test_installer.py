@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -158,6 +159,18 @@ def test_a_prefix_that_is_not_free_is_refused_and_kept(bundle: Path, tmp_path: P
     if kind == "foreign":
         assert (prefix / "diary").read_text("utf-8") == "mine"
     assert not list(tmp_path.glob(".*installing*"))
+
+
+def test_the_box_can_be_checked_without_an_install(bundle: Path, tmp_path: Path) -> None:
+    """Line by line, or its facts alone; the exit codes are the preflight's, and nothing is written."""
+    before = {path for path in tmp_path.rglob("*")}
+    checked = install(bundle, "--check", "--prefix", str(tmp_path / "p"), "--python", sys.executable)
+    assert checked.returncode == 0 and "ok       processor: " in checked.stdout and "ok       files: " in checked.stdout
+    told = install(bundle, "--facts", "--python", sys.executable)
+    assert told.returncode == 0 and json.loads(told.stdout)["system"] == "linux"
+    (bundle / "model" / "tokenizer.json").write_bytes(b"")
+    assert install(bundle, "--check", "--python", sys.executable).returncode == 5
+    assert {path for path in tmp_path.rglob("*")} == before
 
 
 def test_a_wrong_box_is_refused_before_the_prefix_is_made(tmp_path: Path) -> None:
