@@ -27,7 +27,8 @@ from packager.console import Console  # noqa: E402
 from packager.encoder_facts import EncoderFacts, read_encoder  # noqa: E402
 from packager.encoder_fidelity import compare_vectors  # noqa: E402
 from packager.onnx_encoder import OPSET  # noqa: E402
-from packager.onnx_encoder_graph import DATA, MODEL, fill  # noqa: E402
+from packager.onnx_encoder_graph import fill  # noqa: E402
+from packager.onnx_parts import DATA, MODEL  # noqa: E402
 from packager.store import cache_root  # noqa: E402
 from packager.tools import CHILDREN  # noqa: E402
 from runtimes.encoding import Text  # noqa: E402

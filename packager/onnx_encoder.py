@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.encoder_facts import EncoderFacts, Pooling, read_encoder
 from packager.errors import GateFailed, InputError
-from packager.onnx_encoder_graph import DATA, MODEL, SMALL, Form, block_for, fill, linear_inputs, read_back
+from packager.onnx_encoder_graph import SMALL, Form, block_for, fill, linear_inputs, read_back
+from packager.onnx_parts import DATA, MODEL
 from packager.recipe import Artifact, Estimate, Job
 from packager.store import RECORD, code_digest
 from packager.tools import CHILDREN, follow, version_of
@@ -126,14 +127,14 @@ def build(job: Job, options: Options) -> Artifact:
     )
     steps: list[Step] = []
     report: dict[str, Any] = {}
-    graph = _exported(job, facts, steps)
+    graph = exported(job, facts, steps)
     texts: Texts | None = None
     source: Encoded | None = None
     if job.verify:
         texts = make_texts(job.calibration, facts.labels)
         source, step = source_outputs(job, facts, texts)
         steps.append(step)
-        whole = _filled(job, graph, "float32", steps)
+        whole = filled(job, graph, "float32", steps)
         found = _asked(job, facts, options, whole, texts, "the unquantized ONNX", steps)
         require_same_ids(texts, source, found)
         scores = compare(facts, texts, source, found)
@@ -141,7 +142,7 @@ def build(job: Job, options: Options) -> Artifact:
             if score is not None:
                 require_exact(score, "the unquantized ONNX")
         report["unquantized"] = {name: asdict(score) for name, score in scores.items() if score is not None}
-    model = _filled(job, graph, options.favour, steps)
+    model = filled(job, graph, options.favour, steps)
     report |= _read_back(job.checkpoint, model.path)
     if texts is not None and source is not None:
         found = _asked(job, facts, options, model, texts, "the INT8 ONNX", steps)
@@ -149,7 +150,7 @@ def build(job: Job, options: Options) -> Artifact:
         report["fidelity"] = as_dict(scores, limits)
         more = "favour=fidelity keeps more." if options.favour == "speed" else "Another recipe may keep more."
         require_kept(scores, limits, "the INT8 ONNX", more)
-    files = {MODEL: model.path / MODEL, DATA: model.path / DATA, **_kept_files(job, steps)}
+    files = {MODEL: model.path / MODEL, DATA: model.path / DATA, **kept_files(job, steps)}
     return Artifact(
         format="onnx",
         files=files,
@@ -170,7 +171,7 @@ def build(job: Job, options: Options) -> Artifact:
     )
 
 
-def _exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
+def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
     """The graph without weights."""
     child = CHILDREN / "export_encoder.py"
 
@@ -191,9 +192,9 @@ def _exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
     return step
 
 
-def _filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
+def filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
     """The ONNX file in one form."""
-    from packager import onnx_encoder_graph
+    from packager import onnx_encoder_graph, onnx_parts
 
     def make(folder: Path, cost: Cost) -> None:
         with job.progress.step(f"writing the weights ({form})"):
@@ -204,7 +205,7 @@ def _filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
         "graph": graph.key,
         "form": form,
         "onnx": version_of("onnx"),
-        "code": code_digest(Path(onnx_encoder_graph.__file__)),
+        "code": code_digest(Path(onnx_encoder_graph.__file__), Path(onnx_parts.__file__)),
     }
     step = job.store.step("encoder-onnx", inputs, make, progress=job.progress)
     steps.append(step)
@@ -243,7 +244,7 @@ def _read_back(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     return {"tensor_types": dict(found.count_by_type), "bytes_by_type": dict(found.bytes_by_type)}
 
 
-def _kept_files(job: Job, steps: list[Step]) -> Mapping[str, Path]:
+def kept_files(job: Job, steps: list[Step]) -> Mapping[str, Path]:
     """tokenizer.json and the small files that say how the model is used, for the box and for other tools."""
     checkpoint = job.checkpoint
 

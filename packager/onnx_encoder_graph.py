@@ -22,8 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.errors import InputError
-from packager.safetensors_io import TensorInfo, read_rows, row_chunks, to_float32
+from packager.onnx_parts import (
+    DATA,
+    MODEL,
+    Part,
+    external,
+    forget_where_it_was_made,
+    layout,
+    make_node,
+    name_dimensions,
+    source_of,
+    store,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,10 +42,8 @@ if TYPE_CHECKING:
 
 Form = Literal["float32", "speed", "fidelity"]
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
 BLOCKS = (64, 32, 16)  # inputs that share a scale: the first that divides
 ROW_LIMIT, BLOCK_LIMIT = 63, 127  # largest magnitude of a stored weight
-ALIGN = 4096  # of each tensor in the file, so that it can be mapped by itself
 SMALL = 1024  # elements: below, a tensor stays as it is
 
 
@@ -50,41 +58,9 @@ class Written:
     rounded: int
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One tensor of the data file. source: the checkpoint's; role: what is stored of it."""
-
-    name: str
-    kind: str  # numpy's
-    shape: tuple[int, ...]
-    source: TensorInfo
-    role: Literal["float", "rows", "rows_transposed", "blocks", "scale_rows", "scale_columns", "scale_blocks", "sums"]
-    block: int = 0
-
-
 def block_for(inputs: int) -> int | None:
     """The block size that divides a layer's inputs; None when none does."""
     return next((size for size in BLOCKS if inputs % size == 0), None)
-
-
-def source_of(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    """The checkpoint's tensor for a parameter of transformers' model. Raises InputError when it has none.
-
-    Checkpoints differ in the prefix before the encoder's names; BERT's first ones call a layer norm's weight gamma.
-    """
-    old = {"weight": "gamma", "bias": "beta"}
-    head, _, last = name.rpartition(".")
-    spellings = [name, f"{head}.{old.get(last, last)}"] if "LayerNorm" in head or "layer_norm" in head else [name]
-    for spelling in spellings:
-        for prefix in checkpoint.family.prefixes:
-            for candidate in (prefix + spelling, spelling.removeprefix(prefix) if prefix else spelling):
-                if candidate in checkpoint.tensors:
-                    return checkpoint.tensors[candidate]
-    raise InputError(
-        f"The tensor {name} of a {checkpoint.architecture} is missing.",
-        why="The weights are of another model than config.json says, or the head was never trained.",
-        fix="Save the model again with save_pretrained, and compare config.json's architectures.",
-    )
 
 
 def fill(skeleton: Path, checkpoint: Checkpoint, folder: Path, form: Form) -> None:
@@ -97,20 +73,20 @@ def fill(skeleton: Path, checkpoint: Checkpoint, folder: Path, form: Form) -> No
     writer = _Writer(checkpoint, form)
     nodes = writer.rewrite(list(graph.node), parameters)
     kept = [value for value in graph.input if value.name not in parameters]
-    _name_dimensions(kept, list(graph.output))
+    name_dimensions(kept, list(graph.output))
     for entries, fresh in ((graph.node, nodes), (graph.input, kept)):
         del entries[:]
         entries.extend(fresh)
     del graph.value_info[:]
-    _forget_where_it_was_made(model)
+    forget_where_it_was_made(model)
     if any(node.domain == "com.microsoft" for node in nodes):
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    offsets, total = _layout(writer.parts)
+    offsets, total = layout(writer.parts)
     with (folder / DATA).open("wb") as file:
         file.truncate(total)
     for part in writer.parts:
-        _store(checkpoint.path, folder / DATA, part, offsets[part.name])
-        graph.initializer.append(_external(part, offsets[part.name]))
+        store(checkpoint.path, folder / DATA, part, offsets[part.name], _transformed)
+        graph.initializer.append(external(part, offsets[part.name]))
     graph.initializer.extend(writer.constants)
     (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
 
@@ -120,7 +96,7 @@ class _Writer:
 
     def __init__(self, checkpoint: Checkpoint, form: Form) -> None:
         self.checkpoint, self.form = checkpoint, form
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         self.constants: list[Any] = []
         self.rounded: dict[str, str] = {}  # an activation -> the name its rounded form begins with
 
@@ -151,7 +127,7 @@ class _Writer:
         used = {name for node in found for name in node.input}
         for name in sorted((parameters - quantized) & used):
             source = source_of(self.checkpoint, name)
-            self.parts.append(_Part(name, "<f4", source.shape, source, "float"))
+            self.parts.append(Part(name, "<f4", source.shape, source, "float"))
         return found
 
     def _product(self, node: Any, weight: str) -> list[Any]:
@@ -162,11 +138,11 @@ class _Writer:
             assert block is not None, "the plan refuses inputs that no block divides"
             blocks = inputs // block
             self.parts += [
-                _Part(f"{weight}.q8", "|u1", (outputs, blocks, block), source, "blocks", block),
-                _Part(f"{weight}.scale", "<f4", (outputs, blocks), source, "scale_blocks", block),
+                Part(f"{weight}.q8", "|u1", (outputs, blocks, block), source, "blocks", block),
+                Part(f"{weight}.scale", "<f4", (outputs, blocks), source, "scale_blocks", block),
             ]
             return [
-                _node(
+                make_node(
                     "MatMulNBits",
                     [node.input[0], f"{weight}.q8", f"{weight}.scale"],
                     node.output[0],
@@ -179,21 +155,21 @@ class _Writer:
                 )
             ]
         self.parts += [
-            _Part(f"{weight}.q8", "|i1", (inputs, outputs), source, "rows_transposed"),
-            _Part(f"{weight}.scale", "<f4", (outputs,), source, "scale_columns"),
-            _Part(f"{weight}.sums", "<f4", (outputs,), source, "sums"),
+            Part(f"{weight}.q8", "|i1", (inputs, outputs), source, "rows_transposed", transposed=True),
+            Part(f"{weight}.scale", "<f4", (outputs,), source, "scale_columns"),
+            Part(f"{weight}.sums", "<f4", (outputs,), source, "sums"),
         ]
         before, fresh = self._activation(node.input[0])
         out = node.output[0]
         # (scale · q + least) W  =  scale · (q W8) · scale_W  +  least · (sum of W's column)
         return [
             *fresh,
-            _node("MatMulInteger", [f"{before}.q8", f"{weight}.q8"], f"{out}.integer"),
-            _node("Cast", [f"{out}.integer"], f"{out}.float", to=1),
-            _node("Mul", [f"{out}.float", f"{before}.scale"], f"{out}.scaled"),
-            _node("Mul", [f"{out}.scaled", f"{weight}.scale"], f"{out}.product"),
-            _node("Mul", [f"{before}.least", f"{weight}.sums"], f"{out}.offset"),
-            _node("Add", [f"{out}.product", f"{out}.offset"], out),
+            make_node("MatMulInteger", [f"{before}.q8", f"{weight}.q8"], f"{out}.integer"),
+            make_node("Cast", [f"{out}.integer"], f"{out}.float", to=1),
+            make_node("Mul", [f"{out}.float", f"{before}.scale"], f"{out}.scaled"),
+            make_node("Mul", [f"{out}.scaled", f"{weight}.scale"], f"{out}.product"),
+            make_node("Mul", [f"{before}.least", f"{weight}.sums"], f"{out}.offset"),
+            make_node("Add", [f"{out}.product", f"{out}.offset"], out),
         ]
 
     def _activation(self, name: str) -> tuple[str, list[Any]]:
@@ -207,29 +183,29 @@ class _Writer:
         self._constant("one", "<f4", 1.0)
         self._constant("zero", "|u1", 0)
         return name, [
-            _node("ReduceMin", [name, "last.axis"], f"{name}.least", keepdims=1),
-            _node("ReduceMax", [name, "last.axis"], f"{name}.most", keepdims=1),
-            _node("Sub", [f"{name}.most", f"{name}.least"], f"{name}.range"),
-            _node("Mul", [f"{name}.range", "levels"], f"{name}.step"),
-            _node("Max", [f"{name}.step", "least.scale"], f"{name}.scale"),
-            _node("Sub", [name, f"{name}.least"], f"{name}.shifted"),
-            _node("Div", [f"{name}.shifted", f"{name}.scale"], f"{name}.levels"),
-            _node("QuantizeLinear", [f"{name}.levels", "one", "zero"], f"{name}.q8"),
+            make_node("ReduceMin", [name, "last.axis"], f"{name}.least", keepdims=1),
+            make_node("ReduceMax", [name, "last.axis"], f"{name}.most", keepdims=1),
+            make_node("Sub", [f"{name}.most", f"{name}.least"], f"{name}.range"),
+            make_node("Mul", [f"{name}.range", "levels"], f"{name}.step"),
+            make_node("Max", [f"{name}.step", "least.scale"], f"{name}.scale"),
+            make_node("Sub", [name, f"{name}.least"], f"{name}.shifted"),
+            make_node("Div", [f"{name}.shifted", f"{name}.scale"], f"{name}.levels"),
+            make_node("QuantizeLinear", [f"{name}.levels", "one", "zero"], f"{name}.q8"),
         ]
 
     def _look_up(self, node: Any, table: str) -> list[Any]:
         source = source_of(self.checkpoint, table)
         if not any(part.name == f"{table}.q8" for part in self.parts):
             self.parts += [
-                _Part(f"{table}.q8", "|i1", source.shape, source, "rows"),
-                _Part(f"{table}.scale", "<f4", (source.shape[0], 1), source, "scale_rows"),
+                Part(f"{table}.q8", "|i1", source.shape, source, "rows"),
+                Part(f"{table}.scale", "<f4", (source.shape[0], 1), source, "scale_rows"),
             ]
         out, ids = node.output[0], node.input[1]
         return [
-            _node("Gather", [f"{table}.q8", ids], f"{out}.q8", axis=0),
-            _node("Gather", [f"{table}.scale", ids], f"{out}.scale", axis=0),
-            _node("Cast", [f"{out}.q8"], f"{out}.float", to=1),
-            _node("Mul", [f"{out}.float", f"{out}.scale"], out),
+            make_node("Gather", [f"{table}.q8", ids], f"{out}.q8", axis=0),
+            make_node("Gather", [f"{table}.scale", ids], f"{out}.scale", axis=0),
+            make_node("Cast", [f"{out}.q8"], f"{out}.float", to=1),
+            make_node("Mul", [f"{out}.float", f"{out}.scale"], out),
         ]
 
     def _constant(self, name: str, kind: str, value: Any) -> None:
@@ -240,76 +216,7 @@ class _Writer:
             self.constants.append(numpy_helper.from_array(np.array(value, dtype=kind), name))
 
 
-def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
-    from onnx import helper
-
-    return helper.make_node(kind, inputs, [output], name=f"{kind}:{output}", **attributes)
-
-
-def _name_dimensions(inputs: list[Any], outputs: list[Any]) -> None:
-    for value in (*inputs, *outputs):
-        names = ("batch", "length")
-        for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
-            if not dimension.HasField("dim_value"):
-                dimension.dim_param = name
-
-
-def _forget_where_it_was_made(model: Any) -> None:
-    """Stack traces and file names of the exporting machine stand in the metadata."""
-    graph = model.graph
-    for holder in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        del holder.metadata_props[:]
-        holder.doc_string = ""
-
-
-def _layout(parts: list[_Part]) -> tuple[dict[str, int], int]:
-    """Where each tensor begins in the data file, and the file's size."""
-    import math
-
-    import numpy as np
-
-    offsets, end = {}, 0
-    for part in parts:
-        offsets[part.name] = end = -(-end // ALIGN) * ALIGN
-        end += math.prod(part.shape) * np.dtype(part.kind).itemsize
-    return offsets, end
-
-
-def _external(part: _Part, offset: int) -> Any:
-    import math
-
-    import numpy as np
-    from onnx import TensorProto, helper
-
-    kind = np.dtype(part.kind)
-    tensor = TensorProto(name=part.name, data_type=helper.np_dtype_to_tensor_dtype(kind), dims=part.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    size = math.prod(part.shape) * kind.itemsize
-    for key, value in (("location", DATA), ("offset", offset), ("length", size)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
-def _store(source: Path, data: Path, part: _Part, offset: int) -> None:
-    """Write one tensor, a few million elements at a time. Raises nothing but what the disk raises."""
-    import numpy as np
-
-    if 0 in part.shape:
-        return
-    goal = np.memmap(data, dtype=part.kind, mode="r+", offset=offset, shape=part.shape or (1,))
-    for begin, end in row_chunks(part.source):
-        rows = to_float32(read_rows(source, part.source, begin, end), part.source.dtype)
-        if part.role == "rows_transposed":
-            goal[:, begin:end] = _transformed(rows, part).T
-        elif part.shape:
-            goal[begin:end] = _transformed(rows, part)
-        else:
-            goal[0] = rows
-    goal.flush()
-    del goal
-
-
-def _transformed(rows: NDArray[Any], part: _Part) -> NDArray[Any]:
+def _transformed(rows: NDArray[Any], part: Part) -> NDArray[Any]:
     """What is stored of some rows of a weight [rows, inputs]."""
     import numpy as np
 

@@ -1,0 +1,136 @@
+"""What every encoder graph is written with: tensors that lie beside the graph, and the graph without its origin.
+
+The weights stand in ``model.onnx.data`` beside ``model.onnx`` (ONNX external data). A writer lists its tensors as
+Parts, ``layout`` says where each begins, and ``store`` writes one from the checkpoint's safetensors, some rows at a
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.errors import InputError
+from packager.safetensors_io import TensorInfo, read_rows, row_chunks, to_float32
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from packager.checkpoint import Checkpoint
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+ALIGN = 4096  # of each tensor in the file, so that it can be mapped by itself
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the data file. kind: numpy's, little-endian. source: the checkpoint's. role: what is stored of it,
+    a name that its writer knows. transposed: what is written of some rows of the source are columns.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    source: TensorInfo
+    role: str
+    block: int = 0
+    transposed: bool = False
+
+
+Stored = Callable[["NDArray[Any]", Part], "NDArray[Any]"]
+
+
+def source_of(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """The checkpoint's tensor for a parameter of transformers' model. Raises InputError when it has none.
+
+    Checkpoints differ in the prefix before the encoder's names; BERT's first ones call a layer norm's weight gamma.
+    """
+    old = {"weight": "gamma", "bias": "beta"}
+    head, _, last = name.rpartition(".")
+    spellings = [name, f"{head}.{old.get(last, last)}"] if "LayerNorm" in head or "layer_norm" in head else [name]
+    for spelling in spellings:
+        for prefix in checkpoint.family.prefixes:
+            for candidate in (prefix + spelling, spelling.removeprefix(prefix) if prefix else spelling):
+                if candidate in checkpoint.tensors:
+                    return checkpoint.tensors[candidate]
+    raise InputError(
+        f"The tensor {name} of a {checkpoint.architecture} is missing.",
+        why="The weights are of another model than config.json says, or the head was never trained.",
+        fix="Save the model again with save_pretrained, and compare config.json's architectures.",
+    )
+
+
+def make_node(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+    """A node of one output, named after it."""
+    from onnx import helper
+
+    return helper.make_node(kind, inputs, [output], name=f"{kind}:{output}", **attributes)
+
+
+def name_dimensions(inputs: list[Any], outputs: list[Any]) -> None:
+    """Call what is not fixed "batch" and "length"."""
+    for value in (*inputs, *outputs):
+        names = ("batch", "length")
+        for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
+            if not dimension.HasField("dim_value"):
+                dimension.dim_param = name
+
+
+def forget_where_it_was_made(model: Any) -> None:
+    """Stack traces and file names of the exporting machine stand in the metadata."""
+    graph = model.graph
+    for holder in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+
+
+def layout(parts: list[Part]) -> tuple[dict[str, int], int]:
+    """Where each tensor begins in the data file, and the file's size."""
+    import math
+
+    import numpy as np
+
+    offsets, end = {}, 0
+    for part in parts:
+        offsets[part.name] = end = -(-end // ALIGN) * ALIGN
+        end += math.prod(part.shape) * np.dtype(part.kind).itemsize
+    return offsets, end
+
+
+def external(part: Part, offset: int) -> Any:
+    """The graph's side of a part: its type, shape and place."""
+    import math
+
+    import numpy as np
+    from onnx import TensorProto, helper
+
+    kind = np.dtype(part.kind)
+    tensor = TensorProto(name=part.name, data_type=helper.np_dtype_to_tensor_dtype(kind), dims=part.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    size = math.prod(part.shape) * kind.itemsize
+    for key, value in (("location", DATA), ("offset", offset), ("length", size)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def store(source: Path, data: Path, part: Part, offset: int, stored: Stored) -> None:
+    """Write one tensor, a few million elements at a time. stored: what is written of float32 rows of its source.
+    Raises what that raises, and the disk.
+    """
+    import numpy as np
+
+    if 0 in part.shape:
+        return
+    goal = np.memmap(data, dtype=part.kind, mode="r+", offset=offset, shape=part.shape or (1,))
+    for begin, end in row_chunks(part.source):
+        rows = to_float32(read_rows(source, part.source, begin, end), part.source.dtype)
+        if part.transposed:
+            goal[:, begin:end] = stored(rows, part).T
+        elif part.shape:
+            goal[begin:end] = stored(rows, part)
+        else:
+            goal[0] = rows
+    goal.flush()
+    del goal
