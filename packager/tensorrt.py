@@ -1,0 +1,167 @@
+"""Sole owner of TensorRT-RTX: fetched once, pinned by hashes, and run in a child that compiles an engine without a GPU.
+
+TensorRT-RTX compiles ahead of time for the compute capabilities it is given (NVIDIA, "CPU-Only AOT and TensorRT-RTX
+Engines"); what is left to the GPU is done there, just in time. Its package on the index has dependencies that a build
+machine has no use for, so two of its wheels are fetched without them: the bindings and the libraries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.errors import NetworkError, ToolError
+from packager.store import cache_root, code_digest, machine_errors
+from packager.tools import CHILDREN, ChildFailed, follow, last_words, run
+
+if TYPE_CHECKING:
+    from packager.progress import Progress
+    from packager.recipe import Job
+    from packager.store import Cost, Step
+
+VERSION = "1.7.1"
+LIBRARY = "tensorrt-rtx"
+MODULE = "tensorrt_rtx_bindings"
+LOCK = "tensorrt.lock"
+DOWNLOAD_MB = 91
+# Compute capabilities that 1.7.1 compiles for ("TensorRT-RTX Support Matrix"): no Jetson is among them.
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
+ENGINE = "engine.rtx"
+CHILD = CHILDREN / "tensorrt_compile.py"
+SYSTEMS = ("Linux x86_64", "Windows AMD64")
+
+
+def lock_file() -> Path:
+    """The lock of the two wheels: in the checkout, or inside the wheel."""
+    here = Path(__file__).parent
+    places = [here.parent / "locks" / LOCK, here / "locks" / LOCK]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def folder() -> Path:
+    """Where the unpacked wheels lie once they are fetched; named after the lock and this Python."""
+    pin = hashlib.sha256(lock_file().read_bytes()).hexdigest()[:12]
+    return cache_root() / "tools" / f"tensorrt-rtx-{VERSION}-cp{sys.version_info.major}{sys.version_info.minor}-{pin}"
+
+
+def why_not_here() -> str | None:
+    """None, or why this machine cannot compile, as one sentence. Needs no network and imports nothing."""
+    here = f"{platform.system()} {platform.machine()}"
+    if here not in SYSTEMS:
+        return (
+            f"TensorRT-RTX compiles on {' and '.join(SYSTEMS)}, and this machine is {here}; build there (no GPU is "
+            "needed)."
+        )
+    return None
+
+
+def to_fetch() -> str | None:
+    """What a build will download, in one sentence; None when it is in the cache."""
+    if folder().is_dir():
+        return None
+    return (
+        f"TensorRT-RTX {VERSION} ({DOWNLOAD_MB} MB, NVIDIA's compiler and libraries) is fetched from the package index "
+        "once and kept in the cache."
+    )
+
+
+def compiler(progress: Progress) -> Path:
+    """The folder that holds tensorrt_rtx_bindings and its libraries, fetched once into the cache.
+
+    Raises NetworkError when the wheels cannot be had, ToolError when they are not what was pinned.
+    """
+    final = folder()
+    if final.is_dir():
+        return final
+    with machine_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        try:
+            with progress.step(f"fetching TensorRT-RTX {VERSION} ({DOWNLOAD_MB} MB, once)"):
+                _install(work / "lib")
+            try:
+                (work / "lib").rename(final)
+            except OSError:
+                if not final.is_dir():  # another build may have published it meanwhile
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def _install(goal: Path) -> None:
+    command: list[str | Path] = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
+        "--only-binary", ":all:", "--require-hashes", "--target", goal, "-r", lock_file(),
+    ]  # fmt: skip
+    try:
+        run(command, name="pip install")
+    except ChildFailed as error:
+        if "do not match the hashes" in error.output.lower():
+            raise ToolError(
+                "the TensorRT-RTX wheels of the package index are not the pinned ones.",
+                why=last_words(error.output),
+                fix="Do not use this index; ask who runs it.",
+            ) from error
+        raise NetworkError(
+            f"TensorRT-RTX {VERSION} could not be fetched from the package index.",
+            why=last_words(error.output),
+            fix=f"Put the wheels that {lock_file().name} names into a folder and set PIP_FIND_LINKS to it, or connect "
+            "once: they are kept in the cache.",
+        ) from error
+
+
+def compile_engine(
+    job: Job, model: Path, model_key: str, profile: Mapping[str, Any], sm: Sequence[str], steps: list[Step]
+) -> Step:
+    """The step with ``engine.rtx``. model: the ONNX file; model_key: of the step that made it. profile: input name ->
+    {"min", "opt", "max"}. sm: compute capabilities, as "7.5".
+
+    Raises ToolError when TensorRT-RTX cannot be loaded or refuses the graph.
+    """
+    place = compiler(job.progress)
+
+    def make(work: Path, cost: Cost) -> None:
+        asked = {"onnx": str(model), "profile": dict(profile), "sm": list(sm), "output": str(work / ENGINE)}
+        name = f"compiling for SM {', '.join(sm)} with TensorRT-RTX {VERSION}"
+        try:
+            follow(CHILD, asked, name, job.progress, cost, work=work, path=(place,))
+        except ChildFailed as error:
+            raise _explained(error, place) from error
+        if not (work / ENGINE).is_file() or not (work / ENGINE).stat().st_size:
+            raise ToolError("TensorRT-RTX wrote no engine and gave no reason.", fix=f"Remove {place} and build again.")
+
+    inputs = {
+        "model": model_key,
+        "profile": dict(profile),
+        "sm": list(sm),
+        "version": VERSION,
+        "lock": hashlib.sha256(lock_file().read_bytes()).hexdigest()[:16],
+        "code": code_digest(CHILD),
+    }
+    step = job.store.step("tensorrt-engine", inputs, make, progress=job.progress)
+    steps.append(step)
+    return step
+
+
+def _explained(error: ChildFailed, place: Path) -> ToolError:
+    """What a failed child means for the user."""
+    text = error.output
+    if "ModuleNotFoundError" in text or "ImportError" in text or "OSError" in text or error.code in (-11, -6, -7):
+        return ToolError(
+            f"TensorRT-RTX {VERSION} cannot be loaded.",
+            why=last_words(text),
+            fix=f"Remove {place}: the next build fetches it again.",
+        )
+    refused = [line for line in text.splitlines() if "refuses node" in line or "[E]" in line or "Error" in line]
+    return ToolError(
+        "TensorRT-RTX does not compile this model.",
+        why=(refused[0].strip()[:400] if refused else last_words(text)),
+        fix="Use the recipe onnx_int8, or report the architecture with PACKAGER_DEBUG=1's output.",
+    )

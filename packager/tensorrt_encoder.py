@@ -1,0 +1,397 @@
+"""TensorRT for an encoder: a strongly typed ONNX, compared with its source, and its engine or the plan for one.
+
+The graph comes from onnx_int8's export (packager/onnx_encoder.py) and is proven in float32 as there; what is made of it
+here is float16, or float16 with INT8 layers. The comparison runs the very file that ships, on onnxruntime's CPU
+provider, with the box's own tokenizing and pooling: an engine itself cannot be run without its GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from packager import onnx_encoder, onnx_typed, tensorrt, tensorrt_plan
+from packager.encoder_facts import EncoderFacts
+from packager.encoder_fidelity import EncoderThresholds, as_dict, require_exact, require_kept, shortfalls
+from packager.errors import GateFailed, InputError
+from packager.onnx_encoder_graph import linear_inputs
+from packager.onnx_parts import DATA, MODEL
+from packager.recipe import Artifact, Estimate, Job
+from packager.store import code_digest
+from packager.tools import version_of
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Checkpoint
+    from packager.encoder_fidelity import Score
+    from packager.encoder_source import Encoded, Texts
+    from packager.store import Cost, Step
+    from packager.target import Target
+    from packager.tensorrt_int8 import Choice
+
+# What each precision has to keep of the source's vectors, unless the user says otherwise.
+COSINES = {"fp16": 0.999, "int8": 0.99}
+RECIPE = "tensorrt_engine"
+# Assumption, not measured here: what a CUDA context, TensorRT and the server take beside weights and activations.
+CUDA_BYTES, SERVER_BYTES = 500_000_000, 120_000_000
+COMPILE_SECONDS = 10
+
+
+class Options(Protocol):
+    """What is read of the recipe's options."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def pooling(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """The options as onnx_int8's export reads them."""
+
+    context: int
+    slots: int
+    pooling: str
+    bits: int = 8
+    favour: Any = "speed"
+
+
+def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+    refused = onnx_encoder.why_not(checkpoint, target, _Exported(options.context, options.slots, options.pooling))
+    if refused is not None:
+        return refused
+    if (why := tensorrt_plan.why_not(target)) is not None:
+        others = [name for name in target.recipes.supported if name == "onnx_int8"]
+        return f"{why} {others[0]} serves this model on its processor." if others else why
+    return tensorrt.why_not_here() if tensorrt_plan.compiled_here(target) else None
+
+
+def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
+    layers = {name for name, _ in linear_inputs(checkpoint)}
+    linear = sum(tensor.elements for name, tensor in checkpoint.tensors.items() if name in layers)
+    other = sum(tensor.elements for name, tensor in checkpoint.tensors.items() if name not in layers)
+    size = 2 * other + (1 if options.precision == "int8" else 2) * linear
+    shape = checkpoint.shape
+    length, notes = min(options.context, shape.context), []
+    try:
+        facts = onnx_encoder.facts_of(checkpoint, _Exported(options.context, options.slots, options.pooling))
+        length = facts.max_length
+        notes.append(facts.origin)
+        if facts.prompt:
+            notes.append(f"Every text gets the prompt {facts.prompt!r} before it, as the model's files say.")
+    except InputError as error:
+        notes.append(str(error))  # it is refused; a figure is shown all the same
+    here = tensorrt_plan.compiled_here(target)
+    if here and (fetched := tensorrt.to_fetch()):
+        notes.append(fetched)
+    if not here and tensorrt_plan.why_not(target) is None:
+        notes.append("The box builds its engine itself when it is installed: no engine is compiled here.")
+    if options.precision != "fp16":
+        notes.append("Layers that 8 bits would cost too much stay in fp16: the size is the least it can be.")
+    activations = options.slots * length * (6 * shape.intermediate + 3 * shape.heads * length) * 2
+    building = 0 if here else tensorrt_plan.workspace(target)
+    return Estimate(
+        artifact_bytes=(2 if here else 1) * size,
+        build_ram_bytes=max(onnx_encoder.EXPORT_RAM, 10 * checkpoint.parameters),
+        build_disk_bytes=3 * size + 4 * checkpoint.parameters,
+        load_bytes=size,
+        kv_bytes=0,
+        overhead_bytes=CUDA_BYTES + SERVER_BYTES + activations + building,
+        read_per_token_bytes=(1 if options.precision == "int8" else 2) * linear,
+        context=length,
+        slots=options.slots,
+        seconds=onnx_encoder.EXPORT_SECONDS + COMPILE_SECONDS * here + round(checkpoint.parameters / 1e6 * 0.6, 1),
+        notes=tuple(notes),
+    )
+
+
+@dataclass
+class _Work:
+    """One build under way."""
+
+    job: Job
+    options: Options
+    facts: EncoderFacts
+    steps: list[Step]
+    graph: Step
+    texts: Texts
+    source: Encoded | None = None
+
+
+def build(job: Job, options: Options) -> Artifact:
+    from packager.encoder_source import make_texts, source_outputs
+
+    facts = onnx_encoder.facts_of(job.checkpoint, _Exported(options.context, options.slots, options.pooling))
+    steps: list[Step] = []
+    graph = onnx_encoder.exported(job, facts, steps)
+    work = _Work(job, options, facts, steps, graph, make_texts(job.calibration, facts.labels))
+    report: dict[str, Any] = {}
+    if job.verify:
+        work.source, step = source_outputs(job, facts, work.texts)
+        steps.append(step)
+        report["unquantized"] = _proven(work)
+    made = _made(work, report)
+    engine = None
+    if tensorrt_plan.compiled_here(job.target):
+        profile = _profiles(work)[0]
+        sm = [str(tensorrt_plan.capability(job.target))]
+        compiled = tensorrt.compile_engine(job, made.model.path / MODEL, made.model.key, profile, sm, steps)
+        engine = compiled.path / tensorrt.ENGINE
+        by = f"{tensorrt.LIBRARY} {tensorrt.VERSION}"
+        report["engine"] = {"bytes": engine.stat().st_size, "sm": sm, "library": by}
+    files = {MODEL: made.model.path / MODEL, DATA: made.model.path / DATA}
+    files |= _planned(work, made, engine) | ({tensorrt.ENGINE: engine} if engine else {})
+    files |= onnx_encoder.kept_files(job, steps)
+    size = estimate(job.checkpoint, job.target, options)
+    return Artifact(
+        format="tensorrt",
+        files=files,
+        run=_run(work, made.precision, files),
+        report=report,
+        provenance={
+            "exporter": f"torch {version_of('torch')}, opset {onnx_encoder.OPSET}",
+            "writer": f"packager: strongly typed, opset {onnx_typed.OPSET}",
+            "compiler": f"{tensorrt.LIBRARY} {tensorrt.VERSION}" if engine else None,
+            "checkpoint": job.checkpoint.digest,
+            "calibration": job.calibration.digest if job.calibration else None,
+            "verified": job.verify,
+            "options": asdict(options),  # type: ignore[call-overload]
+            "steps": {step.name: step.key for step in steps},
+        },
+        costs=tuple(step.cost() for step in steps),
+        gpu=tensorrt_plan.gpu_needs(job.target, size.load_bytes + size.overhead_bytes),
+    )
+
+
+def _proven(work: _Work) -> dict[str, Any]:
+    """The float32 graph against the source. Raises GateFailed when the export is not the model."""
+    from packager.encoder_source import compare, require_same_ids
+
+    assert work.source is not None
+    whole = onnx_encoder.filled(work.job, work.graph, "float32", work.steps)
+    found = _asked(work, whole, "the unquantized ONNX")
+    require_same_ids(work.texts, work.source, found)
+    scores = compare(work.facts, work.texts, work.source, found)
+    for score in scores.values():
+        if score is not None:
+            require_exact(score, "the unquantized ONNX")
+    return {name: asdict(score) for name, score in scores.items() if score is not None}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What ships. found: its answers, None when nothing was compared."""
+
+    model: Step
+    precision: str
+    found: Encoded | None
+
+
+def _made(work: _Work, report: dict[str, Any]) -> _Made:
+    """The typed ONNX in the precision that was asked for, or that "auto" comes to; its figures go into the report."""
+    precision = work.options.precision
+    if precision == "fp16":
+        return _fp16(work, report)
+    plain: dict[str, Any] = {}
+    # what is rounded has to be right before, whatever the user allows the rounding
+    _fp16(work, plain, limits=replace(EncoderThresholds(), min_cosine=COSINES["fp16"]))
+    try:
+        made = _int8(work, report)
+    except GateFailed as error:
+        if precision == "int8":
+            raise
+        work.job.progress.note(f"precision=auto: fp16, because {error.what}")
+        return _fp16(work, report)
+    if work.job.verify:
+        report["float16"] = plain["fidelity"]
+    return made
+
+
+def _fp16(work: _Work, report: dict[str, Any], *, limits: EncoderThresholds | None = None) -> _Made:
+    model = _typed(work, None)
+    found = _compared(work, model, "fp16", limits or _limits(work, "fp16"), report)
+    report |= _types(model)
+    return _Made(model, "fp16", found)
+
+
+def _int8(work: _Work, report: dict[str, Any]) -> _Made:
+    """Raises GateFailed when the accuracy leaves too little in 8 bits, or the file misses a threshold."""
+    from packager.tensorrt_int8 import choose
+
+    limits = _limits(work, "int8")
+    choice = choose(work.job, work.facts, work.graph, work.texts, limits, work.steps)
+    rounded, every = choice.matrices
+    least = every / 2 if work.options.precision == "auto" else 1
+    if rounded < least:
+        raise GateFailed(
+            f"only {rounded} of {every} layers can be in 8 bits: all the others cost too much.",
+            why=f"With every layer in 8 bits the {choice.report()['measure']} is {choice.plain['all']:.4f}, "
+            f"{choice.aim:.4f} is needed.",
+            fix="Build with --set precision=fp16, or allow more: --min-cosine, --min-agreement.",
+        )
+    model = _typed(work, choice)
+    inner: dict[str, Any] = {}
+    found = _compared(work, model, "int8", limits, inner)
+    types = _types(model)
+    if types["int8_matrices"] != rounded:
+        raise GateFailed(
+            f"{rounded} layers were to be in 8 bits, and {types['int8_matrices']} are.",
+            fix="Do not ship it; report the architecture.",
+        )
+    report |= inner | types | {"int8": choice.report()}
+    return _Made(model, "int8", found)
+
+
+def _limits(work: _Work, precision: str) -> EncoderThresholds:
+    labelled = bool(work.job.calibration and work.job.calibration.labels)
+    usual = replace(EncoderThresholds(), min_cosine=COSINES[precision])
+    return usual.changed(work.job.limits, task=work.facts.task, labelled=labelled)
+
+
+def _compared(
+    work: _Work, model: Step, precision: str, limits: EncoderThresholds, report: dict[str, Any]
+) -> Encoded | None:
+    """The file's answers beside the source's. Raises GateFailed when it misses a threshold."""
+    from packager.encoder_source import compare
+
+    if work.source is None:
+        return None
+    what = f"the {precision} ONNX"
+    found = _asked(work, model, what)
+    scores: dict[str, Score | None] = compare(work.facts, work.texts, work.source, found)
+    by = f"onnxruntime {version_of('onnxruntime')} on the CPU, the ONNX file that ships"
+    report["fidelity"] = {**as_dict(scores, limits), "measured_by": by}
+    missed = shortfalls(scores, limits)
+    if precision == "fp16" and missed:
+        fix = "The recipe onnx_int8 keeps float32 where float16 does not reach."
+        require_kept(scores, limits, what, fix)
+    require_kept(scores, limits, what, "A higher --min-cosine keeps more layers in fp16; precision=fp16 keeps all.")
+    return found
+
+
+def _typed(work: _Work, choice: Choice | None) -> Step:
+    """The typed ONNX file: all in float16, or with the chosen layers in 8 bits."""
+    from packager import onnx_parts
+
+    rounded = {} if choice is None else choice.rounded
+    graph = work.graph.path / "graph.onnx"
+
+    def make(folder: Path, cost: Cost) -> None:
+        with work.job.progress.step(f"writing the typed ONNX ({'fp16' if choice is None else 'int8 and fp16'})"):
+            onnx_typed.write(graph, work.job.checkpoint, folder, rounded)
+
+    inputs = {
+        "checkpoint": work.job.checkpoint.digest,
+        "graph": work.graph.key,
+        "rounded": {name: [one.scale, one.smooth] for name, one in rounded.items()},
+        "onnx": version_of("onnx"),
+        "code": code_digest(Path(onnx_typed.__file__), Path(onnx_parts.__file__)),
+    }
+    step = work.job.store.step("typed-onnx", inputs, make, progress=work.job.progress)
+    work.steps.append(step)
+    return step
+
+
+def _types(model: Step) -> dict[str, Any]:
+    found = onnx_typed.read_back(model.path)
+    return {
+        "tensor_types": dict(found.count_by_type),
+        "bytes_by_type": dict(found.bytes_by_type),
+        "int8_matrices": found.int8,
+    }
+
+
+def _asked(work: _Work, model: Step, what: str) -> Encoded:
+    """The texts through onnxruntime, with the encoders' own tokenizing, batching and pooling."""
+    from packager.encoder_source import shipped_outputs
+
+    run = {
+        **_run(work, "fp16", {}),
+        "engine": "ort_encoder",
+        "model": str(model.path / MODEL),
+        "tokenizer": str(work.job.checkpoint.path / "tokenizer.json"),
+        "model_bytes": 0,
+        "settings": work.facts.settings(),
+    }
+    found, step = shipped_outputs(work.job, run, work.texts, what=what, model=model.key)
+    work.steps.append(step)
+    return found
+
+
+def _inputs(facts: EncoderFacts) -> list[str]:
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if facts.token_types else [])]
+
+
+def _profiles(work: _Work) -> list[tensorrt_plan.Profile]:
+    return tensorrt_plan.profiles(_inputs(work.facts), work.options.slots, work.facts.max_length)
+
+
+def _planned(work: _Work, made: _Made, engine: Path | None) -> dict[str, Path]:
+    """plan.json, and reference.json where there are answers to compare with."""
+    name = "last_hidden_state" if work.facts.task == "embed" else "logits"
+    answers = None
+    if made.found is not None and work.source is not None:
+        answers = tensorrt_plan.references(work.texts.sets["general"], work.source, made.found)
+
+    def make(folder: Path, cost: Cost) -> None:
+        reference = None
+        if answers is not None:
+            reference = folder / tensorrt_plan.REFERENCE
+            reference.write_text(json.dumps(answers, sort_keys=True) + "\n", encoding="utf-8")
+        plan = tensorrt_plan.make_plan(
+            work.job.target,
+            made.model.path,
+            precision=made.precision,
+            shapes=_profiles(work),
+            outputs=[{"name": name, "dtype": "float32"}],
+            engine=engine,
+            reference=reference,
+        )
+        (folder / tensorrt_plan.PLAN).write_text(tensorrt_plan.to_text(plan), encoding="utf-8")
+
+    inputs = {
+        "model": made.model.key,
+        "precision": made.precision,
+        "target": work.job.target.digest,
+        "profiles": _profiles(work),
+        "engine": next((step.key for step in work.steps if step.name == "tensorrt-engine"), None) if engine else None,
+        "reference": answers,
+        "code": code_digest(Path(tensorrt_plan.__file__)),
+    }
+    step = work.job.store.step("tensorrt-plan", inputs, make, progress=work.job.progress)
+    work.steps.append(step)
+    names = [tensorrt_plan.PLAN, *([tensorrt_plan.REFERENCE] if answers is not None else [])]
+    return {name: step.path / name for name in names}
+
+
+def _run(work: _Work, precision: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    size = estimate(work.job.checkpoint, work.job.target, work.options)
+    here = tensorrt_plan.compiled_here(work.job.target)
+    loaded = (tensorrt.ENGINE,) if here else (MODEL, DATA)
+    return {
+        "engine": "tensorrt",
+        "task": work.facts.task,
+        "model": f"model/{tensorrt_plan.PLAN}",
+        "tokenizer": "model/tokenizer.json",
+        "chat_template": None,
+        **work.job.checkpoint.tokenizer.as_run(),
+        "context": work.facts.max_length,
+        "slots": work.options.slots,
+        "threads": 0,
+        "read_per_token_bytes": size.read_per_token_bytes,
+        "model_bytes": sum(files[name].stat().st_size for name in loaded if name in files),
+        "settings": {
+            **work.facts.settings(),
+            "library": tensorrt.LIBRARY if here else "tensorrt",
+            "precision": precision,
+            # beside a GPU with memory of its own: the engine's file, and what runs it
+            **({"host_bytes": 2 * size.load_bytes + CUDA_BYTES + SERVER_BYTES} if here else {}),
+        },
+    }
