@@ -27,6 +27,7 @@ from runtimes.box_fit import (
     FITS,
     MACHINE,
     REFUSED,
+    WARNS,
     Finding,
     compare,
     exit_code,
@@ -184,11 +185,12 @@ def _write(document: dict[str, Any], output: Path | None) -> int:
 
 
 def show(findings: list[Finding], files: list[Finding]) -> None:
-    """A line for each finding, what to do beside a warning, and the refusal on standard error."""
+    """A line for each finding, with what to do beside a warning; the refusal goes to standard error."""
     for item in [*findings, *files]:
         mark = {True: "ok     ", False: "warning" if item.warns else "NO     ", None: "unknown"}[item.ok]
+        word = "better" if item.severity == WARNS else "needed"
         advice = f"; {item.fix}" if item.warns else ""
-        sys.stdout.write(f"{mark}  {item.name}: {item.found} (needed: {item.expected}){advice}\n")
+        sys.stdout.write(f"{mark}  {item.name}: {item.found} ({word}: {item.expected}){advice}\n")
     sys.stdout.flush()
     if sentence := refusal(findings, files):
         sys.stderr.write(f"{sentence}\n")

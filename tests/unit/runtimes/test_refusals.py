@@ -108,7 +108,7 @@ def test_a_warning_stands_on_standard_output(tmp_path: Path, capsys: pytest.Capt
     examined("orin_nano_7w", "orin_tensorrt", tmp_path, capsys)
     assert check.main(["--bundle", str(tmp_path), "--facts", str(BOXES / "orin_nano_7w.json"), "--no-files"]) == 0
     shown = capsys.readouterr()
-    assert "warning  power mode: 7W (needed: MAXN_SUPER, the fastest of this board); where its cooling" in shown.out
+    assert "warning  power mode: 7W (better: MAXN_SUPER, the fastest of this board); where its cooling" in shown.out
     assert shown.err == ""
 
 
