@@ -274,7 +274,7 @@ def _assemble(
     if artifact.release is not None:
         target = target.on_release(artifact.release)
     engine = str(artifact.run["engine"])
-    locks = [_lock(name) for name in (f"box-{engine}", *MORE_LOCKS.get(engine, ()))]
+    locks = [_lock(name) for name in (wheels_of(artifact.run), *MORE_LOCKS.get(engine, ()))]
     wheels = fetch_wheels(locks[0], target, cache_root() / "box-wheels", job.progress, more=locks[1:],
                           scarce=SCARCE.get(engine, ()))  # fmt: skip
     contents = Contents(
@@ -292,6 +292,12 @@ def _assemble(
         provenance={**artifact.provenance, "sources": dict(sources), "packager": __version__},
     )
     return assemble(contents, out, job.progress, digest=lambda path: file_digest(path, cache_root())).path
+
+
+def wheels_of(run: Mapping[str, Any]) -> str:
+    """The name of the lock with the box's wheels: the engine's, or that of the library that it stands on."""
+    library = (run.get("settings") or {}).get("library", "") if run["engine"] == "tensorrt" else ""
+    return "box-" + str(library or run["engine"]).replace("-", "_")
 
 
 def _lock(name: str) -> Path:

@@ -11,6 +11,7 @@ VERBS = {
     "check": ("check", "does this box fit the bundle? one sentence if it does not"),
     "serve": ("server", "answer over HTTP: OpenAI API, /predict, /docs, /health, /metrics; /answer or /classify"),
     "bench": ("bench", "measure latency, memory and throughput on this box"),
+    "engine": ("engine_tool", "build, show or clear the engine that this box makes of a TensorRT bundle"),
     "score": ("score", "log-probabilities of given token sequences, for the fidelity gate"),
     "encode": ("encode", "vectors or logits of given texts, for the fidelity gate of encoders"),
     "answer": ("answer", "greedy answers to given prompts, for the fidelity report"),

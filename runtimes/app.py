@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -53,6 +53,12 @@ class Service:
         if self.pump is None:
             raise HTTPException(503, "The server is stopping.")
         return self.pump
+
+    @property
+    def details(self) -> Mapping[str, str]:
+        """What /health tells of the engine: nothing of one that runs anywhere."""
+        found: Mapping[str, str] = getattr(self.engine, "details", {})
+        return found
 
     @property
     def card(self) -> dict[str, Any]:

@@ -60,6 +60,19 @@ def ask(client: Client, path: str, texts: Sequence[str]) -> tuple[float, int]:
     return seconds, int(json.loads(said)["usage"]["prompt_tokens"])
 
 
+def engine_details(client: Client) -> dict[str, str] | None:
+    """What /health tells of an engine that was made for a device; None of one that runs anywhere."""
+    connection = http.client.HTTPConnection(client.host, client.port, timeout=client.timeout)
+    try:
+        connection.request("GET", "/health")
+        found: dict[str, str] | None = json.loads(connection.getresponse().read()).get("engine")
+        return found
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise BenchError(f"The server broke off a request: {error!r}") from error
+    finally:
+        connection.close()
+
+
 def measure(client: Client, path: str, plan: Plan) -> list[dict[str, Any]]:
     """One row for each number and length of texts, after some requests that warm the server up."""
     for _ in range(5):
@@ -109,6 +122,7 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
                 first.append(time.perf_counter() - started)
         report["cold_start"] = {"ready_seconds": spread(ready), "first_answer_seconds": spread(first)}
         with server(bundle, wait) as (child, client, _):
+            report["engine_details"] = engine_details(client)
             report["batches"] = measure(client, path, plan)
             report["memory"] = box.process_memory(child.pid) | {
                 "method": "VmHWM and Pss of the server's process tree after the last repeat"}
@@ -116,6 +130,7 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
         client = Client(url)
         if not client.ready():
             raise BenchError(f"No server is ready at {url}: its /health does not answer 200.")
+        report["engine_details"] = engine_details(client)
         report["batches"] = measure(client, path, plan)
     report["load"] = load_since(before)
     report["notes"] = busy(report["load"])

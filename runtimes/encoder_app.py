@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -89,14 +89,16 @@ class EncoderService:
     def __init__(self, run: Run, engine: Encoder) -> None:
         self.run, self.engine = run, engine
         self.batches: Batches | None = None
-        self.metrics = EncoderMetrics(engine.memory)
+        self.metrics = EncoderMetrics(engine.memory, getattr(engine, "device_memory", None))
         self.size = len(engine.compute([engine.reader.read("a")])[0])
 
     @property
     def card(self) -> dict[str, Any]:
         """What /v1/models tells beside the name."""
         settings = self.engine.settings
-        common = {"task": self.engine.task, "max_model_len": self.engine.context}
+        common: dict[str, Any] = {"task": self.engine.task, "max_model_len": self.engine.context}
+        if self.details:
+            common["engine"] = dict(self.details)
         if self.engine.task == "classify":
             return {**common, "labels": list(settings.labels), "scores": settings.scores}
         return {
@@ -106,6 +108,11 @@ class EncoderService:
             "normalized": settings.normalize,
             "prompt": settings.prompt,
         }
+
+    @property
+    def details(self) -> Mapping[str, str]:
+        """What /health tells of the engine."""
+        return self.engine.details
 
     @property
     def serving(self) -> bool:

@@ -61,7 +61,9 @@ class Settings:
 
 
 class Encoder(Protocol):
-    """A loaded embedder or classifier. ``compute`` may be called from one thread at a time."""
+    """A loaded embedder or classifier. ``compute`` may be called from one thread at a time. details: what /health and
+    /v1/models tell of the engine beside the model.
+    """
 
     task: str
     context: int
@@ -70,12 +72,15 @@ class Encoder(Protocol):
     settings: Settings
     reader: Reader
 
+    @property
+    def details(self) -> Mapping[str, str]: ...
+
     def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         ...
 
     def memory(self) -> int:
-        """Bytes resident now."""
+        """Bytes resident now, device memory included where the library tells."""
         ...
 
     def close(self) -> None: ...
@@ -144,6 +149,18 @@ class Reader:
         )
 
 
+def require_encoder(run: Run) -> None:
+    """Raise EngineError for a manifest of another kind of model."""
+    if run.task not in ("embed", "classify"):
+        raise EngineError(f"The manifest's run.task is {run.task!r}; this engine embeds or classifies.")
+
+
+def require_inputs(names: Sequence[str], settings: Settings, model: str) -> None:
+    """Raise EngineError unless a model takes what ``padded`` gives."""
+    if set(names) != {"input_ids", "attention_mask"} | ({"token_type_ids"} if settings.token_types else set()):
+        raise EngineError(f"{model} takes {', '.join(sorted(names))}; the manifest says otherwise.")
+
+
 def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[Any]]:
     """The model's inputs [texts, longest text], int64."""
     import numpy as np
@@ -156,6 +173,14 @@ def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[Any]]
         ids[row, :end], mask[row, :end], types[row, :end] = text.ids, 1, text.types
     found = {"input_ids": ids, "attention_mask": mask}
     return {**found, "token_type_ids": types} if settings.token_types else found
+
+
+def rows(found: NDArray[Any], mask: NDArray[Any], task: str, settings: Settings) -> list[NDArray[Any]]:
+    """A vector of float32 for each text of a batch from what its model put out: the embedding, or the logits."""
+    import numpy as np
+
+    plain = found.astype(np.float32, copy=False)  # sums of 16-bit floats would lose digits
+    return list(plain if task == "classify" else pooled(plain, mask, settings))
 
 
 def pooled(states: NDArray[Any], mask: NDArray[Any], settings: Settings) -> NDArray[Any]:

@@ -22,6 +22,7 @@ MODULES = {
     "vllm": "vllm_",
     "edgellm": "edgellm_",
     "ort_encoder": "ort_encoder",
+    "tensorrt": "tensorrt_",
 }
 
 

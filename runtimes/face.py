@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from enum import Enum
 from importlib import resources
@@ -39,6 +39,7 @@ _POLICY = (
 class Health(BaseModel):
     status: Literal["ok", "loading", "stopping"]
     model: str
+    engine: dict[str, str] | None = None  # of engines that are made for a device: which one this is
 
 
 class Service(Protocol):
@@ -57,6 +58,11 @@ class Service(Protocol):
     @property
     def card(self) -> dict[str, Any]:
         """What /v1/models tells beside the name."""
+        ...
+
+    @property
+    def details(self) -> Mapping[str, str]:
+        """What /health tells of the engine; empty for nothing."""
         ...
 
     def start(self) -> None:
@@ -143,8 +149,9 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", tags=tags, response_model=Health, summary="200 once the model has answered")
     async def health() -> Response:
-        body = Health(status="ok" if service.serving else "stopping", model=service.run.name)
-        return JSONResponse(body.model_dump(), 200 if service.serving else 503)
+        status: Literal["ok", "stopping"] = "ok" if service.serving else "stopping"
+        body = Health(status=status, model=service.run.name, engine=dict(service.details) or None)
+        return JSONResponse(body.model_dump(exclude_none=True), 200 if service.serving else 503)
 
     @app.get("/metrics", tags=tags, summary="For Prometheus")
     async def metrics() -> Response:

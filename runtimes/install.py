@@ -23,35 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from runtimes import check
+from runtimes.wrappers import make_engine, verbs, write_units, write_wrappers
 
-VERBS = ("check", "serve", "bench")
 BIN = "Scripts" if os.name == "nt" else "bin"
 EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 AT_FDCWD = -100
 FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
-
-# $0 may be a link; the folder is resolved at every call, so an install can be moved.
-WRAPPER = """#!/bin/sh
-set -eu
-self=$0
-while [ -h "$self" ]; do
-    link=$(readlink "$self")
-    case $link in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
-done
-home=$(CDPATH='' cd -- "$(dirname -- "$self")/.." && pwd -P)
-unset PYTHONHOME PYTHONSTARTUP
-PYTHONPATH=$home/runtime PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1
-export PYTHONPATH PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE PYTHONUTF8
-exec "$home/venv/bin/python" -m runtimes @VERB@ --bundle "$home" "$@"
-"""
-WRAPPER_CMD = """@echo off\r
-setlocal\r
-set "PYTHONPATH=%~dp0..\\runtime"\r
-set PYTHONNOUSERSITE=1\r
-set PYTHONDONTWRITEBYTECODE=1\r
-set PYTHONUTF8=1\r
-"%~dp0..\\venv\\Scripts\\python.exe" -m runtimes @VERB@ --bundle "%~dp0.." %*\r
-"""
 
 
 class Refused(Exception):
@@ -68,8 +45,9 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable) -> bool:
-    """Install; False when the same bundle was already there, whole. Raises Refused, before or after cleaning up."""
+def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, skip_engine: bool = False) -> bool:
+    """Install; False when the same bundle was already there, whole. Raises Refused, before or after cleaning up.
+    skip_engine: a Jetson's engine is built at the first start instead."""
     bundle = bundle.resolve()
     prefix = Path(os.path.realpath(prefix.expanduser()))
     try:
@@ -82,7 +60,7 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable) ->
     say(f"checking this box and the files of {manifest['bundle']} …")
     files = check.check_files(bundle)
     digest = check.file_sha256(bundle / check.MANIFEST)
-    done = ours and is_whole(prefix, digest)
+    done = ours and is_whole(prefix, digest, verbs(manifest))
     if done:  # nothing will be written, so the disk may be full
         findings = [item for item in findings if item.name != "disk"]
     code = check.exit_code(findings, files)
@@ -91,11 +69,13 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable) ->
     for sentence in check.warnings(findings):
         say(f"warning: {sentence}")
     if done:
+        if not skip_engine:
+            have_engine(manifest, prefix, None)  # an update of JetPack may ask for another one
         return False
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         sweep(prefix)
-        build_and_publish(bundle, prefix, manifest, digest, interpreter)
+        build_and_publish(bundle, prefix, manifest, digest, interpreter, skip_engine=skip_engine)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         raise Refused(f"The install failed: {error.strerror or error}{place}; nothing was changed at {prefix}, "
@@ -141,7 +121,7 @@ def user() -> str:
     return os.environ.get("USER") or os.environ.get("USERNAME") or "this user"
 
 
-def is_whole(prefix: Path, manifest_sha256: str) -> bool:
+def is_whole(prefix: Path, manifest_sha256: str, names: tuple[str, ...]) -> bool:
     """Whether the install at the prefix is of this very manifest, by this Python, undamaged and able to start."""
     try:
         marker = json.loads((prefix / check.MARKER).read_text("utf-8"))
@@ -150,7 +130,7 @@ def is_whole(prefix: Path, manifest_sha256: str) -> bool:
         return False
     if not same or any(item.ok is False for item in check.check_files(prefix)):
         return False
-    if not all((prefix / "bin" / verb).is_file() for verb in VERBS):
+    if not all((prefix / "bin" / verb).is_file() for verb in names):
         return False
     return starts(prefix)
 
@@ -205,7 +185,19 @@ def remove(folder: Path) -> None:
         say(f"could not remove {folder}; delete it by hand")
 
 
-def build_and_publish(bundle: Path, prefix: Path, manifest: dict[str, Any], digest: str, interpreter: str) -> None:
+def have_engine(manifest: dict[str, Any], home: Path, old: Path | None) -> None:
+    """Where the model's engine is made by the box, make it. Raises Refused."""
+    if "engine" not in verbs(manifest):
+        return
+    say("looking for this box's engine …")
+    code, said = make_engine(home, old)
+    if code:
+        raise Refused(f"{said} To install without it, add --skip-engine.",
+                      check.REFUSED if code == check.REFUSED else check.MACHINE)
+
+
+def build_and_publish(bundle: Path, prefix: Path, manifest: dict[str, Any], digest: str, interpreter: str, *,
+                      skip_engine: bool = False) -> None:
     """Make the whole install beside the prefix, then give it the prefix's name."""
     work = Path(tempfile.mkdtemp(prefix=siblings(prefix)[0], dir=prefix.parent))
     held = hold(work)
@@ -215,11 +207,13 @@ def build_and_publish(bundle: Path, prefix: Path, manifest: dict[str, Any], dige
         copy_files(bundle, work)
         say("installing the Python packages from wheels/ …")
         make_venv(bundle, work, interpreter)
-        write_wrappers(work)
+        write_wrappers(work, verbs(manifest))
         write_units(bundle, work, prefix)
         if not starts(work):
             raise Refused("The installed packages do not start on this processor and Python, found by importing them; "
                           f"nothing was changed at {prefix}, use a bundle for another target or another --python.")
+        if not skip_engine:
+            have_engine(manifest, work, prefix)
         marker = {"schema_version": 1, "bundle": manifest["bundle"], "manifest_sha256": digest,
                   "python": sys.version.split()[0]}
         (work / check.MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
@@ -309,24 +303,6 @@ def step(command: list[str], env: dict[str, str], what: str) -> None:
                       "prefix, repair the cause and run it again.", check.MACHINE)
 
 
-def write_wrappers(work: Path) -> None:
-    """bin/check, bin/serve and bin/bench."""
-    folder = work / "bin"
-    folder.mkdir()
-    for verb in VERBS:
-        (folder / verb).write_text(WRAPPER.replace("@VERB@", verb), "utf-8")
-        (folder / verb).chmod(0o755)
-        if os.name == "nt":
-            (folder / f"{verb}.cmd").write_bytes(WRAPPER_CMD.replace("@VERB@", verb).encode())
-
-
-def write_units(bundle: Path, work: Path, prefix: Path) -> None:
-    """The systemd units with the prefix put in, quoted as systemd reads it (systemd.syntax(7), "%" as "%%")."""
-    quoted = str(prefix).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    for unit in sorted(bundle.glob("*.service")):
-        (work / unit.name).write_text(unit.read_text("utf-8").replace("@PREFIX@", quoted), "utf-8")
-
-
 def settle(work: Path) -> None:
     """Everything on disk before the name changes; one sync instead of an fsync for each of some thousand files."""
     if hasattr(os, "sync"):
@@ -379,10 +355,11 @@ def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="install.sh", description="Install this bundle; no network is needed.")
     options.add_argument("--bundle", type=Path, required=True, help=argparse.SUPPRESS)
     options.add_argument("--prefix", type=Path, required=True, help="the folder to install to")
+    options.add_argument("--skip-engine", action="store_true", help="leave a Jetson's engine to the first start")
     given = options.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that the temporary sibling is removed
     try:
-        fresh = install(given.bundle, given.prefix)
+        fresh = install(given.bundle, given.prefix, skip_engine=given.skip_engine)
     except Refused as error:
         say(str(error))
         return error.code
@@ -391,7 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     prefix = Path(os.path.realpath(given.prefix.expanduser()))
     say(f"installed at {prefix}" if fresh else f"already installed at {prefix}: nothing to do")
-    sys.stdout.write("".join(f"{prefix / 'bin' / verb}\n" for verb in VERBS))
+    names = verbs(check.read_manifest(prefix))
+    sys.stdout.write("".join(f"{prefix / 'bin' / verb}\n" for verb in names))
     return 0
 
 

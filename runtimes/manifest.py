@@ -16,7 +16,8 @@ class ManifestError(Exception):
 @dataclass(frozen=True)
 class Run:
     """How to run the model: paths resolved, everything else as in the manifest. context is per slot, in tokens.
-    settings: what only this engine understands. task: "generate", "embed" or "classify".
+    settings: what only this engine understands. task: "generate", "embed" or "classify". device: what
+    ``serve --device`` said, "" for nothing.
     """
 
     engine: str
@@ -37,6 +38,7 @@ class Run:
     gpu_layers: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     task: str = "generate"
+    device: str = ""
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -28,7 +28,9 @@ class BaseMetrics:
         )
         self.prompt_tokens = Counter("packager_prompt_tokens", "Tokens of all prompts", registry=registry)
         self.ready = Gauge("packager_ready", "1 when the model is loaded and has answered", registry=registry)
-        resident = Gauge("packager_resident_memory_bytes", "Resident memory of the server", registry=registry)
+        resident = Gauge(
+            "packager_resident_memory_bytes", "Memory of the server, known device memory included", registry=registry
+        )
         resident.set_function(memory)
 
     def text(self) -> bytes:
@@ -37,11 +39,14 @@ class BaseMetrics:
 
 
 class EncoderMetrics(BaseMetrics):
-    """Of a server of embeddings or labels."""
+    """Of a server of embeddings or labels. device: bytes that the model holds on a GPU, None for an engine without."""
 
-    def __init__(self, memory: Callable[[], int]) -> None:
+    def __init__(self, memory: Callable[[], int], device: Callable[[], int] | None = None) -> None:
         super().__init__(memory)
         registry = self.registry
+        if device is not None:
+            held = Gauge("packager_device_memory_bytes", "Device memory that the engine holds", registry=registry)
+            held.set_function(device)
         self.batch = Histogram("packager_batch_texts", "Texts computed together", buckets=_TEXTS, registry=registry)
         self.compute = Histogram(
             "packager_batch_seconds", "Time to compute one batch", buckets=_COMPUTE, registry=registry

@@ -9,28 +9,18 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.engine import EngineError
+from runtimes.ort_session import quiet_onnxruntime
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# onnxruntime phones home on import, from 1.29 on; both names are in use
-QUIET = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
 ERRORS_ONLY = 3
-
-
-def quiet_onnxruntime() -> Any:
-    """onnxruntime, imported with its telemetry off."""
-    os.environ.update(QUIET)
-    import onnxruntime
-
-    return onnxruntime
 
 
 class Model:

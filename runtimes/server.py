@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = read_bundle(options.bundle)
         engine = module(run.engine)
+        if options.device is not None:
+            run = replace(run, device=_device(options.device, engine, run))
         if hasattr(engine, "serve"):
             return int(engine.serve(run, options))
         listener = _listen(options.host, options.port)
@@ -44,9 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for any free one (default: %(default)s)")
     parser.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES", help="largest request (8 MiB)")
+    parser.add_argument("--device", help="TensorRT bundles: gpu (default), or onnxruntime or cpu by an onnxruntime of "
+                        "your own in the install's venv")  # fmt: skip
     parser.add_argument("--log-json", action="store_true", help="one JSON line a request on standard output")
     parser.add_argument("--verbose", action="store_true", help="show the engine's own log")
     return parser
+
+
+def _device(name: str, engine: ModuleType, run: Run) -> str:
+    """What --device said. Raises ManifestError where the engine has no such device."""
+    known = getattr(engine, "DEVICES", ())
+    if name not in known:
+        raise ManifestError(f"The engine {run.engine} knows no --device {name}"
+                            + (f"; it knows {', '.join(known)}." if known else "; leave it out."))  # fmt: skip
+    return name
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -36,21 +36,25 @@ AT_FDCWD = -100
 # What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
 RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
                   "bench_machine.py", "bench_server.py", "box_facts.py", "box_files.py", "box_fit.py",
-                  "box_fit_gpu.py", "box_jetson.py", "box_nvidia.py", "box_probe.py", "box_vllm.py")
+                  "box_fit_gpu.py", "box_jetson.py", "box_nvidia.py", "box_probe.py", "box_vllm.py", "wrappers.py")
 # the HTTP face of every engine in our own process
 RUNTIME_FACE = ("engine.py", "engines.py", "exchange.py", "face.py", "loading.py", "memory.py", "metrics.py",
                 "outer.py", "protocol.py", "replies.py", "server.py")
 # language models: chat and completions, and what scores and renders on the build machine
 RUNTIME_SERVER = (*RUNTIME_FACE, "answer.py", "api.py", "app.py", "chat.py", "generation.py", "pump.py", "render.py",
                   "score.py")
+# embedders and classifiers
+RUNTIME_ENCODER = (*RUNTIME_FACE, "batches.py", "bench_encoder.py", "encode.py", "encoder_app.py", "encoding.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
-    "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "sampling.py",
+    "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "ort_session.py", "sampling.py",
             "slots.py", "stream.py"),
     "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "stream.py", "threads.py",
                      "torch_model.py", "transformers_.py"),
-    "ort_encoder": (*RUNTIME_FACE, "batches.py", "bench_encoder.py", "encode.py", "encoder_app.py", "encoding.py",
-                    "ort_encoder.py"),
+    "ort_encoder": (*RUNTIME_ENCODER, "ort_encoder.py", "ort_session.py"),
+    "tensorrt": (*RUNTIME_ENCODER, "engine_build.py", "engine_cache.py", "engine_tool.py", "ort_session.py",
+                 "tensorrt_.py", "tensorrt_cuda.py", "tensorrt_device.py", "tensorrt_native.py", "tensorrt_open.py",
+                 "tensorrt_ort.py", "tensorrt_plan.py", "tensorrt_probe.py"),
     "vllm": (*RUNTIME_SERVER, "vllm_.py"),
     "edgellm": (*RUNTIME_SERVER, "edgellm_.py", "vllm_.py"),
 }

@@ -49,6 +49,20 @@ KINDS = {
 }  # fmt: skip
 
 
+# What the README of a TensorRT bundle says beside.
+ENGINE = """## The engine
+
+TensorRT runs an engine that is made for one GPU and one version of it. A bundle for a T4 or another RTX card brings its
+own. On a Jetson the last step of `install.sh` builds it, which takes minutes and most of the memory (end the desktop
+session first); after an update of JetPack the next start builds it anew. `--skip-engine` leaves it to the first start.
+
+    PREFIX/bin/engine show           # which one this box needs, and whether it is there; also build, clear
+
+It lies in `PREFIX/cache`, or where that cannot be written in the service's `CacheDirectory` or `~/.cache/packager`.
+
+"""
+
+
 def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
     """File name -> text of everything a box gets from templates. Raises PackagerError for a name that is not plain."""
     on_gpu = bool(run.get("gpu_layers") or needs.gpu)
@@ -66,6 +80,8 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
         "GPU": _gpu(needs.gpu),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
+        "CACHE": _service(bundle, needs) if run["engine"] == "tensorrt" else "",
+        "ENGINE": ENGINE if run["engine"] == "tensorrt" else "",
         **_said(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
     }
@@ -95,6 +111,13 @@ def _gpu(needs: Mapping[str, Any] | None) -> str:
     if needs.get("vllm"):
         words.append(f"vLLM {needs['vllm']} or newer in an environment of its own")
     return "; ".join(words)
+
+
+def _service(bundle: str, needs: Needs) -> str:
+    """More lines of a TensorRT bundle's system unit: a place for the engine or kernels that it makes, and on a Jetson
+    the group that its GPU's device nodes belong to.
+    """
+    return f"\nCacheDirectory={bundle}" + ("\nSupplementaryGroups=video" if needs.machine == "aarch64" else "")
 
 
 def _said(run: Mapping[str, Any], model: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ def environment(bundle: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def served(bundle: Path, log: Path) -> Iterator[str]:
-    """The base address of a server on a free port; ended with SIGTERM."""
+def served(bundle: Path, log: Path, *words: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The base address of a server on a free port; ended with SIGTERM. words: more options. env: its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "runtimes", "serve", "--bundle", bundle, "--port", str(port)],
-            env=environment(bundle),
+            [sys.executable, "-m", "runtimes", "serve", "--bundle", bundle, "--port", str(port), *words],
+            env=environment(bundle) if env is None else env,
             stdout=output,
             stderr=output,
             cwd=bundle.parent,

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs this bundle on this box; needs no network and no rights beyond the folder it installs to.
-# Usage: ./install.sh [--check | --facts] [--prefix DIR] [--python PYTHON]
+# Usage: ./install.sh [--check | --facts] [--prefix DIR] [--python PYTHON] [--skip-engine]
 set -eu
 bundle='@BUNDLE@'
 python_min='@PYTHON_MIN@'
@@ -8,7 +8,7 @@ python_max='@PYTHON_MAX@'
 
 usage() {
     cat <<EOF
-Usage: ./install.sh [--check | --facts] [--prefix DIR] [--python PYTHON]
+Usage: ./install.sh [--check | --facts] [--prefix DIR] [--python PYTHON] [--skip-engine]
 
 Checks this box, then installs $bundle. Nothing is written before the check has passed.
 
@@ -16,6 +16,7 @@ Checks this box, then installs $bundle. Nothing is written before the check has 
   --facts          only print this box's facts as JSON, to compare them elsewhere
   --prefix DIR     where to install (default: \$HOME/.local/opt/$bundle)
   --python PYTHON  the Python to use, $python_min to $python_max (default: the first fitting one on the PATH)
+  --skip-engine    TensorRT on a Jetson: leave building the engine to the first start
 
 Exit codes: 0 installed, 2 usage, 4 the box does not fit, 5 the bundle is damaged, 9 the machine failed.
 EOF
@@ -39,6 +40,7 @@ fits() {
 prefix=
 python=
 verb=install
+skip=
 while [ $# -gt 0 ]; do
     case $1 in
         --prefix | --python)
@@ -48,11 +50,13 @@ while [ $# -gt 0 ]; do
         --prefix=*) prefix=${1#*=}; shift ;;
         --python=*) python=${1#*=}; shift ;;
         --check | --facts) verb=${1#--}; shift ;;
+        --skip-engine) skip=--skip-engine; shift ;;
         -h | --help) usage; exit 0 ;;
         *) refuse 2 "Unknown option $1; see ./install.sh --help." ;;
     esac
 done
 
+[ "$verb" = install ] || skip=
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
 if [ -z "$prefix" ]; then
     [ -n "${HOME:-}" ] || refuse 2 "HOME is not set; say where to install with --prefix DIR."
@@ -112,4 +116,4 @@ if verb == "install":
 else:
     from runtimes.check import main
 sys.exit(main(sys.argv[1:] + ["--facts-only"] * (verb == "facts")))
-' "$here" "$verb" --bundle "$here" --prefix "$prefix"
+' "$here" "$verb" --bundle "$here" --prefix "$prefix" ${skip:+"$skip"}

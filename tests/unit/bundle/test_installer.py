@@ -41,6 +41,18 @@ def test_every_mark_in_every_template_is_filled() -> None:
             assert not {mark for mark in ("@BUNDLE@", "@MODEL@", "@PYTHON_MIN@", "@RAM@", "@SLOTS@") if mark in text}
 
 
+def test_a_tensorrt_bundle_says_where_its_engine_is_kept() -> None:
+    """The service gets a folder of its own for it, on a Jetson the GPU's group too; other bundles say nothing of it."""
+    run = {**RUN, "engine": "tensorrt"}
+    for machine, group in (("x86_64", False), ("aarch64", True)):
+        found = box_files("b-x", "m", "t", needs(machine=machine), run)
+        lines = found["packager.service"].splitlines()
+        assert "CacheDirectory=b-x" in lines and ("SupplementaryGroups=video" in lines) == group
+        assert "\n## The engine\n" in found["README.md"] and "PREFIX/bin/engine show" in found["README.md"]
+    plain = box_files("b-x", "m", "t", needs(), RUN)
+    assert "CacheDirectory" not in plain["packager.service"] and "engine show" not in plain["README.md"]
+
+
 @pytest.mark.parametrize(("gpu", "told"), [
     (None, "| GPU | none is needed |"),
     ({"capability": "7.5", "count": 2, "bytes": 8_600_000_000, "vllm": "0.33"},

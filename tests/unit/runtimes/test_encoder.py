@@ -35,6 +35,7 @@ class Scripted:
 
     def __init__(self, run: Any, task: str = "embed") -> None:
         self.task, self.context = task, run.context
+        self.details: dict[str, str] = {}
         self.settings = Settings.of(run)
         self.reader = Reader(run, self.settings)
         self.batches: list[list[int]] = []

@@ -1,0 +1,221 @@
+"""Builds an engine of a plan on this box: trtexec in a child, or TensorRT's Python interface in one.
+
+A build takes minutes and, on a small Jetson, all the memory there is. So it says where it stands every few seconds, and
+one that ran out of memory is tried again with the plan's next smaller profile. What "out of memory" looks like: the
+builder's own words, or a child that the kernel ended. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtimes.engine import EngineError
+from runtimes.engine_cache import Say
+from runtimes.tensorrt_device import Device, environment
+from runtimes.tensorrt_plan import Plan, Profile, file_sha256, trtexec_arguments
+
+TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it (package libnvinfer-bin)
+EVERY = 5.0  # seconds between two lines of progress
+# Words of TensorRT 10 and of the Tegra kernel's allocator. They decide only for a build that failed, and in a warning
+# ([W]) they tell of a tactic that was skipped, as in every second build: that counts where no tactic was left.
+MEMORY = re.compile(
+    r"out of memory|OutOfMemory|could not be allocated|[Ii]nsufficient (memory|workspace)"
+    r"|NvMapMemAlloc\w* *:? *\d* *error 12|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation"
+    r"|std::bad_alloc|MemoryError"
+)
+NONE_LEFT = "Could not find any implementation"
+ERROR = re.compile(r"\[E\]|^E[:\[]|rror")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended. said: the line that tells best why. memory: whether it ran out of it."""
+
+    fine: bool
+    memory: bool = False
+    said: str = ""
+
+
+def build(plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EVERY) -> tuple[int, Mapping[str, Any]]:
+    """Build at ``goal``; the number of the profile that was built, and how. Raises EngineError with one sentence."""
+    require_model(plan)
+    program = find_trtexec()
+    begun = time.monotonic()
+    outcome = Outcome(False)
+    for number, profile in enumerate(plan.profiles):
+        what = shown(profile)
+        say(f"building the engine for {device.name} with TensorRT {device.version}, {what}; this takes minutes …")
+        outcome = attempt(command(plan, number, goal, program), plan, goal, say, every)
+        if outcome.fine:
+            made = {"seconds": round(time.monotonic() - begun, 1), "by": "trtexec" if program else "python"}
+            return number, {**made, "checked": check(plan, number, goal, say)}
+        if not outcome.memory:
+            raise EngineError(f"TensorRT could not build the engine ({outcome.said}); the lines above are its own, "
+                              "`bin/engine build` tries again.")  # fmt: skip
+        if number + 1 < len(plan.profiles):
+            say(f"the build ran out of memory ({outcome.said}); trying the next smaller profile")
+    raise EngineError(
+        f"Memory: expected enough to build even the smallest engine ({shown(plan.profiles[-1])}), found too little "
+        f"({outcome.said}; the box has {device.bytes / 1e9:.1f} GB, {free_memory()} free); end other programs and the "
+        "desktop session, restart the box, and run bin/engine build.")  # fmt: skip
+
+
+def require_model(plan: Plan) -> None:
+    """Raise EngineError unless the ONNX and its data are those of the plan: an engine outlives a damaged file."""
+    for path, expected in ((plan.onnx, plan.onnx_sha256), *plan.data):
+        try:
+            found = file_sha256(path)
+        except OSError as error:
+            raise EngineError(f"{path} cannot be read ({error.strerror}); copy the bundle again.") from None
+        if found != expected:
+            raise EngineError(f"{path.name}: expected sha256 {expected[:16]}…, found {found[:16]}…; copy the bundle "
+                              "again.")  # fmt: skip
+
+
+def find_trtexec() -> str | None:
+    """The program on PATH, else where JetPack has it; None for none."""
+    return shutil.which("trtexec") or shutil.which(TRTEXEC)
+
+
+def command(plan: Plan, number: int, goal: Path, trtexec: str | None) -> list[str]:
+    """The child's command line for a profile."""
+    if trtexec:
+        return [trtexec, *trtexec_arguments(plan, number), f"--saveEngine={goal}"]
+    return [sys.executable, "-m", "runtimes.engine_tool", "--child-build", str(plan.path),
+            str(number), str(goal)]  # fmt: skip
+
+
+def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
+    """Run one build to its end, with a line of progress every few seconds."""
+    from runtimes.bench_server import die_with_parent  # not at the top: most starts build nothing
+
+    goal.unlink(missing_ok=True)
+    killed = oom_kills()
+    lines: deque[str] = deque(maxlen=400)
+    hints: list[str] = []
+
+    def read(stream: Any) -> None:
+        for raw in stream:
+            line = raw.decode("utf-8", "replace").rstrip()
+            lines.append(line)
+            if (MEMORY.search(line) or NONE_LEFT in line) and len(hints) < 200:
+                hints.append(line)
+
+    begun = time.monotonic()
+    try:
+        child = subprocess.Popen(words, cwd=plan.onnx.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, env=environment(),
+                                 preexec_fn=die_with_parent if sys.platform == "linux" else None)  # fmt: skip
+    except OSError as error:
+        return Outcome(False, said=f"{words[0]} cannot be started: {error.strerror}")
+    reader = threading.Thread(target=read, args=(child.stdout,), daemon=True)
+    reader.start()
+    try:
+        while True:
+            try:
+                status = child.wait(timeout=every)
+                break
+            except subprocess.TimeoutExpired:
+                say(f"still building: {time.monotonic() - begun:.0f} s, {free_memory()} of memory free")
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    reader.join(timeout=10)
+    if status == 0 and goal.is_file() and goal.stat().st_size:
+        return Outcome(True)
+    outcome = judged(status, list(lines), hints, oom_kills() - killed)
+    if not outcome.memory:
+        say("\n".join(list(lines)[-30:]))
+    return outcome
+
+
+def judged(status: int, lines: Sequence[str], hints: Sequence[str], kills: int) -> Outcome:
+    """What a failed build means. status: the child's exit code. hints: its lines about memory, and about layers for
+    which nothing was left. kills: processes that the kernel ended for want of
+    memory meanwhile, as far as it tells.
+    """
+    if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        sure = "the kernel ended it for want of memory" if kills else "it was killed, most likely for want of memory"
+        return Outcome(False, True, sure)
+    errors = [line for line in hints if "[W]" not in line and MEMORY.search(line)]
+    if not errors and any(NONE_LEFT in line for line in hints):
+        errors = [line for line in hints if "[W]" in line]
+    if errors:
+        return Outcome(False, True, _plain(errors[0]))
+    if status < 0:
+        return Outcome(False, False, f"it crashed with {signal.Signals(-status).name}")
+    wrong = [line for line in lines if ERROR.search(line)]
+    said = wrong[-1] if wrong else lines[-1] if lines else "no message"
+    return Outcome(False, False, _plain(said) if status else f"it ended well but wrote no engine; {_plain(said)}")
+
+
+def _plain(line: str) -> str:
+    """A line of a log without its time and level."""
+    return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).strip()[:300].rstrip(".")
+
+
+def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] | None:
+    """Run the new engine in a child on the texts that the bundle brings with the source's answers, where it does: never
+    trust a converter. Raises EngineError for an engine that answers otherwise.
+    """
+    if plan.reference is None:
+        return None
+    say("comparing the new engine's answers with the source's …")
+    words = [sys.executable, "-m", "runtimes.engine_tool", "--child-check", str(plan.path),
+             str(number), str(engine)]  # fmt: skip
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.decode().strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise EngineError(f"The new engine could not be run (exit code {done.returncode}: "
+                          f"{said[-1][:300] if said else 'no message'}); it was not kept.") from None  # fmt: skip
+    if "error" in found:
+        raise EngineError(f"The new engine could not be run and was not kept: {found['error']}")
+    if found["cosine_min"] < found["least"]:
+        raise EngineError(
+            f"Engine: expected answers with a cosine of at least {found['least']} to the source's, found "
+            f"{found['cosine_min']:.4f}; it was not kept, report it with TensorRT's version.")  # fmt: skip
+    return {"texts": found["texts"], "cosine_min": found["cosine_min"]}
+
+
+def shown(profile: Profile) -> str:
+    """A profile for people: "input_ids up to 8x256"."""
+    name, shapes = next(iter(profile.items()))
+    return f"{name} up to {'x'.join(map(str, shapes.max))}"
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory since the start; 0 where it does not tell."""
+    for file in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        try:
+            fields = dict(line.split() for line in Path(file).read_text("ascii").splitlines())
+            return int(fields["oom_kill"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return 0
+
+
+def free_memory() -> str:
+    """The box's available memory, for a message."""
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return f"{int(line.split()[1]) * 1024 / 1e9:.1f} GB"
+    except (OSError, ValueError, IndexError):
+        pass
+    return "unknown"
+

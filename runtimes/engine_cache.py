@@ -1,0 +1,250 @@
+"""Engines that this box built for itself, one folder for each, named by everything that an engine depends on.
+
+TensorRT loads an engine only with the very version and on the very architecture it was built for. So the name holds the
+compute capability, the device, TensorRT's full version, the driver's CUDA and the plan's digest: an update of JetPack
+is another name, and is built again without anybody asking. An entry is made in a hidden sibling, flushed and renamed;
+a lock keeps two starts from building the same one. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runtimes.engine import EngineError
+from runtimes.tensorrt_device import Device
+from runtimes.tensorrt_plan import Plan, file_sha256
+
+ENGINE, ENTRY, LOCK = "engine.plan", "entry.json", ".lock"
+FORMAT = 1
+KEPT = "engines"  # below each of the places
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an engine depends on. plan: the digest of plan.json, which holds the model's."""
+
+    sm: str
+    device: str
+    tensorrt: str
+    cuda: str
+    plan: str
+
+    @classmethod
+    def of(cls, plan: Plan, device: Device) -> Key:
+        """The key of a plan's engine on a device."""
+        return cls(device.sm, device.name, device.version, device.cuda, plan.digest)
+
+    @property
+    def name(self) -> str:
+        """The folder's name: readable in front, and a digest of all of it."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.sm}-{self.tensorrt}-cuda{self.cuda}")
+        return f"sm{plain}-{digest[:16]}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An engine in the cache. profile: which of the plan's it was built for. made: how long it took and by what."""
+
+    path: Path
+    profile: int
+    sha256: str
+    bytes: int
+    made: Mapping[str, Any]
+
+    @property
+    def engine(self) -> Path:
+        return self.path / ENGINE
+
+
+def places(home: Path, environment: Mapping[str, str] = os.environ) -> list[Path]:
+    """Where engines of the install at ``home`` may lie, best first: what systemd gave a service of its own, the
+    install itself, and the user's cache where the install belongs to somebody else.
+    """
+    found = []
+    if given := environment.get("CACHE_DIRECTORY"):  # CacheDirectory= of systemd.exec(5); several are parted by colons
+        found.append(Path(given.partition(":")[0]))
+    found.append(home / "cache")
+    base = environment.get("XDG_CACHE_HOME") or (f"{environment['HOME']}/.cache" if environment.get("HOME") else "")
+    if base:
+        found.append(Path(base) / "packager" / home.name)
+    return [place / KEPT for place in found]
+
+
+def writable(folders: list[Path]) -> Path | None:
+    """The first folder that this process can make and write; None for none."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+def find(folders: list[Path], key: Key, plan: Plan) -> Entry | None:
+    """The engine of this key, whole by its digest; None where no folder has it."""
+    for folder in folders:
+        entry = read_entry(folder / key.name, key, plan)
+        if entry is not None:
+            return entry
+    return None
+
+
+def read_entry(path: Path, key: Key, plan: Plan) -> Entry | None:
+    """An entry, checked: of this very key, of a profile that the plan has, and undamaged. None else."""
+    try:
+        plain = json.loads((path / ENTRY).read_text("utf-8"))
+        if plain["schema_version"] != FORMAT or plain["key"] != asdict(key):
+            return None
+        entry = Entry(path, int(plain["profile"]), str(plain["sha256"]), int(plain["bytes"]), dict(plain["made"]))
+        whole = 0 <= entry.profile < len(plan.profiles) and entry.engine.stat().st_size == entry.bytes
+        return entry if whole and file_sha256(entry.engine) == entry.sha256 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+Build = Callable[[Path], tuple[int, Mapping[str, Any]]]
+"""Makes the engine at the path it is given; the profile's number and what is told of the making. Raises EngineError."""
+
+
+def ensure(folders: list[Path], key: Key, plan: Plan, build: Build, say: Say, *, force: bool = False) -> Entry:
+    """The engine of this key, built when it is in no folder; others in its folder are removed once it is there.
+
+    force: build it even so. Raises EngineError when it cannot be built, or no folder can be written.
+    """
+    if not force and (found := find(folders, key, plan)):
+        return found
+    folder = writable(folders)
+    if folder is None:
+        raise EngineError("Engine: expected a folder that this user may write, to keep this box's engine in, found "
+                          f"none ({', '.join(map(str, folders))}); run bin/engine build as the owner.")
+    try:
+        with locked(folder, say):
+            if not force and (found := find([folder], key, plan)):  # another start built it meanwhile
+                return found
+            sweep(folder)
+            entry = publish(folder, key, plan, build)
+            for other in sorted(entries(folder)):
+                if other != entry.path:
+                    say(f"removing the engine that this box no longer uses: {other.name}")
+                    shutil.rmtree(other, ignore_errors=True)
+            return entry
+    except OSError as error:
+        raise EngineError(f"The engine could not be kept in {folder} ({error.strerror or error}); free some space "
+                          "there and start again.") from error  # fmt: skip
+
+
+def publish(folder: Path, key: Key, plan: Plan, build: Build) -> Entry:
+    """Build into a hidden sibling, flush it and give it its name in one step. Under the lock. Raises OSError."""
+    goal = folder / key.name
+    work = Path(tempfile.mkdtemp(prefix=f".{key.name}.building-", dir=folder))
+    try:
+        profile, made = build(work / ENGINE)
+        size, digest = (work / ENGINE).stat().st_size, file_sha256(work / ENGINE)
+        plain = {"schema_version": FORMAT, "key": asdict(key), "profile": profile, "sha256": digest, "bytes": size,
+                 "made": dict(made)}  # fmt: skip
+        (work / ENTRY).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", "utf-8")
+        for left in sorted(work.iterdir()):
+            if left.name not in (ENGINE, ENTRY):
+                left.unlink()
+            else:
+                flush(left)
+        flush(work)
+        if goal.exists():  # damaged, or built anew on request
+            shutil.rmtree(goal)
+        work.chmod(0o755)
+        work.rename(goal)
+        flush(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Entry(goal, profile, digest, size, made)
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """The engines in a folder, of whatever key."""
+    return (path for path in folder.glob("sm*") if (path / ENTRY).is_file()) if folder.is_dir() else iter(())
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed builds left. Under the lock, so none of them lives."""
+    for left in folder.glob(".*.building-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def clear(folders: list[Path], say: Say) -> list[Path]:
+    """Remove every engine, and the kernels that were kept; what was removed."""
+    removed = []
+    for folder in folders:
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            continue
+        with locked(folder, say):
+            sweep(folder)
+            for path in [*sorted(entries(folder)), *sorted(folder.glob("*.kernels"))]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed.append(path)
+    return removed
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Say, pause: float = 0.5) -> Iterator[None]:
+    """Hold a folder of engines; waits for a process that builds in it, and says so once. A killed one holds nothing."""
+    if sys.platform == "win32":  # engines are built on Jetsons alone
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        told = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    say("another process builds an engine here; waiting for it …")
+                told = True
+                time.sleep(pause)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the file, flush, and rename over it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    work = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """A file or folder on disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,192 @@
+"""``engine``: build, show or clear the engine that this box makes for itself of a TensorRT bundle.
+
+Exit codes: 0 done, 2 usage, 3 the bundle is unusable, 4 the box does not fit, 9 the engine could not be made or kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from runtimes import engine_cache as cache
+from runtimes.engine import EngineError
+from runtimes.engine_cache import Key
+from runtimes.manifest import ManifestError, Run, read_bundle
+from runtimes.tensorrt_device import ask, unfit
+from runtimes.tensorrt_open import home_of, prepare, say
+from runtimes.tensorrt_plan import Plan, file_sha256, read_plan
+
+FINE, UNUSABLE, REFUSED, FAILED = 0, 3, 4, 9
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; the exit code."""
+    if list(argv[:1]) in (["--child-build"], ["--child-check"]):
+        return child(argv[0], Path(argv[1]), int(argv[2]), Path(argv[3]))
+    options = parser().parse_args(argv)
+    try:
+        run = read_bundle(options.bundle)
+        if run.engine != "tensorrt":
+            raise ManifestError(f"This bundle's engine is {run.engine!r}, which needs no engine of its own.")
+        plan = read_plan(run.model)
+        document, code = WHAT[options.what](run, plan, options)
+    except ManifestError as error:
+        return _failed(str(error), UNUSABLE, options.json)
+    except EngineError as error:
+        return _failed(str(error), FAILED, options.json)
+    if options.json:
+        sys.stdout.write(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    else:
+        sys.stdout.write("".join(f"{name}: {_plain(value)}\n" for name, value in document.items()))
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``engine``."""
+    options = argparse.ArgumentParser(
+        prog="python -m runtimes engine", description="The engine that this box makes for itself of a TensorRT bundle.",
+        epilog="Exit codes: 0 done, 3 the bundle is unusable, 4 the box does not fit, 9 the engine was not made.")
+    options.add_argument("what", choices=list(WHAT), help="build it where it is missing, show it, or clear all")
+    options.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle, or an install of it")
+    options.add_argument("--force", action="store_true", help="build: again, though there is one")
+    options.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    return options
+
+
+def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Have the engine there; a refusal of the box is told apart from a build that failed."""
+    try:
+        device = ask(plan.library)
+    except EngineError as error:
+        return {"ok": False, "error": str(error)}, REFUSED
+    if (refusal := unfit(plan, device)) is not None:
+        return {"ok": False, "error": refusal, "device": asdict(device)}, REFUSED
+    ready = prepare(plan, home_of(run), force=options.force and plan.compiled is None, device=device)
+    shapes = {name: list(shape.max) for name, shape in ready.profile.items()}
+    return {"ok": True, "engine": ready.key, "file": str(ready.engine), "bytes": ready.engine.stat().st_size,
+            "largest": shapes, "device": asdict(ready.device)}, FINE  # fmt: skip
+
+
+def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """What this box is, what it would need, and what lies in the cache."""
+    folders = cache.places(home_of(run))
+    document: dict[str, Any] = {
+        "precision": plan.precision,
+        "bundled": plan.compiled and plan.compiled.file.name,
+        "allowed": list(plan.compiled.sm if plan.compiled else plan.sm),
+        "folders": [str(folder) for folder in folders],
+        "kept": sorted(str(path) for folder in folders for path in cache.entries(folder)),
+    }
+    try:
+        device = ask(plan.library)
+    except EngineError as error:
+        return {**document, "ok": False, "device": None, "error": str(error)}, REFUSED
+    refusal = unfit(plan, device)
+    document |= {"ok": refusal is None, "device": asdict(device), "error": refusal}
+    if refusal is None and plan.compiled is None:
+        key = Key.of(plan, device)
+        entry = cache.find(folders, key, plan)
+        document |= {"engine": key.name, "built": entry is not None}
+        if entry:
+            document |= {"profile": entry.profile, "bytes": entry.bytes, "made": dict(entry.made)}
+    return document, REFUSED if refusal else FINE
+
+
+def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Remove every engine of this install."""
+    removed = cache.clear(cache.places(home_of(run)), say)
+    return {"ok": True, "removed": [str(path) for path in removed]}, FINE
+
+
+WHAT = {"build": build, "show": show, "clear": clear}
+
+
+def child(what: str, path: Path, number: int, engine: Path) -> int:
+    """In a process of its own, because it may run out of memory or crash: build, or try, the engine of a profile."""
+    try:
+        plan = read_plan(path)
+        if what == "--child-build":
+            from runtimes.tensorrt_native import build as make
+
+            make(plan, number, engine)
+        else:
+            sys.stdout.write(json.dumps(tried(plan, number, engine)) + "\n")
+    except (EngineError, ManifestError) as error:
+        if what == "--child-check":
+            sys.stdout.write(json.dumps({"error": str(error)}) + "\n")
+            return FINE
+        sys.stderr.write(f"[E] {error}\n")
+        return FAILED
+    return FINE
+
+
+def tried(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
+    """The least cosine between an engine's answers and the source's, on the plan's own texts. Raises EngineError."""
+    import numpy as np
+
+    from runtimes.encoding import Settings, Text, padded, rows
+    from runtimes.tensorrt_ import fitted
+    from runtimes.tensorrt_native import NativeSession
+
+    if plan.reference is None:
+        raise EngineError("The plan brings no texts to try an engine with.")
+    file, digest = plan.reference
+    try:
+        if file_sha256(file) != digest:
+            raise EngineError(f"{file.name}: expected the file that was bundled, found another; copy the bundle again.")
+        given = json.loads(file.read_text("utf-8"))
+        run = read_bundle(home_of_plan(plan))
+        settings, least = Settings.of(run), float(given["cosine_min"])
+        texts = [Text(tuple(ids), (0,) * len(ids)) for ids in given["ids"]]
+        pairs = list(zip(texts, given["outputs"], strict=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{file.name} cannot be used ({error}); copy the bundle again.") from None
+    profile = plan.profiles[number]
+    longest = next(iter(profile.values())).max[1]
+    session = NativeSession(plan, profile, engine, kernels=None, verbose=False)
+    found: list[float] = []
+    try:
+        for text, row in pairs:
+            if len(text.ids) > longest:  # a smaller profile than the first
+                continue
+            inputs = padded([text], settings)
+            states = session.run(fitted(inputs, profile, settings.pad_id))[plan.outputs[0].name]
+            cut = states[:1, : len(text.ids)] if states.ndim == 3 else states[:1]
+            (vector,) = rows(cut, inputs["attention_mask"], run.task, settings)
+            wanted = np.asarray(row, np.float32)
+            if vector.shape != wanted.shape or not np.isfinite(vector).all():
+                raise EngineError("The engine gives vectors of another size, or ones that are no numbers.")
+            found.append(float(vector @ wanted / (np.linalg.norm(vector) * np.linalg.norm(wanted) + 1e-12)))
+    finally:
+        session.close()
+    if not found:
+        raise EngineError("Every text that the plan brings is longer than the profile takes.")
+    return {"texts": len(found), "cosine_min": min(found), "least": least}
+
+
+def home_of_plan(plan: Plan) -> Path:
+    """The bundle's folder."""
+    return plan.path.parent.parent
+
+
+def _failed(sentence: str, code: int, as_json: bool) -> int:
+    if as_json:
+        sys.stdout.write(json.dumps({"ok": False, "error": sentence}, indent=1) + "\n")
+    else:
+        sys.stderr.write(f"{sentence}\n")
+    return code
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+    return "\n  ".join(["", *map(str, value)]) if isinstance(value, list) else "none" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

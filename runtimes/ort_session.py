@@ -1,0 +1,37 @@
+"""onnxruntime as everything here wants it: nobody is told, waiting threads sleep, errors are sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtimes.engine import EngineError
+
+# onnxruntime phones home on import, from 1.29 on, unless both are set before
+QUIET = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
+CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
+
+
+def quiet_onnxruntime() -> Any:
+    """onnxruntime, imported with its telemetry off."""
+    os.environ.update(QUIET)
+    import onnxruntime
+
+    return onnxruntime
+
+
+def open_session(path: Path, *, threads: int, verbose: bool,
+                 providers: Sequence[tuple[str, Mapping[str, str]]] = (CPU,)) -> Any:  # fmt: skip
+    """A session of an encoder's graph. threads: 0 means one a physical core. Raises EngineError."""
+    ort = quiet_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 1 if verbose else 3
+    # a waiting thread that spins takes the core from whoever else works on the box
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=[(name, dict(given)) for name, given in providers])
+    except Exception as error:  # onnxruntime's errors share no class of their own
+        raise EngineError(f"{path.name} does not load: {error}") from None

@@ -1,0 +1,98 @@
+"""Embedders and classifiers by TensorRT: the encoders' tokenizing, batching and pooling around an engine on the GPU.
+
+No torch, no transformers; the engine's inputs and outputs are numpy arrays (runtimes/tensorrt_device.py has the seam).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from runtimes.encoding import Reader, Settings, Text, padded, require_encoder, require_inputs, rows
+from runtimes.engine import EngineError
+from runtimes.manifest import Run
+from runtimes.memory import resident_bytes
+from runtimes.tensorrt_open import DEVICES as DEVICES
+from runtimes.tensorrt_open import Opened, open_plan
+from runtimes.tensorrt_plan import Profile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FACE = "encoder_app"
+EIGHT = 8  # tensor cores take eight at a time, and TensorRT-RTX compiles kernels for each shape that it meets
+
+
+class TensorrtEncoder:
+    """An opened engine. Raises EngineError when it does not fit the manifest or cannot answer."""
+
+    def __init__(self, run: Run, opened: Opened, output: str, model: str) -> None:
+        require_encoder(run)
+        self.settings = Settings.of(run)
+        self._session, self._profile, self._output = opened.session, opened.profile, output
+        self.details: Mapping[str, str] = opened.details
+        self.version = opened.session.version
+        require_inputs(list(self._profile), self.settings, model)
+        largest = {shapes.max for shapes in self._profile.values()}
+        if len(largest) != 1 or len(shape := largest.pop()) != 2:
+            raise EngineError(f"{model} has profiles that differ between its inputs; build the bundle anew.")
+        self.task = run.task
+        self.slots, self.context = min(run.slots, shape[0]), min(run.context, shape[1])
+        self.reader = Reader(replace(run, context=self.context), self.settings)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """A model that cannot answer, and memory that does not suffice for the largest batch, are told now."""
+        self.compute([self.reader.read("a")])
+        self.compute([Text((self.settings.pad_id,) * self.context, (0,) * self.context)] * self.slots)
+
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+        """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
+        inputs = padded(texts, self.settings)
+        found = self._session.run(fitted(inputs, self._profile, self.settings.pad_id))[self._output]
+        count, length = inputs["attention_mask"].shape
+        states = found[:count, :length] if found.ndim == 3 else found[:count]
+        return rows(states, inputs["attention_mask"], self.task, self.settings)
+
+    def memory(self) -> int:
+        """Resident bytes of this process, and what the engine is known to hold on the device (on a Jetson that is the
+        same memory, but no process counts it as its own).
+        """
+        return resident_bytes() + self._session.memory()
+
+    def device_memory(self) -> int:
+        """Bytes that the engine is known to hold on the device: weights, activations and buffers."""
+        return self._session.memory()
+
+    def close(self) -> None:
+        """Free the engine. No computation may run any more."""
+        self._session.close()
+
+
+def fitted(inputs: Mapping[str, NDArray[Any]], profile: Profile, pad: int) -> dict[str, NDArray[Any]]:
+    """The inputs [texts, length] at a shape that the profile takes: lengths in steps of eight, at least its smallest.
+
+    Rows that are added repeat the first: a row without a single token would be a softmax over nothing.
+    """
+    import numpy as np
+
+    shapes = next(iter(profile.values()))
+    count, length = next(iter(inputs.values())).shape
+    tokens = min(-(-max(length, shapes.min[1]) // EIGHT) * EIGHT, shapes.max[1])
+    more = (0, max(0, shapes.min[0] - count))
+    found = {}
+    for name, array in inputs.items():
+        wide = np.pad(array, ((0, 0), (0, tokens - length)), constant_values=pad if name == "input_ids" else 0)
+        found[name] = np.pad(wide, (more, (0, 0)), mode="edge") if more[1] else wide
+    return found
+
+
+def load(run: Run, *, verbose: bool) -> TensorrtEncoder:
+    """The engine of a manifest. Raises ManifestError or EngineError."""
+    plan, opened = open_plan(run, verbose=verbose)
+    try:
+        return TensorrtEncoder(run, opened, plan.outputs[0].name, plan.path.name)
+    except Exception:
+        opened.session.close()
+        raise

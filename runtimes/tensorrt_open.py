@@ -1,0 +1,98 @@
+"""From a bundle's plan to an opened engine: the one it brings, or the one that this box built for itself.
+
+``--device`` chooses: nothing (or "gpu") for TensorRT itself, "onnxruntime" for a build of onnxruntime with a GPU
+provider, "cpu" for onnxruntime without any GPU. Only what was asked for is used; there is no silent way down.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtimes import engine_cache as cache
+from runtimes.engine import EngineError
+from runtimes.engine_build import build
+from runtimes.engine_cache import Key, Say
+from runtimes.manifest import Run
+from runtimes.tensorrt_device import Device, Session, ask, unfit
+from runtimes.tensorrt_plan import Plan, Profile, file_sha256, read_plan
+
+DEVICES = ("gpu", "onnxruntime", "cpu")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An engine file that fits this box. key: its name in the cache, or its digest where the bundle brings it."""
+
+    device: Device
+    engine: Path
+    profile: Profile
+    key: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session and what it takes. details: what /health and /v1/models tell of it."""
+
+    session: Session
+    profile: Profile
+    details: Mapping[str, str]
+
+
+def home_of(run: Run) -> Path:
+    """The bundle's folder, or that of its install: plan.json lies in model/."""
+    return run.model.resolve().parent.parent
+
+
+def say(text: str) -> None:
+    """A line of progress on standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def prepare(plan: Plan, home: Path, tell: Say = say, *, force: bool = False, device: Device | None = None) -> Prepared:
+    """Ask the GPU, refuse a wrong one, and find or build the engine. device: the answer, where it was asked already.
+    Raises EngineError with one sentence.
+    """
+    device = device or ask(plan.library)
+    if (refusal := unfit(plan, device)) is not None:
+        raise EngineError(refusal)
+    if plan.compiled is not None:
+        engine = plan.compiled.file
+        if engine.stat().st_size != plan.compiled.bytes or file_sha256(engine) != plan.compiled.sha256:
+            raise EngineError(f"{engine.name}: expected the engine that was bundled, found another; copy the bundle "
+                              "again.")  # fmt: skip
+        return Prepared(device, engine, plan.profiles[0], f"bundled-{plan.compiled.sha256[:16]}")
+    entry = cache.ensure(cache.places(home), Key.of(plan, device), plan,
+                         lambda goal: build(plan, device, goal, tell), tell, force=force)  # fmt: skip
+    if entry.profile:
+        tell(f"the engine is of the plan's profile {entry.profile + 1}, because a larger one did not fit into memory")
+    return Prepared(device, entry.engine, plan.profiles[entry.profile], entry.path.name)
+
+
+def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
+    """The plan of a bundle with its engine opened. Raises ManifestError or EngineError."""
+    plan = read_plan(run.model)
+    device, home = run.device or "gpu", home_of(run)
+    facts = {"precision": plan.precision}
+    if device not in DEVICES:
+        raise EngineError(f"There is no device {device!r}; choose {', '.join(DEVICES)}.")
+    if device != "gpu":
+        from runtimes.tensorrt_ort import OrtSession
+
+        folder = cache.writable(cache.places(home)) if device == "onnxruntime" else None
+        ort = OrtSession(plan, plan.profiles[0], device, engines=folder and folder / "onnxruntime",
+                         threads=run.threads, verbose=verbose)  # fmt: skip
+        return plan, Opened(ort, plan.profiles[0], {**facts, "library": ort.version, "device": ort.device})
+    from runtimes.tensorrt_native import NativeSession
+
+    ready = prepare(plan, home)
+    kernels = None
+    if plan.library == "tensorrt-rtx" and (folder := cache.writable(cache.places(home))):
+        kernels = folder / f"{Key.of(plan, ready.device).name}.kernels"
+    session = NativeSession(plan, ready.profile, ready.engine, kernels=kernels, verbose=verbose)
+    facts |= {"library": session.version, "device": session.device, "compute_capability": ready.device.sm,
+              "engine": ready.key}  # fmt: skip
+    return plan, Opened(session, ready.profile, facts)
