@@ -41,6 +41,8 @@ __all__ = ["DAMAGED", "FITS", "MACHINE", "REFUSED", "Finding", "compare", "exit_
 USAGE = 2
 MANIFEST, SUMS, MARKER = "manifest.json", "SHA256SUMS", "installed.json"
 CHUNK = 1 << 20
+NEEDED = ("system", "machine", "python_min", "python_max", "ram_bytes", "disk_bytes")
+NEEDED_OF_A_GPU = ("capability", "count", "bytes")
 
 
 def read_facts(prefix: Path | None = None, *, gpu: bool = False) -> dict[str, Any]:
@@ -49,8 +51,10 @@ def read_facts(prefix: Path | None = None, *, gpu: bool = False) -> dict[str, An
     return read_box(prefix, programs=gpu)
 
 
-def read_manifest(bundle: Path) -> dict[str, Any]:
-    """The manifest as far as a box needs it. Raises ValueError with one sentence when it cannot be used."""
+def read_manifest(bundle: Path, *, needs: bool = False) -> dict[str, Any]:
+    """The manifest as far as a box needs it; needs: what it asks of a box has to be whole. Raises ValueError with one
+    sentence when it cannot be used.
+    """
     try:
         plain = json.loads((bundle / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -58,6 +62,11 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     if not isinstance(plain, dict) or plain.get("schema_version") != 1:
         raise ValueError(f"{bundle / MANIFEST} is not a manifest of version 1; use the tools that came with it.")
     missing = [key for key in ("bundle", "run", "needs", "files") if key not in plain]
+    asked: Any = plain.get("needs")
+    if needs and not missing:
+        missing = [f"needs.{key}" for key in NEEDED if not isinstance(asked, dict) or key not in asked]
+    if needs and not missing and (gpu := asked.get("gpu")):
+        missing = [f"needs.gpu.{key}" for key in NEEDED_OF_A_GPU if not isinstance(gpu, dict) or key not in gpu]
     if missing:
         raise ValueError(f"{bundle / MANIFEST} has no {', '.join(missing)}; copy the bundle again.")
     return plain
@@ -146,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.bundle is None:
         return _write(compared(json.loads(given.needs.read_text("utf-8")), facts), given.output)
     try:
-        manifest = read_manifest(given.bundle)
+        manifest = read_manifest(given.bundle, needs=True)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return DAMAGED

@@ -51,7 +51,7 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
     bundle = bundle.resolve()
     prefix = Path(os.path.realpath(prefix.expanduser()))
     try:
-        manifest = check.read_manifest(bundle)
+        manifest = check.read_manifest(bundle, needs=True)
     except ValueError as error:
         raise Refused(str(error), check.DAMAGED) from error
     facts = check.read_facts(prefix, gpu=bool(manifest["needs"].get("gpu")))

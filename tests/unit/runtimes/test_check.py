@@ -102,6 +102,18 @@ def test_damaged_files_are_refused(bundle: Path, damage: str, code: int) -> None
     assert done.returncode == code and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("needs", "says"), [
+    (None, "has no needs.system, needs.machine"), ({"system": "linux"}, "has no needs.machine, needs.python_min"),
+    ({**NEEDS, "gpu": {"capability": "8.7"}}, "has no needs.gpu.count, needs.gpu.bytes;"),
+])
+def test_a_manifest_that_asks_for_half_is_no_traceback(bundle: Path, needs: Any, says: str) -> None:
+    """It is a damaged bundle, told in one sentence."""
+    manifest = {"schema_version": 1, "bundle": "b", "run": {}, "needs": needs, "files": []}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    done = run(bundle, "--facts", str(BOXES / "fits.json"))
+    assert done.returncode == 5 and says in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_wrong_box_counts_more_than_a_damaged_file(bundle: Path) -> None:
     """Copying again would not help."""
     (bundle / "model.gguf").unlink()
