@@ -188,8 +188,7 @@ def _show_plan(console: Console, made: Any) -> None:
             ),
             (
                 "on the box",
-                f"{size(plain['box_bytes'])}: weights {size(e['load_bytes'])}, KV cache {size(e['kv_bytes'])} "
-                f"({e['slots']} × {e['context']} tokens), runtime {size(e['overhead_bytes'])}; "
+                f"{size(plain['box_bytes'])}: weights {size(e['load_bytes'])}, {_work(e)}; "
                 f"{size(plain['budget_bytes'])} are free for it",
             ),
             _ceiling(plain["tokens_per_second_ceiling"], e),
@@ -201,6 +200,13 @@ def _show_plan(console: Console, made: Any) -> None:
     console.line("It fits." if not plain["refusals"] else "Refused:")
     for refusal in plain["refusals"]:
         console.line(f"  - {refusal}")
+
+
+def _work(e: Mapping[str, Any]) -> str:
+    """What is held beside the weights: an encoder has no KV cache, and its activations count to the runtime."""
+    most = f"{e['slots']} × {e['context']} tokens"
+    runtime = f"runtime {size(e['overhead_bytes'])}"
+    return f"KV cache {size(e['kv_bytes'])} ({most}), {runtime}" if e["kv_bytes"] else f"{runtime} ({most} at a time)"
 
 
 def _ceiling(rate: float, estimate: Mapping[str, Any]) -> tuple[str, str]:
