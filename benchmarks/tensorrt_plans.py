@@ -31,7 +31,11 @@ from packager.target import GIB, Target  # noqa: E402
 
 PREFIXES = ("jetson_", "t4")
 # Recipes with a choice: the options that are tried, and the first that is not refused counts.
-TRIED = {"edge_llm": ((), ("quant=int4",)), "gguf": ((), ("quant=Q4_K_M",), ("quant=Q4_K_M", "slots=1"))}
+TRIED = {
+    "edge_llm": ((), ("quant=int4",)),
+    "gguf": ((), ("quant=Q4_K_M",), ("quant=Q4_K_M", "slots=1")),
+    "tensorrt_engine": (("slots=4",), ("slots=4", "precision=int8")),
+}
 
 
 def models(given: argparse.Namespace, work: Path) -> Iterator[Checkpoint]:
@@ -53,27 +57,31 @@ def models(given: argparse.Namespace, work: Path) -> Iterator[Checkpoint]:
         yield open_checkpoint(str(folder), progress=Console(quiet=True), cache=work / "cache", name=name)
 
 
-def asked(checkpoint: Checkpoint, target: Target, name: str) -> Plan:
-    """The plan of one recipe: with its defaults for the target, or the first change of them that is not refused."""
+def asked(checkpoint: Checkpoint, target: Target, name: str) -> tuple[Plan, str | None]:
+    """The plan of one recipe, with its defaults for the target or the first change of them that is not refused; and
+    what the recipe itself has against it.
+    """
     recipe = load_recipe(name)
     found = None
     for sets in TRIED.get(name, ((),)):
+        if checkpoint.family.kind == "decoder" and name == "tensorrt_engine":
+            sets = (*sets, "context=4096")
         options = parse_options(recipe, target, sets)
         if getattr(options, "context", 0) > checkpoint.shape.context:
             options = parse_options(recipe, target, (*sets, f"context={checkpoint.shape.context}"))
         options, said = settled(recipe, options, None, checkpoint)
         plan = make_plan(checkpoint, target, recipe, options, said)
-        found = found or plan
+        found = found or (plan, recipe.why_not(checkpoint, target, options))
         if not plan.refusals:
-            return plan
+            return plan, None
     assert found is not None
     return found
 
 
-def cell(plan: Plan, kind: str) -> str:
+def cell(plan: Plan, why: str | None, kind: str) -> str:
     """One plan in a few words, or its refusal. kind: of the model; an encoder decodes no tokens."""
     if plan.refusals:
-        return f"– {plan.refusals[0]}"
+        return f"no: {why or plan.refusals[0]}"
     quant = plan.options.get("quant") or plan.options.get("precision") or ""
     bits = plan.options.get("bits")
     shown = str(quant) or (f"INT{bits}" if bits else "")
@@ -82,12 +90,12 @@ def cell(plan: Plan, kind: str) -> str:
     return f"{shown + ': ' if shown else ''}{room}{speed}"
 
 
-def table(checkpoint: Checkpoint, targets: Sequence[Target]) -> Iterator[tuple[Target, str, Plan]]:
+def table(checkpoint: Checkpoint, targets: Sequence[Target]) -> Iterator[tuple[Target, str, Plan, str | None]]:
     """Every target and recipe; what the target does not list is left out, unless it is one of NVIDIA's engines."""
     for target in targets:
         for name in recipe_names():
             if name in target.recipes.supported or name in ("tensorrt_engine", "edge_llm"):
-                yield target, name, asked(checkpoint, target, name)
+                yield target, name, *asked(checkpoint, target, name)
 
 
 def main() -> None:
@@ -104,11 +112,11 @@ def main() -> None:
                 print(f"\n### {checkpoint.name} ({checkpoint.parameters / 1e6:.0f} M parameters)\n")
                 print("| target | recipe | what the plan says |\n|---|---|---|")
             shown = ""
-            for target, name, plan in table(checkpoint, targets):
+            for target, name, plan, why in table(checkpoint, targets):
                 plain.append(plan.as_dict())
                 if not given.json:
                     first = target.name if target.name != shown else ""
-                    print(f"| {first} | {name} | {cell(plan, checkpoint.family.kind)} |")
+                    print(f"| {first} | {name} | {cell(plan, why, checkpoint.family.kind)} |")
                 shown = target.name
     if given.json:
         print(json.dumps(plain, indent=1))

@@ -8,7 +8,7 @@ name=$1
 shift
 excludes=locks/box-excludes.txt
 case $name in
-    llamacpp | vllm | tensorrt | tensorrt_rtx) python=3.10 ;;
+    llamacpp | vllm | tensorrt | tensorrt_rtx | tensorrt_decoder) python=3.10 ;;
     transformers) python=3.11 excludes=/dev/null ;;  # torch has no wheel for 3.10; transformers imports the hub's library
     edgellm) python=3.12 excludes=/dev/null ;;  # JetPack 7.2; its server imports what it downloads models with
     *) python=3.11 ;;  # onnxruntime has no wheel for 3.10

@@ -1,49 +1,294 @@
-"""Language models under recipes/tensorrt_engine.py: refused, with the recipe that serves them on that target.
+"""Language models under recipes/tensorrt_engine.py: a typed graph with a key/value cache, compiled without a GPU.
 
-The seam for a graph with a KV cache: the same three functions as packager/tensorrt_encoder.py.
+TensorRT-RTX reads the graph's TensorScatter as its KVCacheUpdate, which writes the cache in place; the rest are
+products, norms and a softmax. What ships is scored against the source by onnxruntime on this machine's processor, with
+float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packager/edgellm.py): no plan is made for one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from packager.errors import PlanRefused
+from packager import onnx_graph, onnx_half, onnx_typed_decoder, onnx_weights, rope
+from packager import tensorrt_plan as plans
+from packager.gates import Thresholds
+from packager.gguf_sizes import kv_cache_bytes
 from packager.recipe import Artifact, Estimate, Job
+from packager.store import code_digest
+from packager.tensorrt import ENGINE, LIBRARY, VERSION, compile_engine, to_fetch, why_not_here
+from packager.tokenizer_files import tokenizer_files, tokenizer_paths
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from packager.checkpoint import Checkpoint
+    from packager.reference import Samples
+    from packager.scoring import Scored
+    from packager.store import Cost, Step
     from packager.target import Target
 
-RECIPE = "tensorrt_engine"
+MODEL, DATA = "model.onnx", onnx_weights.DATA
+PIECE, KEPT, LEAST_SPAN = 128, 64, 64  # runtimes/slots.py's pieces of a prompt and of what is scored; places looked at
+# CUDA's context, what TensorRT-RTX compiles at run time and activations. An assumption: nobody here has a T4.
+DEVICE_BYTES = 1 << 30
+SCORED_BY = "onnxruntime on the build machine's processor, not by TensorRT"
 
 
-def why_not(checkpoint: Checkpoint, target: Target, options: Any) -> str | None:
-    others = [name for name in target.recipes.supported if name != RECIPE]
-    serves = f"{' or '.join(others)} serves it on the {target.title}" if others else "no recipe serves it there"
-    return (
-        f"{checkpoint.architecture} is a language model, and {RECIPE} makes engines of embedders and classifiers; "
-        f"{serves}."
-    )
+class Options(Protocol):
+    """What is read of the recipe's options."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
 
 
-def estimate(checkpoint: Checkpoint, target: Target, options: Any) -> Estimate:
-    """What float16 weights would take; the plan shows it beside the refusal."""
-    shape, weights = checkpoint.shape, 2 * checkpoint.parameters
-    context = min(options.context, shape.context)
+def bits(options: Options) -> int:
+    """Of the layers' matrices; a language model's activations stay 16 bit, and "auto" is fp16."""
+    return 8 if options.precision == "int8" else 16
+
+
+def thresholds(options: Options) -> Thresholds:
+    """float16 is the source; eight bits a row cost a model of 135 M parameters this much at most."""
+    return Thresholds(max_kl=0.001, min_top1=0.995) if bits(options) == 16 else Thresholds(max_kl=0.1, min_top1=0.85)
+
+
+def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+    """None, or one sentence that names what serves the model there."""
+    if target.software:
+        return f"on a Jetson TensorRT serves language models by Edge-LLM alone; {_served(checkpoint, target)}."
+    if reason := plans.why_not(target) or why_not_here():
+        return f"{reason.rstrip('.')}; {_served(checkpoint, target)}."
+    if reason := onnx_typed_decoder.why_not(checkpoint):
+        return f"{reason}; {_served(checkpoint, target)}."
+    if options.context > checkpoint.shape.context:
+        return (
+            f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model was made "
+            f"for; set context={checkpoint.shape.context} or less."
+        )
+    if options.context < LEAST_SPAN:
+        return f"a context of {options.context} tokens leaves no room to answer; set context={LEAST_SPAN} or more."
+    return None
+
+
+def _served(checkpoint: Checkpoint, target: Target) -> str:
+    """The recipes that take the model for the target, its own default first, as the end of a sentence."""
+    from packager.catalog import load_recipe
+    from packager.plan import parse_options
+
+    names = []
+    for name in sorted(target.recipes.supported, key=lambda name: name != target.recipe):
+        if name != "tensorrt_engine":
+            recipe = load_recipe(name)
+            if not recipe.why_not(checkpoint, target, parse_options(recipe, target, ())):
+                names.append(name)
+    return f"{' or '.join(names)} serves this model on {target.title}" if names else "no recipe serves it there"
+
+
+def weight_bytes(checkpoint: Checkpoint, width: int) -> int:
+    """Bytes of the data file: embedding and head in 16 bits always, a tied one once."""
+    shape = checkpoint.shape
+    total = 0
+    for name, info in checkpoint.tensors.items():
+        if len(info.shape) == 2:
+            layer = name.startswith("model.layers.")
+            total += info.elements * (width if layer else 16) // 8 + (2 * info.shape[0] if layer and width == 8 else 0)
+    return total - (2 * shape.vocab * shape.hidden if shape.tied and "lm_head.weight" in checkpoint.tensors else 0)
+
+
+def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
+    """Sizes from the headers. The bundle has the graph's weights and the engine, which holds them again."""
+    shape = checkpoint.shape
+    weights = weight_bytes(checkpoint, bits(options))
+    # nodes; norms in float32; cosines and sines, half a head's width each (SmolLM2: 0.9 MB and 2 MB)
+    rotated = rope.dims(checkpoint.config, shape.head_dim)
+    graph = (30_000 + 8 * shape.hidden) * shape.layers + 4 * options.context * rotated
+    engine = round(1.09 * weights)  # measured: SmolLM2 293.8 MB of 269.0
+    embedding = 0 if shape.tied else 2 * shape.vocab * shape.hidden  # one row of it is read, unless it is the head
+    notes = [
+        f"The engine is for compute capability {plans.capability(target)} alone and for TensorRT-RTX {VERSION}, which "
+        f"the bundle carries. Generated, not executed here; the fidelity score is taken by {SCORED_BY}."
+    ]
+    if fetched := to_fetch():
+        notes.insert(0, fetched)
+    if options.context < 1024:
+        notes.append(f"A conversation holds {options.context} tokens; --set context=4096 makes room for longer ones.")
     return Estimate(
-        artifact_bytes=weights,
-        build_ram_bytes=weights,
-        build_disk_bytes=2 * weights,
-        load_bytes=weights,
-        kv_bytes=4 * shape.layers * shape.kv_heads * shape.head_dim * context * options.slots,
-        overhead_bytes=0,
-        read_per_token_bytes=weights,
-        context=context,
+        artifact_bytes=weights + graph + engine,
+        build_ram_bytes=(900 << 20) + 2 * weights,  # measured: SmolLM2 1.46 GB
+        build_disk_bytes=2 * (weights + graph + engine),
+        load_bytes=engine,
+        kv_bytes=kv_cache_bytes(shape.layers, shape.kv_heads, shape.head_dim, options.context, options.slots, "f16"),
+        overhead_bytes=DEVICE_BYTES + 8 * KEPT * shape.vocab,
+        read_per_token_bytes=weights - embedding,
+        context=options.context,
         slots=options.slots,
-        seconds=0.0,
+        seconds=round(60 + weights / 4e6, 1),
+        notes=tuple(notes),
     )
 
 
-def build(job: Job, options: Any) -> Artifact:
-    """Raises PlanRefused: the plan has refused already."""
-    raise PlanRefused(str(why_not(job.checkpoint, job.target, options)))
+def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
+    """Shapes that the engine takes; most of its work is a token for every row."""
+    shape = checkpoint.shape
+    cache = [shape.kv_heads, context, shape.head_dim]
+    tokens = min(PIECE, context)
+    found: plans.Profile = {
+        "input_ids": {"min": [1, 1], "opt": [rows, 1], "max": [rows, tokens]},
+        "start": {"min": [1], "opt": [rows], "max": [rows]},
+        "places": {"min": [LEAST_SPAN], "opt": [min(512, context)], "max": [context]},
+        "wanted": {"min": [1], "opt": [1], "max": [min(KEPT, tokens)]},
+    }
+    for index in range(shape.layers):
+        for part in ("key", "value"):
+            found[onnx_graph.PAST.format(index, part)] = {
+                "min": [1, *cache], "opt": [rows, *cache], "max": [rows, *cache]
+            }  # fmt: skip
+    return found
+
+
+def build(job: Job, options: Options) -> Artifact:
+    """Write the typed graph, score it, compile it. Raises GateFailed or ToolError."""
+    from packager.gates import require_kept
+    from packager.reference import make_samples, source_scores
+    from packager.scoring import measure, require_contract
+
+    steps: list[Step] = []
+    samples = make_samples(job) if job.verify else None
+    written = _written(job, options)
+    steps.append(written)
+    report: dict[str, Any] = {"tensorrt": {"library": LIBRARY, "version": VERSION, "executed": False}}
+    if samples:
+        source, step = source_scores(job, samples)
+        steps += [samples.step, step]
+        found = _score(job, written, samples, steps)
+        said = require_contract(job, samples, found, "the bundle's tokenizer")
+        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
+        fidelity = measure(samples, source, found.distributions)
+        limits = thresholds(options).changed(job.limits)
+        report["fidelity"] = {**fidelity.as_dict(limits), "scored": SCORED_BY}
+        report["prompts_equal"] = len(samples.prompts)
+        require_kept(fidelity, limits, f"the {_precision(options)} graph", "Set precision=fp16, or use another recipe.")
+    shapes = profile(job.checkpoint, options.slots, options.context)
+    sm = [str(plans.capability(job.target))]
+    engine = compile_engine(job, written.path / MODEL, written.key, shapes, sm, steps)
+    planned = _plan(job, options, written, engine, shapes)
+    steps.append(planned)
+    files = {MODEL: written.path / MODEL, DATA: written.path / DATA, ENGINE: engine.path / ENGINE,
+             plans.PLAN: planned.path / plans.PLAN}  # fmt: skip
+    size = estimate(job.checkpoint, job.target, options)
+    return Artifact(
+        format="tensorrt",
+        files={**files, **tokenizer_files(job)},
+        run=_run(job, options, files),
+        report=report,
+        provenance={
+            "quantizer": onnx_half.METHOD if bits(options) == 8 else "none: the source's weights, rounded to float16",
+            "checkpoint": job.checkpoint.digest,
+            "calibration": job.calibration.digest if job.calibration else None,
+            "verified": job.verify,
+            "options": asdict(options),  # type: ignore[call-overload]
+            "steps": {step.name: step.key for step in steps},
+        },
+        costs=tuple(step.cost() for step in steps),
+        gpu=plans.gpu_needs(job.target, size.load_bytes + size.kv_bytes + size.overhead_bytes),
+    )
+
+
+def _precision(options: Options) -> str:
+    return "int8" if bits(options) == 8 else "fp16"
+
+
+def _written(job: Job, options: Options) -> Step:
+    """The graph, its weights, and the plan without an engine, by which it is scored."""
+    from packager.tools import version_of
+
+    checkpoint = job.checkpoint
+
+    def make(folder: Path, cost: Cost) -> None:
+        with (
+            (folder / DATA).open("wb") as file,
+            job.progress.step("writing the typed ONNX", float(checkpoint.weight_bytes), "B") as task,
+        ):
+            weights = onnx_half.Half(checkpoint, file, bits(options), task.advance)
+            made = onnx_typed_decoder.TypedDecoder(checkpoint, weights, options.context).model()
+        (folder / MODEL).write_bytes(made.SerializeToString(deterministic=True))
+        shapes = profile(checkpoint, 1, options.context)
+        plain = plain_plan(checkpoint, job.target, folder, _precision(options), shapes, None)
+        (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
+
+    modules = (onnx_graph, onnx_half, onnx_typed_decoder, onnx_weights, rope, plans)
+    inputs = {
+        "checkpoint": checkpoint.digest,
+        "context": options.context,
+        "bits": bits(options),
+        "target": job.target.digest,
+        "onnx": version_of("onnx"),
+        "code": code_digest(*(Path(str(module.__file__)) for module in modules), Path(__file__)),
+    }
+    return job.store.step("onnx-typed-decoder", inputs, make, progress=job.progress)
+
+
+def _plan(job: Job, options: Options, written: Step, engine: Step, shapes: plans.Profile) -> Step:
+    def make(folder: Path, cost: Cost) -> None:
+        plain = plain_plan(job.checkpoint, job.target, written.path, _precision(options), shapes,
+                           engine.path / ENGINE)  # fmt: skip
+        (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
+
+    code = code_digest(Path(__file__), Path(plans.__file__))
+    inputs = {"model": written.key, "engine": engine.key, "target": job.target.digest, "code": code}
+    return job.store.step("tensorrt-plan", inputs, make, progress=job.progress)
+
+
+def plain_plan(
+    checkpoint: Checkpoint, target: Target, folder: Path, precision: str, shapes: plans.Profile, engine: Path | None
+) -> Mapping[str, Any]:
+    """plan.json of the graph in ``folder``. engine: compiled here, or None."""
+    names = [onnx_graph.PRESENT.format(index, part) for index in range(checkpoint.shape.layers)
+             for part in ("key", "value")]  # fmt: skip
+    outputs = [{"name": "logits", "dtype": "float32"}, *({"name": name, "dtype": "float16"} for name in names)]
+    kinds = {name: "float16" for name in shapes if name.startswith("past_key_values.")}
+    return plans.make_plan(target, folder, precision=precision, shapes=[shapes], outputs=outputs, engine=engine,
+                           reference=None, kinds=kinds)  # fmt: skip
+
+
+def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
+    return {
+        "engine": "tensorrt_decoder",
+        "task": "generate",
+        "model": f"model/{plans.PLAN}",
+        **tokenizer_paths(job.checkpoint),
+        **job.checkpoint.tokenizer.as_run(),
+        "context": options.context,
+        "slots": options.slots,
+        "threads": 0,
+        "read_per_token_bytes": estimate(job.checkpoint, job.target, options).read_per_token_bytes,
+        "model_bytes": files[ENGINE].stat().st_size,
+        "settings": {"library": LIBRARY},
+    }
+
+
+def _score(job: Job, written: Step, samples: Samples, steps: list[Step]) -> Scored:
+    """Score the graph through the engine that serves it, on the processor."""
+    from packager.scoring import score
+    from packager.tools import version_of
+
+    own = tokenizer_files(job)
+    run = {
+        "engine": "tensorrt_decoder",
+        "model": str(written.path / plans.PLAN),
+        **{key: str(own[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
+        **job.checkpoint.tokenizer.as_run(),
+        "context": 1024,
+        "slots": 1,
+        "settings": {"library": LIBRARY, "device": "cpu"},
+    }
+    version = version_of("onnxruntime")
+    found, step = score(job, run, samples, what="the typed ONNX", inputs={"model": written.key, "engine": version},
+                        max_rss_bytes=0)  # fmt: skip
+    steps.append(step)
+    return found

@@ -140,9 +140,10 @@ def make_plan(
     outputs: Sequence[Mapping[str, str]],
     engine: Path | None,
     reference: Path | None,
+    kinds: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     """The plan. folder: holds the ONNX file and its data. engine: compiled here, or None. reference: what the source
-    answers to some texts, or None when nothing was compared.
+    answers to some texts, or None when nothing was compared. kinds: types of inputs that are not int64.
     """
     room = workspace(target)
     own = None
@@ -164,7 +165,7 @@ def make_plan(
         },
         "precision": precision,
         "strongly_typed": True,
-        "inputs": [{"name": name, "dtype": "int64"} for name in shapes[0]],
+        "inputs": [{"name": name, "dtype": kinds.get(name, "int64")} for name in shapes[0]],
         "outputs": [dict(output) for output in outputs],
         "profiles": list(shapes),
         "workspace_bytes": room,

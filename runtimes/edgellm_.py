@@ -20,6 +20,7 @@ from runtimes.vllm_ import OFFLINE, OURS, free_port
 
 REFUSED = 4
 SETTING = "PACKAGER_TENSORRT"  # a folder with the package tensorrt, for one that was installed elsewhere
+KEPT = "edgellm"  # below each of the places where engines may be kept
 CACHE = "PACKAGER_ENGINE_CACHE"  # where engines are kept, for a place other than the install's own
 # what JetPack's packages of TensorRT consist of; tensorrt alone has to be there
 PARTS = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_libs", "tensorrt_bindings")
@@ -104,10 +105,14 @@ def link_tensorrt(found: Path, links: Path) -> Path:
 
 
 def cache_folder(home: Path, given: Mapping[str, str]) -> Path:
-    """Where engines are kept: as asked, else beside the install where that may be written, else in the user's cache."""
+    """Where engines are kept: as asked, else where systemd lets a service write, else beside the install where that may
+    be written, else in the user's cache.
+    """
     if named := given.get(CACHE):
         return Path(named)
+    if place := given.get("CACHE_DIRECTORY"):  # CacheDirectory= of systemd.exec(5); several are parted by colons
+        return Path(place.partition(":")[0]) / KEPT
     if os.access(home, os.W_OK):
-        return home / "engines"
+        return home / "cache" / KEPT
     base = given.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "packager" / "engines" / home.name
+    return Path(base) / "packager" / home.name / KEPT

@@ -23,6 +23,7 @@ MODULES = {
     "edgellm": "edgellm_",
     "ort_encoder": "ort_encoder",
     "tensorrt": "tensorrt_",
+    "tensorrt_decoder": "tensorrt_decoder",
 }
 
 

@@ -23,14 +23,21 @@ def quiet_onnxruntime() -> Any:
 
 
 def open_session(path: Path, *, threads: int, verbose: bool,
-                 providers: Sequence[tuple[str, Mapping[str, str]]] = (CPU,)) -> Any:  # fmt: skip
-    """A session of an encoder's graph. threads: 0 means one a physical core. Raises EngineError."""
+                 providers: Sequence[tuple[str, Mapping[str, str]]] = (CPU,), optimized: bool = True
+                 ) -> Any:  # fmt: skip
+    """A session. threads: 0 means one a physical core. optimized: False keeps the graph as it is written, in little
+    memory. Raises EngineError.
+    """
     ort = quiet_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 1 if verbose else 3
     # a waiting thread that spins takes the core from whoever else works on the box
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = False  # it keeps what the longest prompt took
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else every weight is cast before one is used
     try:
         return ort.InferenceSession(str(path), options, providers=[(name, dict(given)) for name, given in providers])
     except Exception as error:  # onnxruntime's errors share no class of their own

@@ -91,6 +91,10 @@ class Cuda:
         self._buffers.append(found)
         return int(found)
 
+    def clear(self, address: int, size: int) -> None:
+        """Zero so many bytes of device memory, in the stream's turn."""
+        self._call(self._driver.cuMemsetD8Async, address, 0, size, self._stream)
+
     def send(self, array: NDArray[Any], address: int) -> None:
         """Copy an array in C order to the device, in the stream's turn."""
         self._call(self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self._stream)

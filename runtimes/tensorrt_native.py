@@ -127,13 +127,19 @@ class NativeSession:
             self._outputs = {one.name: np.dtype(one.dtype) for one in plan.outputs}
             shapes = self._shaped({name: shapes.max for name, shapes in profile.items()})
             sizes = {name: _bytes(shape, kind) for name, (shape, kind) in shapes.items()}
-            self._addresses = {name: self._cuda.take(size) for name, size in sizes.items()}
+            self._largest = {name: shape for name, (shape, _) in shapes.items()}
+            self._addresses = self._take(sizes)
             for name, address in self._addresses.items():
                 self._context.set_tensor_address(name, address)
-            self._held = len(data) + self._activations() + sum(sizes.values())
+            buffers = {address: sizes[name] for name, address in self._addresses.items()}
+            self._held = len(data) + self._activations() + sum(buffers.values())
         except Exception:
             self.close()
             raise
+
+    def _take(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Where each tensor lies; sizes in bytes."""
+        return {name: self._cuda.take(size) for name, size in sizes.items()}
 
     def _failed(self, what: str) -> EngineError:
         reason = f": {self._log.errors[0]}" if self._log.errors else ""

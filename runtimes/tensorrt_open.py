@@ -72,6 +72,12 @@ def prepare(plan: Plan, home: Path, tell: Say = say, *, force: bool = False, dev
     return Prepared(device, entry.engine, plan.profiles[entry.profile], entry.path.name)
 
 
+def kernels_file(plan: Plan, home: Path, device: Device) -> Path | None:
+    """Where TensorRT-RTX keeps what it compiles on this box; None for TensorRT, or where nothing can be written."""
+    folder = cache.writable(cache.places(home)) if plan.library == "tensorrt-rtx" else None
+    return folder / f"{Key.of(plan, device).name}.kernels" if folder else None
+
+
 def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
     """The plan of a bundle with its engine opened. Raises ManifestError or EngineError."""
     plan = read_plan(run.model)
@@ -89,9 +95,7 @@ def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
     from runtimes.tensorrt_native import NativeSession
 
     ready = prepare(plan, home)
-    kernels = None
-    if plan.library == "tensorrt-rtx" and (folder := cache.writable(cache.places(home))):
-        kernels = folder / f"{Key.of(plan, ready.device).name}.kernels"
+    kernels = kernels_file(plan, home, ready.device)
     session = NativeSession(plan, ready.profile, ready.engine, kernels=kernels, verbose=verbose)
     facts |= {"library": session.version, "device": session.device, "compute_capability": ready.device.sm,
               "engine": ready.key}  # fmt: skip

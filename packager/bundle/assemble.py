@@ -45,6 +45,10 @@ RUNTIME_SERVER = (*RUNTIME_FACE, "answer.py", "api.py", "app.py", "chat.py", "ge
                   "score.py")
 # embedders and classifiers
 RUNTIME_ENCODER = (*RUNTIME_FACE, "batches.py", "bench_encoder.py", "encode.py", "encoder_app.py", "encoding.py")
+# TensorRT's engines, opened or built on the box
+RUNTIME_TENSORRT = ("engine_build.py", "engine_cache.py", "ort_session.py", "tensorrt_cuda.py", "tensorrt_device.py",
+                    "tensorrt_native.py", "tensorrt_open.py", "tensorrt_ort.py", "tensorrt_plan.py",
+                    "tensorrt_probe.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
     "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "ort_session.py", "sampling.py",
@@ -52,9 +56,9 @@ RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "stream.py", "threads.py",
                      "torch_model.py", "transformers_.py"),
     "ort_encoder": (*RUNTIME_ENCODER, "ort_encoder.py", "ort_session.py"),
-    "tensorrt": (*RUNTIME_ENCODER, "engine_build.py", "engine_cache.py", "engine_tool.py", "ort_session.py",
-                 "tensorrt_.py", "tensorrt_cuda.py", "tensorrt_device.py", "tensorrt_native.py", "tensorrt_open.py",
-                 "tensorrt_ort.py", "tensorrt_plan.py", "tensorrt_probe.py"),
+    "tensorrt": (*RUNTIME_ENCODER, *RUNTIME_TENSORRT, "engine_tool.py", "tensorrt_.py"),
+    "tensorrt_decoder": (*RUNTIME_SERVER, *RUNTIME_TENSORRT, "detokenize.py", "guidance.py", "sampling.py", "slots.py",
+                         "stream.py", "tensorrt_decoder.py", "tensorrt_resident.py"),
     "vllm": (*RUNTIME_SERVER, "vllm_.py"),
     "edgellm": (*RUNTIME_SERVER, "edgellm_.py", "vllm_.py"),
 }

@@ -63,6 +63,10 @@ It lies in `PREFIX/cache`, or where that cannot be written in the service's `Cac
 """
 
 
+# engines that keep what they make on the box: an engine, or kernels for one
+MAKERS = ("tensorrt", "tensorrt_decoder", "edgellm")
+
+
 def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
     """File name -> text of everything a box gets from templates. Raises PackagerError for a name that is not plain."""
     on_gpu = bool(run.get("gpu_layers") or needs.gpu)
@@ -80,7 +84,7 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
         "GPU": _gpu(needs.gpu),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
-        "CACHE": _service(bundle, needs) if run["engine"] == "tensorrt" else "",
+        "CACHE": _service(bundle, needs) if run["engine"] in MAKERS else "",
         "ENGINE": ENGINE if run["engine"] == "tensorrt" else "",
         **_said(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),

@@ -20,7 +20,9 @@ from runtimes.engines import module
 from runtimes.manifest import Run
 from tests.real.conftest import built
 from tests.real.test_int4_engine import dequantized, packed
+from tests.real.test_onnx import HEADS, opened
 from tests.real.test_reference import random_checkpoint
+from tests.real.test_tensorrt_decoder import typed
 from tests.real.test_tune import tuned
 from tests.unit.runtimes.serving import write_tokenizer
 
@@ -100,7 +102,18 @@ def torch_awq(request: pytest.FixtureRequest, folder: Path) -> Case:
     return Case(run, run, prompts, 320, greedy_reference(dequantized(source, found)))
 
 
-ENGINES = {"llamacpp": llamacpp, "ort": ort, "transformers": torch_awq}
+def tensorrt(request: pytest.FixtureRequest, folder: Path) -> Case:
+    """The typed graph by onnxruntime on the processor (``--device cpu``): no GPU is here."""
+    source = random_checkpoint(folder / "source", "LlamaForCausalLM", **HEADS)
+    plan = typed(opened(source), folder / "typed", rows=3, context=64)
+    tokenizer = write_tokenizer(folder)
+    run = Run("tensorrt_decoder", plan, tokenizer, None, context=64, slots=3, threads=1, settings={"device": "cpu"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    prompts = [[5, 9, 200, 33, 7], [200, 100], [9] * 20]
+    return Case(run, run, prompts, 320, greedy_reference(model))
+
+
+ENGINES = {"llamacpp": llamacpp, "ort": ort, "transformers": torch_awq, "tensorrt": tensorrt}
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -138,9 +138,10 @@ def test_int8_is_planned_smaller_than_fp16(tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_sent_to_the_recipe_that_serves_it() -> None:
-    """One sentence, naming the recipes of that very target."""
-    said = " ".join(planned(sketch(SMOLLM2), load_target("t4")).refusals)
-    assert "language model" in said and "gguf" in said and "T4" in said
+    """One sentence, naming the recipes of that very target; a T4 takes one."""
+    said = " ".join(planned(sketch(SMOLLM2), load_target("jetson_orin_nano_8gb")).refusals)
+    assert "language model" in said and "gguf" in said and "edge_llm" in said and "Orin Nano" in said
+    assert planned(sketch(SMOLLM2), load_target("t4")).refusals == ()
 
 
 def test_a_classifier_has_no_pooling(tmp_path: Path) -> None:

@@ -128,8 +128,9 @@ def test_the_server_takes_this_process_with_tensorrt_on_its_path(bundle: Path, s
 
 def test_engines_lie_beside_the_install_or_in_the_users_cache(bundle: Path, tmp_path: Path) -> None:
     assert cache_folder(bundle, {"PACKAGER_ENGINE_CACHE": "/var/cache/x"}) == Path("/var/cache/x")
-    assert cache_folder(bundle, {}) == bundle / "engines"
-    assert cache_folder(tmp_path / "gone", {"XDG_CACHE_HOME": "/c"}) == Path("/c/packager/engines/gone")
+    assert cache_folder(bundle, {"CACHE_DIRECTORY": "/var/cache/a:/b"}) == Path("/var/cache/a/edgellm")
+    assert cache_folder(bundle, {}) == bundle / "cache" / "edgellm"
+    assert cache_folder(tmp_path / "gone", {"XDG_CACHE_HOME": "/c"}) == Path("/c/packager/gone/edgellm")
 
 
 def test_our_own_search_path_does_not_reach_the_server() -> None:

@@ -1,0 +1,166 @@
+"""Language models through TensorRT: the typed ONNX of packager/onnx_typed_decoder.py, all slots decoded together.
+
+The engine has no sampling, no template and no queue: those are slots.py's, as for onnxruntime. What is different is
+where keys and values lie: on the GPU an engine writes them in place (TensorRT's KVCacheUpdate), so input and output are
+one address and nothing of them is copied; on the CPU, for ``--device cpu`` and for the comparison on the build machine,
+they are arrays that the session gives back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from runtimes.engine import EngineError
+from runtimes.manifest import ManifestError, Run
+from runtimes.slots import Scorer, Slots
+from runtimes.tensorrt_open import home_of, kernels_file, prepare
+from runtimes.tensorrt_plan import Plan, Profile, read_plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+DEVICES = ("gpu", "cpu")
+PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
+
+
+class Caches(Protocol):
+    """A session and its rows of keys and values."""
+
+    def step(self, inputs: Mapping[str, NDArray[Any]], slot: int, rows: int) -> NDArray[np.float32]:
+        """The logits, with the new keys and values written for the rows from ``slot`` on. Raises EngineError."""
+        ...
+
+    def memory(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Model:
+    """An opened engine with a row of the caches for each slot. Not for two threads at once. Raises EngineError."""
+
+    def __init__(self, caches: Caches, profile: Profile, vocabulary: int, version: str, rows: int) -> None:
+        self._caches, self.vocabulary, self.version = caches, vocabulary, version
+        self._rows, self._tokens = rows, profile["input_ids"].max[1]
+        self._kept = profile["wanted"].max[0]
+        self._span = profile["places"]
+
+    def run(
+        self, ids: NDArray[np.int64], lengths: Sequence[int], *, slot: int = 0, kept: int = 1
+    ) -> NDArray[np.float32]:
+        """As slots.Model has it. Raises EngineError for more than the engine's profile takes."""
+        import numpy as np
+
+        rows, tokens = ids.shape
+        after = max(lengths) + tokens
+        if slot + rows > self._rows or tokens > self._tokens or kept > self._kept or after > self._span.max[0]:
+            raise EngineError(f"{rows} rows of {tokens} tokens up to {after} are more than the engine takes")
+        span = min(max(rounded(after), self._span.min[0]), self._span.max[0])
+        inputs = {
+            "input_ids": np.ascontiguousarray(ids, np.int64),
+            "start": np.array(lengths, np.int64),
+            "places": np.arange(span, dtype=np.int64),
+            "wanted": np.arange(tokens - kept, tokens, dtype=np.int64),
+        }
+        return self._caches.step(inputs, slot, rows)
+
+    def memory(self) -> int:
+        """Bytes on the device that are known."""
+        return self._caches.memory()
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._caches.close()
+
+
+def rounded(places: int) -> int:
+    """Places that are looked at: a power of two from 64 on, so that an engine meets few shapes (each new one costs)."""
+    return max(64, 1 << (places - 1).bit_length())
+
+
+class HostCaches:
+    """onnxruntime on the processor, keys and values as arrays here: every run takes them in and gives new ones back.
+
+    The graph stays as it is written: folding would hold every weight in float32, and fusing would skip roundings to
+    float16 that TensorRT makes. rows: conversations at once.
+    """
+
+    def __init__(self, plan: Plan, rows: int, *, threads: int, verbose: bool) -> None:
+        import numpy as np
+
+        from runtimes.ort_session import open_session, quiet_onnxruntime
+
+        self._session: Any = open_session(plan.onnx, threads=threads, verbose=verbose, optimized=False)
+        self.version = f"onnxruntime {quiet_onnxruntime().__version__}"
+        self._outputs = [one.name for one in plan.outputs]
+        shapes = {name: shapes.max for name, shapes in plan.profiles[0].items() if name.startswith(PAST)}
+        self._held = {name: np.zeros((rows, *shape[1:]), np.float16) for name, shape in shapes.items()}
+
+    def step(self, inputs: Mapping[str, NDArray[Any]], slot: int, rows: int) -> NDArray[np.float32]:
+        past = {name: held[slot : slot + rows] for name, held in self._held.items()}
+        try:
+            made = self._session.run(self._outputs, {**inputs, **past})
+        except Exception as error:  # onnxruntime's errors share no class of their own
+            raise EngineError(f"onnxruntime failed: {error}") from None
+        found = dict(zip(self._outputs, made, strict=True))
+        for name, held in self._held.items():
+            held[slot : slot + rows] = found[PRESENT + name.removeprefix(PAST)]
+        logits: NDArray[np.float32] = found[LOGITS]
+        return logits
+
+    def memory(self) -> int:
+        """The arrays lie in this process."""
+        return 0
+
+    def close(self) -> None:
+        """Free the session and the arrays."""
+        self._session = None
+        self._held.clear()
+
+
+def open_model(run: Run, *, rows: int, verbose: bool) -> Model:
+    """The engine of a manifest. Raises ManifestError or EngineError with one sentence."""
+    plan = read_plan(run.model)
+    device = run.device or str(run.settings.get("device", DEVICES[0]))
+    profile = plan.profiles[0]
+    if not {"input_ids", "start", "places", "wanted"} <= profile.keys():
+        raise ManifestError(f"{run.model.name} is no language model's plan; copy the bundle again.")
+    if device not in DEVICES:
+        raise EngineError(f"There is no device {device!r}; choose {', '.join(DEVICES)}.")
+    if device == "cpu":
+        held = HostCaches(plan, rows, threads=run.threads, verbose=verbose)
+        vocabulary = _vocabulary(run, held)
+        return Model(held, profile, vocabulary, held.version, rows)
+    from runtimes.tensorrt_resident import ResidentSession
+
+    home = home_of(run)
+    ready = prepare(plan, home)
+    kernels = kernels_file(plan, home, ready.device)
+    session = ResidentSession(plan, ready.profile, ready.engine, kernels=kernels, verbose=verbose)
+    return Model(session, ready.profile, _vocabulary(run, session), session.version, rows)
+
+
+def _vocabulary(run: Run, caches: Caches) -> int:
+    """Entries of the logits, by asking for one token; a model that cannot answer is told now."""
+    import numpy as np
+
+    one = {"input_ids": np.zeros((1, 1), np.int64), "start": np.zeros(1, np.int64),
+           "places": np.arange(64, dtype=np.int64), "wanted": np.zeros(1, np.int64)}  # fmt: skip
+    return int(caches.step(one, 0, 1).shape[2])
+
+
+@contextlib.contextmanager
+def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
+    """A Scorer. The plan's own profile bounds the length; max_rss_bytes bounds nothing."""
+    model = open_model(run, rows=1, verbose=verbose)
+    try:
+        yield Scorer(run, model)
+    finally:
+        model.close()
+
+
+def load(run: Run, *, verbose: bool) -> Slots:
+    """The engine of a manifest. Raises ManifestError or EngineError."""
+    return Slots(run, open_model(run, rows=run.slots, verbose=verbose))
