@@ -168,12 +168,12 @@ def _plain(line: str) -> str:
 
 
 def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] | None:
-    """Run the new engine in a child on the texts that the bundle brings with the source's answers, where it does: never
+    """Run an engine in a child on the texts that the bundle brings with the source's answers, where it does: never
     trust a converter. Raises EngineError for an engine that answers otherwise.
     """
     if plan.reference is None:
         return None
-    say("comparing the new engine's answers with the source's …")
+    say("comparing the engine's answers with the source's …")
     words = [sys.executable, "-m", "runtimes.engine_tool", "--child-check", str(plan.path),
              str(number), str(engine)]  # fmt: skip
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False)
@@ -181,14 +181,14 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] 
         found: dict[str, Any] = json.loads(done.stdout.decode().strip().splitlines()[-1])
     except (ValueError, IndexError):
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise EngineError(f"The new engine could not be run (exit code {done.returncode}: "
-                          f"{said[-1][:300] if said else 'no message'}); it was not kept.") from None  # fmt: skip
+        raise EngineError(f"The engine could not be run (exit code {done.returncode}: "
+                          f"{said[-1][:300] if said else 'no message'}); it is not used.") from None  # fmt: skip
     if "error" in found:
-        raise EngineError(f"The new engine could not be run and was not kept: {found['error']}")
+        raise EngineError(f"The engine could not be run and is not used: {found['error']}")
     if found["cosine_min"] < found["least"]:
         raise EngineError(
             f"Engine: expected answers with a cosine of at least {found['least']} to the source's, found "
-            f"{found['cosine_min']:.4f}; it was not kept, report it with TensorRT's version.")  # fmt: skip
+            f"{found['cosine_min']:.4f}; it is not used, report it with TensorRT's version.")  # fmt: skip
     return {"texts": found["texts"], "cosine_min": found["cosine_min"]}
 
 

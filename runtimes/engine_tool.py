@@ -15,6 +15,7 @@ from typing import Any
 
 from runtimes import engine_cache as cache
 from runtimes.engine import EngineError
+from runtimes.engine_build import check
 from runtimes.engine_cache import Key
 from runtimes.manifest import ManifestError, Run, read_bundle
 from runtimes.tensorrt_device import ask, unfit
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Have the engine there; a refusal of the box is told apart from a build that failed."""
+    """Have the engine there, and one that the bundle brings tried; a box that does not fit is told apart."""
     try:
         device = ask(plan.library)
     except EngineError as error:
@@ -67,9 +68,11 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
     if (refusal := unfit(plan, device)) is not None:
         return {"ok": False, "error": refusal, "device": asdict(device)}, REFUSED
     ready = prepare(plan, home_of(run), force=options.force and plan.compiled is None, device=device)
+    # an engine that the bundle brings was compiled where no GPU could run it: this is the first one that does
+    checked = check(plan, 0, ready.engine, say) if plan.compiled is not None else None
     shapes = {name: list(shape.max) for name, shape in ready.profile.items()}
     return {"ok": True, "engine": ready.key, "file": str(ready.engine), "bytes": ready.engine.stat().st_size,
-            "largest": shapes, "device": asdict(ready.device)}, FINE  # fmt: skip
+            "largest": shapes, "device": asdict(ready.device), "checked": checked}, FINE  # fmt: skip
 
 
 def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:

@@ -46,6 +46,7 @@ class TensorrtEncoder:
         """A model that cannot answer, and memory that does not suffice for the largest batch, are told now."""
         self.compute([self.reader.read("a")])
         self.compute([Text((self.settings.pad_id,) * self.context, (0,) * self.context)] * self.slots)
+        self._session.settle()
 
     def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""

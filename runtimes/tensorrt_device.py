@@ -57,6 +57,10 @@ class Session(Protocol):
         """Bytes of device memory that the engine holds; 0 where it has none of its own."""
         ...
 
+    def settle(self) -> None:
+        """Keep on disk what was compiled at run time, for a quicker start; told, and no error, where it cannot be."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.engine import EngineError
+from runtimes.engine_cache import write_atomically
 from runtimes.tensorrt_cuda import Cuda
 from runtimes.tensorrt_device import TITLES, full_version
 from runtimes.tensorrt_plan import Plan, Profile
@@ -222,24 +223,23 @@ class NativeSession:
         """Bytes on the device that are known: weights, activations and buffers; CUDA's own come on top."""
         return self._held
 
-    def save_kernels(self) -> None:
+    def settle(self) -> None:
         """Keep what TensorRT-RTX compiled since the start; the next start is quicker. No news is no write."""
         if self._cache is None or self._kernels is None:
             return
-        data = bytes(self._cache.serialize())
-        if self._kernels.is_file() and self._kernels.read_bytes() == data:
-            return
-        from runtimes.engine_cache import write_atomically
-
-        write_atomically(self._kernels, data)
+        try:
+            data = bytes(self._cache.serialize())
+            if not self._kernels.is_file() or self._kernels.read_bytes() != data:
+                write_atomically(self._kernels, data)
+        except OSError as error:  # a full disk is no reason not to serve
+            sys.stderr.write(f"{self._kernels} could not be written: {error}.\n")
 
     def close(self) -> None:
         """Free the engine. Nothing may run any more."""
-        try:
-            if self._context is not None:
-                self.save_kernels()
-        except OSError as error:  # a full disk must not keep the server from ending
-            sys.stderr.write(f"{self._kernels} could not be written: {error}.\n")
+        if self._engine is not None:
+            self._cuda.use()  # this may be another thread than the one that computed
+        if self._context is not None:
+            self.settle()
         self._context = self._engine = self._cache = self._runtime = None
         self._cuda.close()
 

@@ -53,6 +53,9 @@ class OrtSession:
         """onnxruntime does not tell what it holds on a device."""
         return 0
 
+    def settle(self) -> None:
+        """onnxruntime's providers keep their engines themselves."""
+
     def close(self) -> None:
         """Free the session."""
         self._session = None

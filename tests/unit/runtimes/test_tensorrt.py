@@ -237,3 +237,33 @@ def test_of_the_systems_folder_only_tensorrt_is_imported(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", "from runtimes.tensorrt_native import library; library('tensorrt')"],
                           env=env, capture_output=True, text=True, check=False)  # fmt: skip
     assert "TensorRT: expected its Python package for Python 3." in done.stderr.splitlines()[-1]
+
+
+def test_an_engine_that_the_bundle_brings_is_tried_and_its_kernels_are_kept(tmp_path: Path) -> None:
+    """TensorRT-RTX: bin/engine build runs it on the source's answers, for no GPU could where it was compiled; what it
+    compiles for the shapes of a server's start is there at the next one, in a file of this device's own.
+    """
+    bundle = make_bundle(tmp_path / "bundle", run={"settings": {"pooling": "mean", "library": "tensorrt-rtx"}})
+    t4 = {"name": "Tesla T4", "sm": "7.5", "tensorrt": "1.7.1.116"}
+    shapes = {name: [[1, 1], [4, 32], [4, 64]] for name in ("input_ids", "attention_mask")}
+    engine = {"sm": "7.5", "version": "1.7.1.116", "onnx": str(bundle / "model" / "model.onnx"), "profile": shapes}
+    data = json.dumps(engine).encode()
+    (bundle / "model" / "engine.rtx").write_bytes(data)
+    text = json.dumps({"schema_version": 1, "cosine_min": 0.99, "ids": [[3, 5]], "outputs": [[4.0, 1.0]]})
+    (bundle / "model" / "reference.json").write_text(text, encoding="utf-8")
+    compiled = {"file": "engine.rtx", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "sm": ["7.5"],
+                "library": "tensorrt-rtx", "version": "1.7.1"}  # fmt: skip
+    reference = {"file": "reference.json", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_plan(bundle, engine=compiled, reference=reference, allowed={"sm": ["7.5"]})
+    env = environment(tmp_path, device=t4)
+    command = [sys.executable, "-m", "runtimes", "engine", "--bundle", bundle, "build", "--json"]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["checked"]["texts"] == 1, (found, done.stderr)
+    for more in ("a", "a longer text than that"):
+        with served(bundle, tmp_path / "log.txt", env=env) as base:
+            assert call(base, "/health")[1]["engine"]["library"] == "TensorRT-RTX 1.7.1.116"
+            (kept,) = (bundle / "cache" / "engines").glob("sm7.5-1.7.1.116-*.kernels")
+            assert [1, 8] in json.loads(kept.read_text("utf-8"))
+            assert call(base, "/v1/embeddings", {"input": more})[0] == 200
+    assert json.loads(kept.read_text("utf-8")) == [[1, 8], [4, 64], [1, 24]]
