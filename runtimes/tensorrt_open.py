@@ -97,6 +97,9 @@ def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
     ready = prepare(plan, home)
     kernels = kernels_file(plan, home, ready.device)
     session = NativeSession(plan, ready.profile, ready.engine, kernels=kernels, verbose=verbose)
+    for old in kernels.parent.glob("*.kernels") if kernels else ():
+        if old != kernels:  # of another driver or version: this box has no more use for it
+            old.unlink(missing_ok=True)
     facts |= {"library": session.version, "device": session.device, "compute_capability": ready.device.sm,
               "engine": ready.key}  # fmt: skip
     return plan, Opened(session, ready.profile, facts)

@@ -260,6 +260,8 @@ def test_an_engine_that_the_bundle_brings_is_tried_and_its_kernels_are_kept(tmp_
     done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["checked"]["texts"] == 1, (found, done.stderr)
+    (bundle / "cache" / "engines").mkdir(parents=True, exist_ok=True)
+    (bundle / "cache" / "engines" / "sm7.5-old.kernels").write_text("[]", encoding="utf-8")
     for more in ("a", "a longer text than that"):
         with served(bundle, tmp_path / "log.txt", env=env) as base:
             assert call(base, "/health")[1]["engine"]["library"] == "TensorRT-RTX 1.7.1.116"
