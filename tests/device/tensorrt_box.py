@@ -39,9 +39,12 @@ class Failed(Exception):
     """A step that did not hold: one sentence."""
 
 
-def run(words: Sequence[object], *, env: dict[str, str] | None = None, seconds: float = 7200) -> tuple[int, str, str]:
-    """Exit code (negative: the signal), standard output and error of a program."""
-    done = subprocess.run([str(word) for word in words], env=env, capture_output=True, text=True, check=False,
+def run(words: Sequence[object], *, env: dict[str, str] | None = None, cwd: Path = Path("/"), seconds: float = 7200
+        ) -> tuple[int, str, str]:  # fmt: skip
+    """Exit code (negative: the signal), standard output and error of a program. cwd: not this checkout, whose runtimes/
+    ``python -m`` would take.
+    """
+    done = subprocess.run([str(word) for word in words], env=env, cwd=cwd, capture_output=True, text=True, check=False,
                           errors="replace", timeout=seconds)  # fmt: skip
     sys.stderr.write(done.stderr)
     return done.returncode, done.stdout, done.stderr
@@ -96,7 +99,8 @@ def served(install: Install, wait: float) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    child = subprocess.Popen([install.prefix / "bin" / "serve", "--port", str(port)], stdout=sys.stderr)
+    child = subprocess.Popen([install.prefix / "bin" / "serve", "--port", str(port)], stdout=sys.stderr,
+                             cwd="/")  # fmt: skip
     try:
         end = time.monotonic() + wait
         while call(port, "/health")[0] != 200:
@@ -181,7 +185,7 @@ def refusals(install: Install, engine: Path, profile: int, wrong: Path | None, w
 
 def steps(bundle: Path, options: argparse.Namespace, work: Path, verdict: dict[str, Any]) -> None:
     """Everything in turn, into the verdict. Raises Failed."""
-    prefix = options.prefix or work / "install"
+    prefix = options.prefix.resolve() if options.prefix else work / "install"
     words: list[object] = [bundle / "install.sh", "--prefix", prefix]
     begun = time.monotonic()
     code, _, error = run([*words, *(["--python", options.python] if options.python else [])])
@@ -231,6 +235,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the short benchmark")
     options = parser.parse_args()
     bundle = options.bundle.resolve()
+    if options.wrong_engine:
+        options.wrong_engine = options.wrong_engine.resolve()
     verdict: dict[str, Any] = {"verdict": "fail", "bundle": bundle.name}
     try:
         found = preflight(bundle)

@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager.store import Store
+from packager.bundle.assemble import Contents, assemble
+from packager.bundle.manifest import Needs
+from packager.bundle.wheels import fetch_wheels
+from packager.catalog import load_target, runtimes_folder
+from packager.console import Console
+from packager.store import Store, cache_root
 from tests.conftest import ROOT
 from tests.real.serving import call, served
 from tests.real.test_bundle import ALONE, pythons
@@ -27,7 +32,8 @@ from tests.real.test_bundle import alone as alone
 from tests.real.test_encoder import TEXTS, source_vectors
 from tests.real.test_tensorrt import made
 from tests.real.test_tensorrt import t4_bundle as t4_bundle
-from tests.unit.runtimes.gpu_bundle import DOUBLE, environment
+from tests.unit.bundle.parts import RUN
+from tests.unit.runtimes.gpu_bundle import DOUBLE, environment, make_bundle, write_plan
 
 pytestmark = pytest.mark.real
 
@@ -96,7 +102,7 @@ def without_needs(bundle: Path) -> None:
 
 def test_an_install_says_that_there_is_no_gpu(t4_bundle: Path, alone: list[str], tmp_path: Path) -> None:
     """As it ships it is refused; let through, the real wheels (TensorRT-RTX, cuda-bindings) install and load without a
-    network or a driver, the engine step refuses in a sentence and leaves nothing, and --skip-engine installs it.
+    network or a driver, and the engine step refuses in a sentence and leaves nothing.
     """
     bundle, prefix = copied(t4_bundle, tmp_path / "bundle"), tmp_path / "prefix"
     oldest = pythons()[0]  # on a T4 server with Ubuntu 22.04 that is 3.10, of which numpy has an older version
@@ -108,13 +114,6 @@ def test_an_install_says_that_there_is_no_gpu(t4_bundle: Path, alone: list[str],
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 4 and last.startswith("GPU: expected an NVIDIA GPU with its driver, found none (")
     assert last.endswith("To install without it, add --skip-engine.") and not prefix.exists()
-    done = subprocess.run([*command, "--skip-engine"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([prefix / "bin" / "serve", "--port", "0"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("GPU: expected an NVIDIA GPU with its driver, found none (")
-    done = subprocess.run([prefix / "bin" / "engine", "show", "--json"], capture_output=True, text=True, check=False)
-    assert done.returncode == 4 and json.loads(done.stdout)["bundled"] == "engine.rtx"
-    shutil.rmtree(prefix)
 
 
 def test_the_device_script_ends_with_a_verdict_here(t4_bundle: Path) -> None:
@@ -123,3 +122,74 @@ def test_the_device_script_ends_with_a_verdict_here(t4_bundle: Path) -> None:
     verdict = json.loads(done.stdout)
     assert (done.returncode, verdict["verdict"]) == (3, "not a device")
     assert verdict["why"].startswith("GPU: expected") and verdict["box"]["gpus"] == []
+
+
+SMI = """
+import sys
+told = {"name": "Orin", "compute_cap": "8.7", "memory.total": "7620", "memory.free": "7000", "driver_version": "540.4"}
+asked = [word.split("=")[1].split(",") for word in sys.argv if word.startswith("--query-gpu=")]
+print(", ".join(told.get(name, "[N/A]") for name in asked[0]) if asked else "CUDA Version: 12.6")
+"""
+
+
+def standing_in(work: Path) -> Path:
+    """A bundle as the packager assembles it, wheels and all, whose "model" echoes its tokens; the stand-in for CUDA
+    lies in its runtime/, so that an install has it.
+    """
+    source = make_bundle(work / "source")
+    ids = [[3, 5], [7] * 40, [9, 2, 4]]
+    outputs = [[sum(row) / len(row), 1.0] for row in ids]
+    text = json.dumps({"schema_version": 1, "cosine_min": 0.99, "ids": ids, "outputs": outputs})
+    (source / "model" / "reference.json").write_text(text, encoding="utf-8")
+    write_plan(source, reference={"file": "reference.json", "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    target = load_target("t4")
+    lock = ROOT / "locks" / "box-tensorrt.lock"
+    wheels = fetch_wheels(lock, target, cache_root() / "box-wheels", Console(quiet=True))
+    gpu = {"capability": "8.7", "exact": True, "count": 1, "bytes": 10**8, "driver_min": None, "cuda": None,
+           "tensorrt": None, "jetpack": None}  # fmt: skip
+    run = json.loads((source / "manifest.json").read_text("utf-8"))["run"]
+    contents = Contents(
+        name="tiny", target={"name": "orin", "digest": "0" * 64}, recipe={"name": "tensorrt_engine", "options": {}},
+        needs=Needs("linux", "x86_64", wheels.python[0], wheels.python[-1], None, 1000, 10**8, gpu), wheels=wheels,
+        run={**RUN, **run}, files={path.name: path for path in (source / "model").iterdir()},
+        runtimes=runtimes_folder())  # fmt: skip
+    bundle = assemble(contents, work / "out", Console(quiet=True)).path
+    sums = (bundle / "SHA256SUMS").read_text("utf-8")
+    for name in ("cuda/bindings/__init__.py", "cuda/bindings/driver.py"):
+        goal = bundle / "runtime" / name
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(DOUBLE / name, goal)
+        sums += f"{hashlib.sha256(goal.read_bytes()).hexdigest()}  runtime/{name}\n"
+    (bundle / "SHA256SUMS").write_text(sums, encoding="utf-8")
+    return bundle
+
+
+def test_the_device_script_goes_through_all_its_steps(tmp_path: Path) -> None:
+    """So that it works where it counts: install, build, answers, server, benchmark and the refusals, with stand-ins for
+    nvidia-smi, trtexec, TensorRT and CUDA. A source that differs fails it.
+    """
+    bundle = standing_in(tmp_path)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "nvidia-smi").write_text(f"#!{sys.executable}{SMI}", encoding="utf-8")
+    (programs / "nvidia-smi").chmod(0o755)
+    env = environment(tmp_path, PACKAGER_TENSORRT=str(DOUBLE))
+    env["PATH"] = f"{programs}:{env['PATH']}"
+    del env["PYTHONPATH"]
+    wrong = tmp_path / "wrong.plan"
+    engine = {"sm": "8.6", "version": "10.3.0.30", "onnx": "echo", "profile": {}}
+    wrong.write_text(json.dumps(engine), encoding="utf-8")
+    script = ROOT / "tests" / "device" / "tensorrt_box.py"
+    command = [sys.executable, script, bundle, "--quick", "--wrong-engine", wrong,
+               "--prefix", tmp_path / "prefix", "--python", pythons()[0]]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    verdict = json.loads(done.stdout)
+    assert (done.returncode, verdict["verdict"]) == (0, "pass"), (verdict, done.stderr)
+    assert verdict["engine"]["made"]["checked"]["texts"] == 3 and verdict["served"]["to_source"] > 0.999
+    assert "expecting compute 8.7 got compute 8.6" in verdict["refusals"]["another GPU's"]
+    assert verdict["bench"]["batches"][0]["texts_per_second"]["mean"] > 0
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"cosine_min": 0.99, "ids": [[3, 5]], "outputs": [[-4.0, 1.0]]}), encoding="utf-8")
+    done = subprocess.run([*command, "--reference", other], env=env, capture_output=True, text=True, check=False)
+    verdict = json.loads(done.stdout)
+    assert (done.returncode, verdict["verdict"]) == (1, "fail") and "the server's vectors differ" in verdict["error"]

@@ -68,7 +68,7 @@ class Engine:
         self.profile = {name: tuple(map(tuple, shapes)) for name, shapes in plain["profile"].items()}
         self.path = Path(plain["onnx"])
         self.session = None
-        if self.path.read_bytes()[:4] == b"echo":
+        if plain["onnx"] == "echo" or self.path.read_bytes()[:4] == b"echo":
             self.inputs = {name: "int64" for name in self.profile}
             self.outputs = {"states": "float16"}
         else:
