@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from packager.store import Cost, Step
 
 VERSION = "1.7.1"
+BUILD = "1.7.1.116"  # the wheels' own number
 LIBRARY = "tensorrt-rtx"
 MODULE = "tensorrt_rtx_bindings"
 LOCK = "tensorrt.lock"
@@ -141,7 +142,7 @@ def compile_engine(
         "model": model_key,
         "profile": dict(profile),
         "sm": list(sm),
-        "version": VERSION,
+        "version": BUILD,
         "lock": hashlib.sha256(lock_file().read_bytes()).hexdigest()[:16],
         "code": code_digest(CHILD),
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.digests import hash_file
 from packager.onnx_parts import DATA, MODEL
-from packager.tensorrt import CAPABILITIES, ENGINE, LIBRARY, VERSION
+from packager.tensorrt import BUILD, CAPABILITIES, ENGINE, LIBRARY, VERSION
 
 if TYPE_CHECKING:
     from packager.encoder_source import Encoded
@@ -153,7 +153,7 @@ def make_plan(
             "sha256": hash_file(engine),
             "bytes": engine.stat().st_size,
             "library": LIBRARY,
-            "version": VERSION,
+            "version": BUILD,
             "sm": [capability(target)],
         }
     return {

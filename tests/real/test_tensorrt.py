@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from packager import tensorrt
+from packager import tensorrt, tensorrt_int8
 from packager.build import Request, build
 from packager.bundle.verify import verify
 from packager.console import Console
@@ -51,7 +51,7 @@ def t4_bundle(store: Store, minilm: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def int8_bundle(store: Store, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("t4-int8")
-    return made(store, out, minilm, "t4", name="minilm", sets=("precision=int8",), limits={"min_cosine": 0.993})
+    return made(store, out, minilm, "t4", name="minilm", sets=("precision=int8",), limits={"min_cosine": 0.995})
 
 
 def test_minilm_for_a_t4_brings_an_engine_and_keeps_its_vectors(t4_bundle: Path) -> None:
@@ -78,9 +78,13 @@ def test_the_box_reads_the_plan(t4_bundle: Path) -> None:
 
 
 def test_the_engine_has_the_same_digest_in_another_store(minilm: Path, t4_bundle: Path, tmp_path: Path) -> None:
-    """Everything done again from the checkpoint on, in a store of its own: the same manifest, so the same files."""
-    again = made(Store(tmp_path / "store"), tmp_path / "out", minilm, "t4", name="minilm")
-    assert manifest(again)["files"] == manifest(t4_bundle)["files"]
+    """Exported, written and compiled again in a store of its own: the same bytes. (Nothing is compared there, so that
+    bundle has no reference answers.)
+    """
+    again = plan(made(Store(tmp_path / "store"), tmp_path / "out", minilm, "t4", name="minilm", verify=False))
+    first = plan(t4_bundle)
+    assert again["engine"] == first["engine"] and again["onnx"] == first["onnx"]
+    assert again["reference"] is None and first["reference"] is not None
 
 
 def test_int8_says_what_every_layer_cost_and_keeps_the_worst_in_fp16(int8_bundle: Path, t4_bundle: Path) -> None:
@@ -93,11 +97,11 @@ def test_int8_says_what_every_layer_cost_and_keeps_the_worst_in_fp16(int8_bundle
     assert told["all_layers"] < told["aim"] <= told["as_shipped"] and 0 < len(kept) < len(damages) == 24
     assert min(damages[name] for name in kept) >= max(cost for name, cost in damages.items() if name not in kept)
     assert told["all_layers_without_evening_out"] < told["all_layers"]
-    assert report["fidelity"]["general"]["cosine_mean"] >= 0.993
+    assert report["fidelity"]["general"]["cosine_mean"] >= 0.995
     matrices = sum(3 if name.endswith("attention.self") else 1 for name in damages if name not in kept)
     assert report["int8_matrices"] == matrices == sum(
         1 for name in initializers(int8_bundle) if name.endswith(".q8"))  # fmt: skip
-    assert found["run"]["model_bytes"] < 0.85 * manifest(t4_bundle)["run"]["model_bytes"]
+    assert found["run"]["model_bytes"] < 0.9 * manifest(t4_bundle)["run"]["model_bytes"]
     assert plan(int8_bundle)["precision"] == "int8" and verify(int8_bundle).ok
 
 
@@ -106,17 +110,6 @@ def initializers(bundle: Path) -> list[str]:
 
     model = onnx.load(str(bundle / "model" / "model.onnx"), load_external_data=False)
     return [tensor.name for tensor in model.graph.initializer]
-
-
-def test_auto_is_int8_where_half_of_the_layers_can_be_and_else_fp16(store: Store, minilm: Path, tmp_path: Path) -> None:
-    """With a threshold that only fp16 reaches the bundle is fp16; asked for, INT8 stops there instead."""
-    strict = {"min_cosine": 0.9999}
-    bundle = made(store, tmp_path / "auto", minilm, "jetson_orin_nano_8gb", name="minilm", sets=("precision=auto",),
-                  limits=strict)  # fmt: skip
-    assert plan(bundle)["precision"] == "fp16" and manifest(bundle)["report"]["int8_matrices"] == 0
-    loose = made(store, tmp_path / "loose", minilm, "jetson_orin_nano_8gb", name="minilm", sets=("precision=auto",),
-                 limits={"min_cosine": 0.993})  # fmt: skip
-    assert plan(loose)["precision"] == "int8"
 
 
 def test_an_orin_gets_a_plan_and_no_engine(store: Store, minilm: Path, tmp_path: Path) -> None:
@@ -135,16 +128,30 @@ def test_an_orin_gets_a_plan_and_no_engine(store: Store, minilm: Path, tmp_path:
     assert verify(bundle).ok
 
 
-def test_a_classifier_keeps_its_labels(store: Store, classifier: Path, labelled_file: Path, tmp_path: Path) -> None:
-    """Random weights are the hardest: labels agree in fp16, and in INT8 as far as the threshold says."""
-    for precision in ("fp16", "int8"):
-        bundle = made(store, tmp_path / precision, classifier, "t4", name="classifier", calibration=labelled_file,
+def test_a_classifier_keeps_its_labels(store: Store, classifier: Path, labelled_file: Path, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights are the hardest: labels agree in fp16 and INT8. "auto" is INT8 then; where more is asked of the
+    logits than any rounding keeps, "auto" is fp16, and INT8 stops with the figures.
+    """
+
+    def asked(precision: str, name: str) -> dict[str, Any]:
+        bundle = made(store, tmp_path / name, classifier, "t4", name="classifier", calibration=labelled_file,
                       sets=(f"precision={precision}",))  # fmt: skip
         found = manifest(bundle)
-        fidelity = found["report"]["fidelity"]
-        assert fidelity["general"]["agreement"] >= 0.95 and fidelity["tuning"]["labelled"] > 0
         assert found["run"]["task"] == "classify" and plan(bundle)["outputs"][0]["name"] == "logits"
-        assert bool(found["report"]["int8_matrices"]) == (precision == "int8")
+        assert found["run"]["settings"]["precision"] == plan(bundle)["precision"]
+        assert found["report"]["fidelity"]["tuning"]["labelled"] > 0
+        assert found["report"]["fidelity"]["general"]["agreement"] >= 0.95
+        return found["report"] | {"precision": plan(bundle)["precision"]}
+
+    whole, half = asked("fp16", "fp16"), asked("auto", "auto")
+    assert (whole["precision"], half["precision"]) == ("fp16", "int8")
+    assert half["int8_matrices"] > 0 == whole["int8_matrices"]
+    assert half["fidelity"]["general"]["max_error"] > whole["fidelity"]["general"]["max_error"]
+    monkeypatch.setattr(tensorrt_int8, "LOGITS", 1.01)
+    assert asked("auto", "strict")["precision"] == "fp16"
+    with pytest.raises(GateFailed, match="only 0 of 12 layers"):
+        asked("int8", "stopped")
 
 
 def test_a_model_that_float16_ruins_is_stopped(store: Store, minilm: Path, tmp_path: Path) -> None:

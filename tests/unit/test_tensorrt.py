@@ -1,0 +1,83 @@
+"""The pinned compiler: where it is kept, what is said before it is fetched and when it cannot be, and its failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packager import tensorrt
+from packager.bundle.wheels import read_lock
+from packager.console import Console
+from packager.errors import NetworkError, ToolError
+from packager.tools import ChildFailed
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def failing(output: str) -> Any:
+    """A stand-in for pip that ends with these words."""
+
+    def run(*_arguments: Any, **_words: Any) -> None:
+        raise ChildFailed("pip install", 1, output)
+
+    return run
+
+
+def test_the_lock_pins_what_the_code_names() -> None:
+    """Bindings and libraries, in one version, each with hashes; the version is the one that plans tell."""
+    found = read_lock(tensorrt.lock_file())
+    assert {entry.name for entry in found} == {"tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs"}
+    assert {str(entry.requirement.specifier) for entry in found} == {f"=={tensorrt.BUILD}"}
+    assert tensorrt.BUILD.startswith(f"{tensorrt.VERSION}.") and all(entry.hashes for entry in found)
+
+
+def test_the_plan_says_what_is_fetched_only_while_it_is_missing() -> None:
+    """Its size and where it stays; nothing once it is there."""
+    assert f"{tensorrt.DOWNLOAD_MB} MB" in str(tensorrt.to_fetch())
+    tensorrt.folder().mkdir(parents=True)
+    assert tensorrt.to_fetch() is None
+    assert tensorrt.compiler(Console(quiet=True)) == tensorrt.folder()
+
+
+@pytest.mark.parametrize(
+    ("output", "kind", "says"),
+    [
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE", ToolError, "not the pinned ones"),
+        ("ERROR: Could not find a version that satisfies the requirement", NetworkError, "PIP_FIND_LINKS"),
+    ],
+)
+def test_a_failed_fetch_leaves_nothing(
+    output: str, kind: type[Exception], says: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong hash is an index not to be used; anything else is the network's; no half folder stays either way."""
+    monkeypatch.setattr(tensorrt, "run", failing(output))
+    with pytest.raises(kind, match=says):
+        tensorrt.compiler(Console(quiet=True))
+    assert not list((cache / "packager" / "tools").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "says", "why"),
+    [
+        (1, "Traceback\nImportError: libcuda.so.9: no such file", "cannot be loaded", "libcuda.so.9"),
+        (-11, "", "cannot be loaded", "printed nothing"),
+        (1, "[TRT] [E] 4: no GEMM in float32 for SM 7.5\nthe compiler gave no engine", "does not compile", "SM 7.5"),
+        (1, "the parser refuses node Foo:1: no such operator", "does not compile", "Foo:1"),
+    ],
+)
+def test_what_a_failed_compilation_means(code: int, output: str, says: str, why: str, tmp_path: Path) -> None:
+    """A library that does not load, even by crashing, is fetched again; a graph it refuses is told by the reason."""
+    error = tensorrt._explained(ChildFailed("compiling", code, output), tmp_path)
+    assert says in error.what and why in error.why
+    assert (str(tmp_path) in error.fix) == (says == "cannot be loaded")
+
+
+def test_jetsons_are_not_among_the_capabilities() -> None:
+    """8.7, 7.2 and 11.0 build their own."""
+    assert not {"7.2", "8.7", "11.0"} & set(tensorrt.CAPABILITIES)
