@@ -7,30 +7,10 @@ and a library that fails to load must not take the build with it.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
-
-RANDOM_OFF = 0x0040000  # ADDR_NO_RANDOMIZE of personality(2)
-
-
-def fix_addresses() -> None:
-    """Start this process again with the same addresses every time: TensorRT-RTX numbers the lengths that vary in an
-    order that follows addresses, and equal builds would give engines that differ in some bytes. Where the system
-    refuses it (some containers), this process goes on as it is.
-    """
-    if platform.system() != "Linux":
-        return
-    personality = ctypes.CDLL(None).personality
-    personality.argtypes = [ctypes.c_ulong]
-    now = personality(0xFFFFFFFF)
-    if now == -1 or now & RANDOM_OFF or personality(now | RANDOM_OFF) == -1:
-        return
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - itself, no shell
 
 
 def main(job: dict[str, Any]) -> int:
@@ -63,5 +43,4 @@ def main(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    fix_addresses()
     sys.exit(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
