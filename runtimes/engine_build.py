@@ -23,7 +23,7 @@ from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engine_cache import Say
-from runtimes.tensorrt_device import Device, environment
+from runtimes.tensorrt_device import RUNTIME, Device, environment
 from runtimes.tensorrt_plan import Plan, Profile, file_sha256, trtexec_arguments
 
 TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it (package libnvinfer-bin)
@@ -176,7 +176,8 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] 
     say("comparing the engine's answers with the source's …")
     words = [sys.executable, "-m", "runtimes.engine_tool", "--child-check", str(plan.path),
              str(number), str(engine)]  # fmt: skip
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False)
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), cwd=RUNTIME,
+                          check=False)  # fmt: skip
     try:
         found: dict[str, Any] = json.loads(done.stdout.decode().strip().splitlines()[-1])
     except (ValueError, IndexError):

@@ -64,11 +64,14 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
+RUNTIME = Path(__file__).resolve().parent.parent  # where children start: ``python -m`` looks there first
+
+
 def environment() -> dict[str, str]:
     """For children of this process: they find this very runtime, and CUDA loads a kernel when it is needed, which takes
     a third of the memory.
     """
-    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(RUNTIME), os.environ.get("PYTHONPATH", "")]
     return {"CUDA_MODULE_LOADING": "LAZY", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
@@ -78,7 +81,7 @@ def ask(library: str) -> Device:
     title = TITLES[library]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False,
-                              env=environment())  # fmt: skip
+                              env=environment(), cwd=RUNTIME)  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EngineError(f"GPU: expected one that {title} can use, found none that answers within {SECONDS} s; "
                           "look at dmesg and restart the box.") from None  # fmt: skip

@@ -227,6 +227,17 @@ def test_where_engines_are_kept(tmp_path: Path) -> None:
     assert cache.writable([tmp_path / "file" / "x", tmp_path / "yes"]) == tmp_path / "yes"
 
 
+def test_where_somebody_stands_does_not_matter(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with a package of the same name: the children take the install's own runtime all the same."""
+    (tmp_path / "runtimes").mkdir()
+    (tmp_path / "runtimes" / "__init__.py").write_text("raise SystemExit('the wrong runtime')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    code, found, _ = engine(bundle, "show")
+    assert code == 0 and found["device"]["name"] == "Orin", found
+
+
 def test_clear_removes_engines_alone(bundle: Path) -> None:
     engine(bundle, "build")
     (bundle / "cache" / "engines" / "somebody's.txt").write_text("mine", encoding="utf-8")
