@@ -236,15 +236,20 @@ def _first_of_each(
 
 
 def _smaller(recipe: Recipe[Any], options: Any) -> dict[str, list[Any]]:
-    """Per option the values that need less memory than now, best first: a quant's choices are declared best first."""
+    """Per option the values that need less memory than now, best first: a quant's choices are declared best first, and
+    other options say in their metadata which values are ``smaller``.
+    """
     hints = typing.get_type_hints(recipe.options)
     slots, context = getattr(options, "slots", 1), getattr(options, "context", SMALLEST_CONTEXT)
-    choices = list(typing.get_args(hints.get("quant"))) if hasattr(options, "quant") else []
-    return {
+    found: dict[str, list[Any]] = {
         "slots": [n for n in (slots // 2, slots // 4, 1) if 1 <= n < slots],
         "context": [n for n in (context // 2, context // 4, context // 8) if n >= SMALLEST_CONTEXT],
-        "quant": [other for other in choices if other != options.quant],
     }
+    for field in dataclasses.fields(recipe.options):
+        choices = typing.get_args(hints["quant"]) if field.name == "quant" else field.metadata.get("smaller", ())
+        if values := [other for other in choices if other != getattr(options, field.name)]:
+            found[field.name] = values
+    return found
 
 
 def _singles(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
@@ -254,10 +259,12 @@ def _singles(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
 
 def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
     smaller = _smaller(recipe, options)
-    for quant in smaller["quant"] or [None]:
-        for context in (None, *smaller["context"]):
-            for slots in smaller["slots"][-1:] or [None]:
-                changes = {"quant": quant, "context": context, "slots": slots}
+    slots, contexts = smaller.pop("slots")[-1:] or [None], smaller.pop("context")
+    weights = [{key: value} for key, values in smaller.items() for value in values] or [{}]
+    for weight in weights:
+        for context in (None, *contexts):
+            for slot in slots:
+                changes = {**weight, "context": context, "slots": slot}
                 yield {key: value for key, value in changes.items() if value is not None}
 
 

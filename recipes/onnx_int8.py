@@ -32,7 +32,8 @@ class Options:
     )
     bits: Literal[8, 4] = field(
         default=8,
-        metadata={"doc": "of a language model's layers; 4 takes the tuned integers that Q4_0 and GPTQ share"},
+        metadata={"doc": "of a language model's layers; 4 takes the tuned integers that Q4_0 and GPTQ share",
+                  "smaller": (4,)},
     )
     tune: Literal["auto", "none", "quick", "full"] = field(
         default="auto",

@@ -35,7 +35,7 @@ class Options:
     precision: Literal["fp16", "int8", "auto"] = field(
         default="fp16",
         metadata={"doc": "int8: layers in 8 bits as far as the accuracy allows, the rest in fp16; auto: int8 where at "
-                  "least half of the layers can be, else fp16"},
+                  "least half of the layers can be, else fp16", "smaller": ("int8",)},
     )
     pooling: Literal["auto", "mean", "cls", "max", "mean_sqrt_len"] = field(
         default="auto", metadata={"doc": "embedders: how token states become a vector; auto: as the model's files say"}

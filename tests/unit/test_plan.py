@@ -74,6 +74,22 @@ def test_too_big_says_what_would_fit() -> None:
     assert not plan(QWEN_7B, "jetson_orin_nano_8gb", "quant=Q4_K_M").refusals
 
 
+@pytest.mark.parametrize(
+    ("target", "name", "settings", "way"),
+    [
+        ("t4", "tensorrt_engine", ("context=4096",), "--set precision=int8 would fit."),
+        ("jetson_orin_nano_8gb", "onnx_int8", ("context=2048", "slots=1"), "--set bits=4 would fit."),
+    ],
+)
+def test_smaller_weights_are_offered_by_the_recipes_own_name(
+    target: str, name: str, settings: tuple[str, ...], way: str
+) -> None:
+    """A 7B is too large in one form, and the refusal names the form that fits."""
+    recipe, found = catalog.load_recipe(name), catalog.load_target(target)
+    (refusal,) = make_plan(sketch(QWEN_7B), found, recipe, parse_options(recipe, found, settings)).refusals
+    assert refusal.endswith(f"GiB free for it; {way}")
+
+
 def test_what_is_said_to_fit_fits() -> None:
     """Each way out of a refusal is a plan without refusals."""
     (refusal,) = plan(QWEN_1_5B, "desktop_linux_x86_64", "context=65536").refusals
