@@ -108,7 +108,7 @@ def report(job: Job, scored: Scored, samples: Samples, what: str, steps: list[St
     def make(folder: Path, cost: Cost) -> None:
         follow(
             "runtimes",
-            {"run": run, "prompts": asked},
+            {"run": run, "prompts": asked, "max_rss_bytes": scored.max_rss_bytes},
             f"asking {what}",
             job.progress,
             cost,

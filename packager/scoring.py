@@ -26,7 +26,7 @@ class Scored:
     """What the runtime answered. distributions: token -> log-probability (natural) a position. tokenized: the ids of
     the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages. vocabulary:
     what an engine that reads tokens out of the artifact does with them (runtimes/logits.py), None for others. run,
-    inputs: how it was run and what identifies it, to ask it more.
+    inputs, max_rss_bytes: how it was run and what identifies it, to ask it more.
     """
 
     distributions: list[dict[int, float]]
@@ -35,6 +35,7 @@ class Scored:
     vocabulary: Mapping[str, Any] | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, object] = field(default_factory=dict)
+    max_rss_bytes: int | None = None
 
 
 def score(
@@ -97,8 +98,16 @@ def score(
     )
     scored = step.read_json("scores.json")
     rendered = step.read_json("rendered.json")["ids"] if samples.prompts else []
-    vocabulary = scored.get("vocabulary")
-    return Scored(positions_of(scored), scored["tokenized"], rendered, vocabulary, dict(run), dict(inputs)), step
+    found = Scored(
+        positions_of(scored),
+        scored["tokenized"],
+        rendered,
+        vocabulary=scored.get("vocabulary"),
+        run=dict(run),
+        inputs=dict(inputs),
+        max_rss_bytes=max_rss_bytes or None,
+    )
+    return found, step
 
 
 def runtime_copy(job: Job, engine: str) -> Step:

@@ -6,7 +6,8 @@ ids hold every token, the end token included where the model wrote one, and fini
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from runtimes.engine import Engine, Sampling
@@ -21,9 +22,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def answer(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
-    """One answer after the other, at temperature 0 and without a penalty, as long as max_tokens allows."""
-    prompts = question["prompts"]
-    engine: Engine = module(run.engine).load(run, verbose=verbose)
+    """One answer after the other, at temperature 0 and without a penalty, as long as max_tokens allows. Resident memory
+    stays near ``max_rss_bytes`` when that is given and the engine maps its weights.
+    """
+    prompts, opened = question["prompts"], module(run.engine)
+    with contextlib.ExitStack() as bounds:
+        mapped: Callable[[], None] | None = None
+        if bounded := getattr(opened, "bounded", None):
+            mapped = bounds.enter_context(bounded(run.model, question.get("max_rss_bytes")))
+        engine: Engine = opened.load(run, verbose=verbose)
+        if mapped is not None:
+            mapped()
+        return _ask(engine, prompts)
+
+
+def _ask(engine: Engine, prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found = []
     try:
         for done, prompt in enumerate(prompts, 1):

@@ -46,6 +46,7 @@ from runtimes.engine import (
 from runtimes.logits import open_scorer as open_scorer
 from runtimes.manifest import Run
 from runtimes.memory import resident_bytes as resident_bytes
+from runtimes.pages import bounded as bounded
 from runtimes.threads import wait_politely
 
 # Prompt tokens read between two chances to cancel, without a GPU. llama.cpp's own micro-batch is 512.
