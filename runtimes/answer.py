@@ -6,8 +6,7 @@ ids hold every token, the end token included where the model wrote one, and fini
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from runtimes.engine import Engine, Sampling
@@ -25,15 +24,12 @@ def answer(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[st
     """One answer after the other, at temperature 0 and without a penalty, as long as max_tokens allows. Resident memory
     stays near ``max_rss_bytes`` when that is given and the engine maps its weights.
     """
-    prompts, opened = question["prompts"], module(run.engine)
-    with contextlib.ExitStack() as bounds:
-        mapped: Callable[[], None] | None = None
-        if bounded := getattr(opened, "bounded", None):
-            mapped = bounds.enter_context(bounded(run.model, question.get("max_rss_bytes")))
-        engine: Engine = opened.load(run, verbose=verbose)
-        if mapped is not None:
-            mapped()
-        return _ask(engine, prompts)
+    opened = module(run.engine)
+    within = getattr(opened, "load_within", None)
+    if within is None:
+        return _ask(opened.load(run, verbose=verbose), question["prompts"])
+    with within(run, question.get("max_rss_bytes"), verbose=verbose) as engine:
+        return _ask(engine, question["prompts"])
 
 
 def _ask(engine: Engine, prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from runtimes.engine import (
 from runtimes.logits import open_scorer as open_scorer
 from runtimes.manifest import Run
 from runtimes.memory import resident_bytes as resident_bytes
-from runtimes.pages import bounded as bounded
+from runtimes.pages import bounded
 from runtimes.threads import wait_politely
 
 # Prompt tokens read between two chances to cancel, without a GPU. llama.cpp's own micro-batch is 512.
@@ -386,3 +386,14 @@ def log_reason(said: Sequence[str]) -> str:
 def load(run: Run, *, verbose: bool) -> LlamaCpp:
     """The engine of a manifest. Raises EngineError."""
     return LlamaCpp(run, verbose=verbose)
+
+
+@contextlib.contextmanager
+def load_within(run: Run, max_rss_bytes: int | None, *, verbose: bool) -> Iterator[LlamaCpp]:
+    """The engine with resident memory near a ceiling, for the build machine. Not warmed up: that touches all weights
+    while the constructor holds Python's lock, and with it the thread that gives them back.
+    """
+    with bounded(run.model, max_rss_bytes) as mapped:
+        engine = LlamaCpp(run, warmup=False, extra_buffers=max_rss_bytes is None, verbose=verbose)
+        mapped()
+        yield engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,23 +33,18 @@ def test_each_prompt_is_answered_greedily_within_its_limit(tmp_path: Path, monke
 def test_an_engine_that_maps_its_weights_is_kept_within_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound is there before the weights, told when they are mapped, and over when the engine is closed."""
+    """The bound is over when the engine is closed, not before."""
     engine, said = Scripted(), []
 
     @contextlib.contextmanager
-    def bounded(model: Path, ceiling: int | None) -> Iterator[Callable[[], None]]:
-        said.append(f"bound {model.name} {ceiling}")
-        yield lambda: said.append("mapped")
+    def within(run: Any, ceiling: int | None, *, verbose: bool) -> Iterator[Scripted]:
+        said.append(f"within {ceiling}")
+        yield engine
         said.append(f"closed {engine.closed}")
 
-    def load(run: Any, verbose: bool) -> Scripted:
-        said.append("load")
-        return engine
-
-    monkeypatch.setattr(answer, "module", lambda name: SimpleNamespace(load=load, bounded=bounded))
-    run = make_run(tmp_path)
-    answer.answer(run, {"prompts": [{"ids": [1], "max_tokens": 1}], "max_rss_bytes": 7})
-    assert said == [f"bound {run.model.name} 7", "load", "mapped", "closed True"]
+    monkeypatch.setattr(answer, "module", lambda name: SimpleNamespace(load_within=within))
+    answer.answer(make_run(tmp_path), {"prompts": [{"ids": [1], "max_tokens": 1}], "max_rss_bytes": 7})
+    assert said == ["within 7", "closed True"]
 
 
 NOWHERE = {"engine": "nowhere", "model": "m", "tokenizer": "t"}
