@@ -44,13 +44,14 @@ def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes],
     Yields when /health says that the model is loaded. Raises BenchError with the server's last words when it ends.
     """
     port = free_port()
-    command = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), "--port", str(port)]
-    runtime = str(Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle.absolute()), "--port", str(port)]
+    runtime = str(Path(__file__).resolve().parent.parent)  # also where it runs: -m looks there first
     env = {**os.environ, "PYTHONPATH": runtime, "PYTHONDONTWRITEBYTECODE": "1"}
     avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
-        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        child = subprocess.Popen(command, env=env, cwd=runtime, stdin=subprocess.DEVNULL, stdout=log,
+                                 stderr=subprocess.STDOUT,
                                  preexec_fn=die_with_parent if sys.platform == "linux" else None)
         try:
             client = Client(f"http://127.0.0.1:{port}", avoid=avoid)

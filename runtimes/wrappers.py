@@ -12,6 +12,11 @@ from typing import Any
 
 VERBS = ("check", "serve", "bench")
 
+# -m looks into the working directory first, where a folder may be called runtimes too, and -P begins with Python 3.11.
+START = (
+    "import runpy, sys; sys.path[:] = [place for place in sys.path if place]; "
+    "runpy.run_module('runtimes', run_name='__main__', alter_sys=True)"
+)
 # $0 may be a link; the folder is resolved at every call, so an install can be moved.
 WRAPPER = """#!/bin/sh
 set -eu
@@ -22,9 +27,9 @@ while [ -h "$self" ]; do
 done
 home=$(CDPATH='' cd -- "$(dirname -- "$self")/.." && pwd -P)
 unset PYTHONHOME PYTHONSTARTUP
-PYTHONPATH=$home/runtime PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1
-export PYTHONPATH PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE PYTHONUTF8
-exec "$home/venv/bin/python" -m runtimes @VERB@ --bundle "$home" "$@"
+PYTHONPATH=$home/runtime PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1 PYTHONSAFEPATH=1
+export PYTHONPATH PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE PYTHONUTF8 PYTHONSAFEPATH
+exec "$home/venv/bin/python" -c "@START@" @VERB@ --bundle "$home" "$@"
 """
 WRAPPER_CMD = """@echo off\r
 setlocal\r
@@ -32,7 +37,8 @@ set "PYTHONPATH=%~dp0..\\runtime"\r
 set PYTHONNOUSERSITE=1\r
 set PYTHONDONTWRITEBYTECODE=1\r
 set PYTHONUTF8=1\r
-"%~dp0..\\venv\\Scripts\\python.exe" -m runtimes @VERB@ --bundle "%~dp0.." %*\r
+set PYTHONSAFEPATH=1\r
+"%~dp0..\\venv\\Scripts\\python.exe" -c "@START@" @VERB@ --bundle "%~dp0.." %*\r
 """
 
 
@@ -41,10 +47,10 @@ def write_wrappers(work: Path, names: tuple[str, ...]) -> None:
     folder = work / "bin"
     folder.mkdir()
     for verb in names:
-        (folder / verb).write_text(WRAPPER.replace("@VERB@", verb), "utf-8")
+        (folder / verb).write_text(WRAPPER.replace("@START@", START).replace("@VERB@", verb), "utf-8")
         (folder / verb).chmod(0o755)
         if os.name == "nt":
-            (folder / f"{verb}.cmd").write_bytes(WRAPPER_CMD.replace("@VERB@", verb).encode())
+            (folder / f"{verb}.cmd").write_bytes(WRAPPER_CMD.replace("@START@", START).replace("@VERB@", verb).encode())
 
 
 def write_units(bundle: Path, work: Path, prefix: Path) -> None:
