@@ -134,6 +134,7 @@ def bundle(folder: Path, **run: Any) -> Path:
     return folder
 
 
+@pytest.mark.real  # it measures for seconds
 def test_a_report_of_a_running_server_has_every_figure(model: tuple[type[Model], str], tmp_path: Path,
                                                        capsys: pytest.CaptureFixture[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ from runtimes.wrappers import verbs, write_wrappers
 from tests.conftest import ROOT
 from tests.unit.runtimes.gpu_bundle import DOUBLE, environment, make_bundle, write_plan
 
+pytestmark = pytest.mark.real  # every test starts processes; `make unit` leaves it out, `make test` does not
+
 DEVICE = Device("Orin", "8.7", 8_000_000_000, "12.6", "tensorrt", "10.3.0.30")
 
 

@@ -26,6 +26,9 @@ from tests.real.serving import call, served
 from tests.unit.runtimes.gpu_bundle import environment, make_bundle, write_plan
 
 
+pytestmark = pytest.mark.real  # every test starts processes; `make unit` leaves it out, `make test` does not
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
     """Address, bundle and log of a server whose engine was not there when it started."""
