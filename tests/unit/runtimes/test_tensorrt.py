@@ -25,7 +25,6 @@ from tests.conftest import ROOT
 from tests.real.serving import call, served
 from tests.unit.runtimes.gpu_bundle import environment, make_bundle, write_plan
 
-
 pytestmark = pytest.mark.real  # every test starts processes; `make unit` leaves it out, `make test` does not
 
 
