@@ -46,11 +46,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(".demo/formats"), help="where the bundles go")
     options = parser.parse_args()
     before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    rows = [measure(options, form) for form in options.forms]
     print(f"load before the run {before:.1f} on {os.cpu_count()} cores\n")
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
+    for form in options.forms:  # each row as it comes: a form on torch alone takes ten minutes
+        print(f"| {' | '.join(measure(options, form))} |", flush=True)
     return 0
 
 
