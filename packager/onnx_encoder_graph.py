@@ -33,6 +33,8 @@ from packager.onnx_parts import (
     name_dimensions,
     source_of,
     store,
+    tensors_of,
+    totals,
 )
 
 if TYPE_CHECKING:
@@ -244,22 +246,9 @@ def _transformed(rows: NDArray[Any], part: Part) -> NDArray[Any]:
 
 def read_back(folder: Path) -> Written:
     """What the file really holds, from its own tensors."""
-    import math
-
-    import onnx
-    from onnx import TensorProto, helper
-
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
-    sizes: dict[str, int] = {}
-    counts: dict[str, int] = {}
-    rounded = 0
-    for tensor in model.graph.initializer:
-        kind = TensorProto.DataType.Name(tensor.data_type)
-        width = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        sizes[kind] = sizes.get(kind, 0) + math.prod(tensor.dims) * width
-        counts[kind] = counts.get(kind, 0) + 1
-        rounded += kind in ("INT8", "UINT8") and len(tensor.dims) > 1
-    return Written(dict(sorted(sizes.items())), dict(sorted(counts.items())), rounded)
+    held = tensors_of(folder / MODEL)
+    rounded = sum(kind in ("INT8", "UINT8") and dimensions > 1 for kind, _, dimensions in held)
+    return Written(*totals(held), rounded)
 
 
 def linear_inputs(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:

@@ -7,7 +7,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,3 +134,31 @@ def store(source: Path, data: Path, part: Part, offset: int, stored: Stored) -> 
             goal[0] = rows
     goal.flush()
     del goal
+
+
+def tensors_of(model: Path) -> list[tuple[str, int, int]]:
+    """Type's name, bytes and number of dimensions of every tensor that an ONNX file holds, its data unread."""
+    import math
+
+    import onnx
+    from onnx import TensorProto, helper
+
+    held = onnx.load(str(model), load_external_data=False).graph.initializer
+    return [
+        (
+            TensorProto.DataType.Name(tensor.data_type),
+            math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize,
+            len(tensor.dims),
+        )
+        for tensor in held
+    ]
+
+
+def totals(held: Iterable[tuple[str, int, int]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes and number of tensors by type, types in alphabetical order."""
+    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for kind, size, _ in sorted(held):
+        sizes[kind] = sizes.get(kind, 0) + size
+        counts[kind] = counts.get(kind, 0) + 1
+    return sizes, counts

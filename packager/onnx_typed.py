@@ -33,6 +33,8 @@ from packager.onnx_parts import (
     name_dimensions,
     source_of,
     store,
+    tensors_of,
+    totals,
 )
 
 if TYPE_CHECKING:
@@ -350,19 +352,5 @@ class _Writer:
 
 def read_back(folder: Path) -> Typed:
     """What the file really holds, from its own tensors."""
-    import math
-
-    import onnx
-    from onnx import TensorProto, helper
-
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
-    sizes: dict[str, int] = {}
-    counts: dict[str, int] = {}
-    int8 = 0
-    for tensor in model.graph.initializer:
-        kind = TensorProto.DataType.Name(tensor.data_type)
-        width = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        sizes[kind] = sizes.get(kind, 0) + math.prod(tensor.dims) * width
-        counts[kind] = counts.get(kind, 0) + 1
-        int8 += kind == "INT8" and len(tensor.dims) == 2
-    return Typed(dict(sorted(sizes.items())), dict(sorted(counts.items())), int8)
+    held = tensors_of(folder / MODEL)
+    return Typed(*totals(held), sum(kind == "INT8" and dimensions == 2 for kind, _, dimensions in held))

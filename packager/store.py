@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -250,3 +251,27 @@ def write_atomically(path: Path, text: str) -> None:
     with machine_errors(path.parent):
         write_atomic(path, text.encode("utf-8"))
         flush_folder(path.parent)
+
+
+def fetched_once(final: Path, title: str, fill: Callable[[Path], None], progress: Progress) -> Path:
+    """An outside tool's folder in the cache: there already, or made whole beside its place and then given its name.
+
+    fill: makes ``tree`` in the working folder that it is given. title: the step, for progress. Raises MachineError, and
+    what fill raises.
+    """
+    if final.is_dir():
+        return final
+    with machine_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        try:
+            with progress.step(title):
+                fill(work)
+            try:
+                (work / "tree").rename(final)
+            except OSError:
+                if not final.is_dir():  # another build may have published it meanwhile
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return final

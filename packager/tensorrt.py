@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.errors import NetworkError, ToolError
-from packager.store import cache_root, code_digest, machine_errors
+from packager.store import cache_root, code_digest, fetched_once
 from packager.tools import CHILDREN, ChildFailed, follow, last_words, run
 
 if TYPE_CHECKING:
@@ -77,23 +75,8 @@ def compiler(progress: Progress) -> Path:
 
     Raises NetworkError when the wheels cannot be had, ToolError when they are not what was pinned.
     """
-    final = folder()
-    if final.is_dir():
-        return final
-    with machine_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        try:
-            with progress.step(f"fetching TensorRT-RTX {VERSION} ({DOWNLOAD_MB} MB, once)"):
-                _install(work / "lib")
-            try:
-                (work / "lib").rename(final)
-            except OSError:
-                if not final.is_dir():  # another build may have published it meanwhile
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return final
+    title = f"fetching TensorRT-RTX {VERSION} ({DOWNLOAD_MB} MB, once)"
+    return fetched_once(folder(), title, lambda work: _install(work / "tree"), progress)
 
 
 def _install(goal: Path) -> None:
