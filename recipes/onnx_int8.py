@@ -6,21 +6,17 @@ packager/onnx_encoder.py makes embedders and classifiers, packager/onnx_decoder.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal
 
 from packager.encoder_fidelity import EncoderThresholds
+from packager.kinds import ByKind
 from packager.onnx_decoder import thresholds
-from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+from packager.recipe import Need, Recipe
 
 if TYPE_CHECKING:
     from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
-    from packager.target import Target
-
-MODULES = {"encoder": "packager.onnx_encoder", "decoder": "packager.onnx_decoder"}
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,6 @@ class Options:
     )
 
 
-class Maker(Protocol):
-    """One kind's module."""
-
-    why_not: Callable[[Checkpoint, Target, Options], str | None]
-    estimate: Callable[[Checkpoint, Target, Options], Estimate]
-    build: Callable[[Job, Options], Artifact]
-
-
-def maker(checkpoint: Checkpoint) -> Maker:
-    """The module for this kind of model."""
-    return cast(Maker, importlib.import_module(MODULES[checkpoint.family.kind]))
-
-
 def settle(
     options: Options, calibration: Calibration | None, checkpoint: Checkpoint
 ) -> tuple[Options, tuple[str, ...]]:
@@ -80,17 +63,7 @@ def settle(
     return replace(options, tune=tune), said
 
 
-def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    return maker(checkpoint).why_not(checkpoint, target, options)
-
-
-def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    return maker(checkpoint).estimate(checkpoint, target, options)
-
-
-def build(job: Job, options: Options) -> Artifact:
-    return maker(job.checkpoint).build(job, options)
-
+KINDS = ByKind(Options, encoder="packager.onnx_encoder", decoder="packager.onnx_decoder")
 
 RECIPE = Recipe(
     name="onnx_int8",
@@ -103,9 +76,9 @@ RECIPE = Recipe(
         Need("onnx", "packager"),
         Need("onnxruntime", "packager"),
     ),
-    why_not=why_not,
-    estimate=estimate,
-    build=build,
+    why_not=KINDS.why_not,
+    estimate=KINDS.estimate,
+    build=KINDS.build,
     thresholds=thresholds,
     encoder_thresholds=EncoderThresholds(),
     settle=settle,

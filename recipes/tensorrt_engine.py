@@ -7,19 +7,12 @@ Options.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import Literal
 
 from packager.encoder_fidelity import EncoderThresholds
-from packager.recipe import Artifact, Estimate, Job, Need, Recipe
-
-if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
-    from packager.target import Target
-
-MODULES = {"encoder": "packager.tensorrt_encoder", "decoder": "packager.tensorrt_decoder"}
+from packager.kinds import ByKind
+from packager.recipe import Need, Recipe
 
 
 @dataclass(frozen=True)
@@ -42,30 +35,7 @@ class Options:
     )
 
 
-class Maker(Protocol):
-    """One kind's module."""
-
-    why_not: Callable[[Checkpoint, Target, Options], str | None]
-    estimate: Callable[[Checkpoint, Target, Options], Estimate]
-    build: Callable[[Job, Options], Artifact]
-
-
-def maker(checkpoint: Checkpoint) -> Maker:
-    """The module for this kind of model."""
-    return cast(Maker, importlib.import_module(MODULES[checkpoint.family.kind]))
-
-
-def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    return maker(checkpoint).why_not(checkpoint, target, options)
-
-
-def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    return maker(checkpoint).estimate(checkpoint, target, options)
-
-
-def build(job: Job, options: Options) -> Artifact:
-    return maker(job.checkpoint).build(job, options)
-
+KINDS = ByKind(Options, encoder="packager.tensorrt_encoder", decoder="packager.tensorrt_decoder")
 
 RECIPE = Recipe(
     name="tensorrt_engine",
@@ -78,8 +48,8 @@ RECIPE = Recipe(
         Need("onnx", "packager"),
         Need("onnxruntime", "packager"),
     ),
-    why_not=why_not,
-    estimate=estimate,
-    build=build,
+    why_not=KINDS.why_not,
+    estimate=KINDS.estimate,
+    build=KINDS.build,
     encoder_thresholds=EncoderThresholds(),
 )
