@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,8 @@ def child(name: str, job: dict[str, Any], work: Path) -> None:
     """Run one of the packager's children."""
     file = work / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
-    subprocess.run([sys.executable, str(CHILDREN / name), str(file)], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(CHILDREN / name), str(file)], check=True, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": str(CHILDREN.parent.parent)})
 
 
 def dynamic(whole: Path, folder: Path, *, per_channel: bool) -> None:

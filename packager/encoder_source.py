@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from packager.recipe import Job
     from packager.store import Cost, Step
 
+CHILD = CHILDREN / "encode.py"
 OWN_TEXTS = 256  # of the user's file, evenly spaced
 
 
@@ -103,7 +104,8 @@ def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded
         }
         count = float(len(texts.all))
         name = "the source's answers (float32)"
-        follow(CHILDREN / "encode.py", asked, name, job.progress, cost, work=folder, total=count, unit="texts")
+        follow(CHILD, asked, name, job.progress, cost, work=folder, total=count, unit="texts",
+               path=[CHILDREN.parent.parent])  # fmt: skip
 
     inputs = {
         "checkpoint": job.checkpoint.digest,
@@ -111,7 +113,7 @@ def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded
         "settings": {**facts.settings(), "max_length": facts.max_length},
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
-        "code": code_digest(CHILDREN / "encode.py"),
+        "code": code_digest(CHILD, CHILDREN / "source_encoder.py"),
     }
     step = job.store.step("encoded-source", inputs, make, progress=job.progress)
     return Encoded(**step.read_json("encoded.json")), step

@@ -116,7 +116,8 @@ def choose(
         }
         name = f"what 8 bits cost, layer by layer ({len(found)} of them)"
         total = float(len(calibration) + 2 * len(found) + 1)
-        follow(CHILD, asked, name, job.progress, cost, work=folder, total=total, unit="runs")
+        follow(CHILD, asked, name, job.progress, cost, work=folder, total=total, unit="runs",
+               path=[CHILDREN.parent.parent])  # fmt: skip
 
     inputs = {
         "checkpoint": job.checkpoint.digest,
@@ -126,7 +127,7 @@ def choose(
         "aim": aim,
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
-        "code": code_digest(CHILD),
+        "code": code_digest(CHILD, CHILDREN / "source_encoder.py"),
     }
     step = job.store.step("tensorrt-layers", inputs, make, progress=job.progress)
     steps.append(step)

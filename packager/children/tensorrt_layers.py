@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from packager.children.source_encoder import Source
 
 LIMIT, LEAST_SCALE = 127, 1e-6  # packager/onnx_typed.py's
 TOKENS, PER_TEXT = 256, 16  # kept of each activation
@@ -121,26 +122,9 @@ class Group:
         return (round_activation(values, self.scale), *given[1:])
 
 
-def pooled(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
-    """Vectors [texts, hidden] from states [texts, tokens, hidden], without padding."""
-    kept = mask.unsqueeze(-1).float()
-    if mode == "cls":
-        return states[:, 0]
-    if mode == "max":
-        return states.masked_fill(kept == 0, float("-inf")).amax(dim=1)
-    count = kept.sum(dim=1)
-    return (states * kept).sum(dim=1) / (count.sqrt() if mode == "mean_sqrt_len" else count)
-
-
-def answers(model: torch.nn.Module, batches: Sequence[Any], job: dict[str, Any]) -> torch.Tensor:
+def answers(source: Source, batches: Sequence[Any]) -> torch.Tensor:
     """The model's vectors or logits of all texts."""
-    found = []
-    for batch in batches:
-        result = model(**batch)
-        rows = result.logits if job["classify"] else pooled(
-            result.last_hidden_state, batch["attention_mask"], job["pooling"])  # fmt: skip
-        found.append(rows)
-    return torch.cat(found)
+    return torch.cat([source.answers(batch) for batch in batches])
 
 
 def measure(exact: torch.Tensor, found: torch.Tensor, *, classify: bool) -> float:
@@ -198,20 +182,10 @@ def choose(groups: Sequence[Group], ask: Any, glance: Any, aim: float, told: Ite
 
 @torch.inference_mode()
 def main(job: dict[str, Any]) -> None:
-    torch.set_num_threads(job["threads"])
     classify = job["classify"]
-    kind = AutoModelForSequenceClassification if classify else AutoModel
-    tokenizer = AutoTokenizer.from_pretrained(job["checkpoint"], local_files_only=True)
-    model = kind.from_pretrained(
-        job["checkpoint"], dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    ).eval()
-    named = dict(model.named_modules())
+    source = Source(job)
+    named = dict(source.model.named_modules())
     groups = [Group(entry["name"], [named[name] for name in entry["modules"]]) for entry in job["groups"]]
-
-    def read(texts: Sequence[str], most: int) -> Any:
-        whole = [job["prompt"] + text for text in texts]
-        return tokenizer([text.lower() if job["lower_case"] else text for text in whole], truncation=True,
-                         max_length=min(job["max_length"], most), padding=True, return_tensors="pt")  # fmt: skip
 
     total = len(job["calibration"]) + 2 * len(groups) + 1
     steps = iter(range(1, total + 1))
@@ -227,23 +201,23 @@ def main(job: dict[str, Any]) -> None:
         for group in groups
     ]
     for text in job["calibration"]:
-        model(**read([text], LONGEST))
+        source.model(**source.read([text], LONGEST))
         next(progress, None)
     for hook in hooks:
         hook.remove()
     for group in groups:
         group.settle()
     ordered = sorted(job["texts"], key=len)  # texts of like length together: little padding
-    batches = [read(ordered[start : start + BATCH], LONGEST) for start in range(0, len(ordered), BATCH)]
+    batches = [source.read(ordered[start : start + BATCH], LONGEST) for start in range(0, len(ordered), BATCH)]
     some = ordered[GLANCES // 2 :: GLANCES] or ordered
-    few = [read(some[start : start + BATCH], LONGEST) for start in range(0, len(some), BATCH)]
-    exact, exact_few = answers(model, batches, job), answers(model, few, job)
+    few = [source.read(some[start : start + BATCH], LONGEST) for start in range(0, len(some), BATCH)]
+    exact, exact_few = answers(source, batches), answers(source, few)
 
     def ask() -> float:
-        return measure(exact, answers(model, batches, job), classify=classify)
+        return measure(exact, answers(source, batches), classify=classify)
 
     def glance() -> float:
-        return measure(exact_few, answers(model, few, job), classify=classify)
+        return measure(exact_few, answers(source, few), classify=classify)
 
     plain = without_evening_out(groups, ask)
     found = choose(groups, ask, glance, job["aim"], progress)
