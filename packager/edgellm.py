@@ -10,13 +10,13 @@ a box without a network.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.gates import Thresholds
 from packager.gguf_sizes import kv_cache_bytes
-from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe, provenance
 from packager.store import RECORD, code_digest
 
 if TYPE_CHECKING:
@@ -173,14 +173,7 @@ def build(job: Job, options: Options) -> Artifact:
         files=files,
         run=_run(job, options, files),
         report=report,
-        provenance={
-            "quantizer": method,
-            "checkpoint": job.checkpoint.digest,
-            "calibration": job.calibration.digest if job.calibration else None,
-            "verified": job.verify,
-            "options": asdict(options),
-            "steps": {step.name: step.key for step in steps},
-        },
+        provenance=provenance(job, options, steps, quantizer=method),
         costs=tuple(step.cost() for step in steps),
         gpu=_needs(job, options),
         release=releases(job.target)[0].jetpack,

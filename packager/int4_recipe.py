@@ -7,14 +7,14 @@ runtimes gets our own server over torch. Both are scored by the latter, which ru
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.gates import Thresholds
 from packager.gguf_sizes import kv_cache_bytes
-from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe, provenance
 from packager.store import RECORD, code_digest
 
 if TYPE_CHECKING:
@@ -229,14 +229,7 @@ def build(form: Form, job: Job, options: Options) -> Artifact:
         files=files,
         run=run,
         report=report,
-        provenance={
-            "quantizer": tuned.method,
-            "checkpoint": job.checkpoint.digest,
-            "calibration": job.calibration.digest if job.calibration else None,
-            "verified": job.verify,
-            "options": asdict(options),
-            "steps": {step.name: step.key for step in steps},
-        },
+        provenance=provenance(job, options, steps, quantizer=tuned.method),
         costs=tuple(step.cost() for step in steps),
     )
 

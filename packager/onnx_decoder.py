@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager import onnx_graph, onnx_weights, rope
 from packager.errors import GateFailed
 from packager.gates import Thresholds
-from packager.recipe import Artifact, Estimate, Job
+from packager.recipe import Artifact, Estimate, Job, Spans, provenance
 from packager.store import code_digest
 from packager.tokenizer_files import tokenizer_files, tokenizer_paths
 
@@ -33,17 +32,13 @@ OVERHEAD = 150 << 20
 METHOD = "int8, rounded to nearest, symmetric, blocks of {block}"
 
 
-class Options(Protocol):
+class Options(Spans, Protocol):
     """What is read of the recipe's options."""
 
     @property
     def bits(self) -> int: ...
     @property
     def tune(self) -> str: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def slots(self) -> int: ...
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
@@ -161,14 +156,9 @@ def build(job: Job, options: Options) -> Artifact:
         files={**files, **tokenizer_files(job)},
         run=_run(job, options, packed.path),
         report=report,
-        provenance={
-            "quantizer": f"{tuned.method}; embedding and head {method}" if tuned else method,
-            "checkpoint": job.checkpoint.digest,
-            "calibration": job.calibration.digest if job.calibration else None,
-            "verified": job.verify,
-            "options": asdict(options),  # type: ignore[call-overload]
-            "steps": {step.name: step.key for step in steps},
-        },
+        provenance=provenance(
+            job, options, steps, quantizer=f"{tuned.method}; embedding and head {method}" if tuned else method
+        ),
         costs=tuple(step.cost() for step in steps),
     )
 

@@ -12,7 +12,7 @@ from packager.encoder_facts import EncoderFacts, Pooling, read_encoder
 from packager.errors import GateFailed, InputError
 from packager.onnx_encoder_graph import SMALL, Form, block_for, fill, linear_inputs, read_back
 from packager.onnx_parts import DATA, MODEL
-from packager.recipe import Artifact, Estimate, Job
+from packager.recipe import Artifact, Estimate, Job, Spans, provenance
 from packager.store import RECORD, code_digest
 from packager.tools import CHILDREN, follow, version_of
 
@@ -39,13 +39,9 @@ KEPT_FILES = (
 )
 
 
-class Options(Protocol):
+class Options(Spans, Protocol):
     """What is read of the recipe's options."""
 
-    @property
-    def context(self) -> int: ...
-    @property
-    def slots(self) -> int: ...
     @property
     def bits(self) -> int: ...
     @property
@@ -156,17 +152,15 @@ def build(job: Job, options: Options) -> Artifact:
         files=files,
         run=_run(job, facts, options, files),
         report=report,
-        provenance={
-            "exporter": f"torch {version_of('torch')}, opset {OPSET}",
-            "quantizer": "packager: one scale an output channel, activations by token"
+        provenance=provenance(
+            job,
+            options,
+            steps,
+            exporter=f"torch {version_of('torch')}, opset {OPSET}",
+            quantizer="packager: one scale an output channel, activations by token"
             if options.favour == "speed"
             else "packager: blocks of 64, MatMulNBits",
-            "checkpoint": job.checkpoint.digest,
-            "calibration": job.calibration.digest if job.calibration else None,
-            "verified": job.verify,
-            "options": asdict(options),  # type: ignore[call-overload]
-            "steps": {step.name: step.key for step in steps},
-        },
+        ),
         costs=tuple(step.cost() for step in steps),
     )
 

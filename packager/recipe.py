@@ -1,14 +1,14 @@
-"""What a recipe author imports: Recipe, Job, Estimate, Artifact, Need.
+"""What a recipe author imports: Recipe, Job, Estimate, Artifact, Need, and provenance.
 
 A recipe is one module in recipes/ (the file name is its identifier) with a module-level ``RECIPE = Recipe(...)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from packager.encoder_fidelity import EncoderThresholds
 from packager.gates import Thresholds
@@ -17,11 +17,22 @@ if TYPE_CHECKING:
     from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
     from packager.progress import Progress
-    from packager.store import Store
+    from packager.store import Step, Store
     from packager.target import Target
     from packager.training import Training
 
 Options = TypeVar("Options")
+
+
+class Spans(Protocol):
+    """Options of a model that is served: tokens of its longest text or conversation, and how many are computed at the
+    same time. What a module reads beside these is its own Options, made from this.
+    """
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,21 @@ class Artifact:
     costs: tuple[Mapping[str, Any], ...] = ()
     gpu: Mapping[str, Any] | None = None
     release: str | None = None
+
+
+def provenance(job: Job, options: Any, steps: Iterable[Step], **made_by: Any) -> dict[str, Any]:
+    """An artifact's provenance: what every recipe says, and ``made_by``, its own tools by their part in it.
+
+    options: the recipe's, a dataclass. steps: of the store, those that the artifact was made and compared in.
+    """
+    return {
+        **made_by,
+        "checkpoint": job.checkpoint.digest,
+        "calibration": job.calibration.digest if job.calibration else None,
+        "verified": job.verify,
+        "options": asdict(options),
+        "steps": {step.name: step.key for step in steps},
+    }
 
 
 @dataclass(frozen=True)

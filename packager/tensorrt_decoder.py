@@ -7,7 +7,6 @@ float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packag
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +14,7 @@ from packager import onnx_graph, onnx_half, onnx_typed_decoder, onnx_weights, ro
 from packager import tensorrt_plan as plans
 from packager.gates import Thresholds
 from packager.gguf_sizes import kv_cache_bytes
-from packager.recipe import Artifact, Estimate, Job
+from packager.recipe import Artifact, Estimate, Job, Spans, provenance
 from packager.store import code_digest
 from packager.tensorrt import ENGINE, LIBRARY, VERSION, compile_engine, to_fetch, why_not_here
 from packager.tokenizer_files import tokenizer_files, tokenizer_paths
@@ -39,13 +38,9 @@ REPRODUCIBLE = "all but the engine, of which TensorRT-RTX numbers some lengths i
 SCORED_BY = "onnxruntime on the build machine's processor, not by TensorRT"
 
 
-class Options(Protocol):
+class Options(Spans, Protocol):
     """What is read of the recipe's options."""
 
-    @property
-    def context(self) -> int: ...
-    @property
-    def slots(self) -> int: ...
     @property
     def precision(self) -> str: ...
 
@@ -190,14 +185,12 @@ def build(job: Job, options: Options) -> Artifact:
         files={**files, **tokenizer_files(job)},
         run=_run(job, options, files),
         report=report,
-        provenance={
-            "quantizer": onnx_half.METHOD if bits(options) == 8 else "none: the source's weights, rounded to float16",
-            "checkpoint": job.checkpoint.digest,
-            "calibration": job.calibration.digest if job.calibration else None,
-            "verified": job.verify,
-            "options": asdict(options),  # type: ignore[call-overload]
-            "steps": {step.name: step.key for step in steps},
-        },
+        provenance=provenance(
+            job,
+            options,
+            steps,
+            quantizer=onnx_half.METHOD if bits(options) == 8 else "none: the source's weights, rounded to float16",
+        ),
         costs=tuple(step.cost() for step in steps),
         gpu=plans.gpu_needs(job.target, size.load_bytes + size.kv_bytes + size.overhead_bytes),
     )

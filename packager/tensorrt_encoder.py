@@ -19,7 +19,7 @@ from packager.encoder_fidelity import EncoderThresholds, as_dict, require_exact,
 from packager.errors import GateFailed, InputError
 from packager.onnx_encoder_graph import linear_inputs
 from packager.onnx_parts import DATA, MODEL
-from packager.recipe import Artifact, Estimate, Job
+from packager.recipe import Artifact, Estimate, Job, Spans, provenance
 from packager.store import code_digest
 from packager.tools import version_of
 
@@ -44,13 +44,9 @@ COMPILE_SECONDS = 10
 LAYERS_RAM, FP16_PACE, INT8_PACE = 13, 0.6, 3.5
 
 
-class Options(Protocol):
+class Options(Spans, Protocol):
     """What is read of the recipe's options."""
 
-    @property
-    def context(self) -> int: ...
-    @property
-    def slots(self) -> int: ...
     @property
     def precision(self) -> str: ...
     @property
@@ -161,16 +157,14 @@ def build(job: Job, options: Options) -> Artifact:
         files=files,
         run=_run(work, made.precision, files),
         report=report,
-        provenance={
-            "exporter": f"torch {version_of('torch')}, opset {onnx_encoder.OPSET}",
-            "writer": f"packager: strongly typed, opset {onnx_typed.OPSET}",
-            "compiler": f"{tensorrt.LIBRARY} {tensorrt.BUILD}" if engine else None,
-            "checkpoint": job.checkpoint.digest,
-            "calibration": job.calibration.digest if job.calibration else None,
-            "verified": job.verify,
-            "options": asdict(options),  # type: ignore[call-overload]
-            "steps": {step.name: step.key for step in steps},
-        },
+        provenance=provenance(
+            job,
+            options,
+            steps,
+            exporter=f"torch {version_of('torch')}, opset {onnx_encoder.OPSET}",
+            writer=f"packager: strongly typed, opset {onnx_typed.OPSET}",
+            compiler=f"{tensorrt.LIBRARY} {tensorrt.BUILD}" if engine else None,
+        ),
         costs=tuple(step.cost() for step in steps),
         gpu=tensorrt_plan.gpu_needs(job.target, size.load_bytes + size.overhead_bytes),
     )

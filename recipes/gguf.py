@@ -5,7 +5,7 @@ ships.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ from packager.gates import Thresholds
 from packager.gguf_files import as_type, base_type, exact_form, imatrix, said, unquantized
 from packager.gguf_sizes import estimate_gguf, wants_imatrix
 from packager.llamacpp import NUMPY_TYPES, compiled
-from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe, provenance
 from packager.tokenizer_files import tokenizer_files, tokenizer_paths
 
 if TYPE_CHECKING:
@@ -226,16 +226,14 @@ def build(job: Job, options: Options) -> Artifact:
         run=_run(job, options, model),
         report=report,
         extra=extra,
-        provenance={
-            "quantizer": quantizer,
-            "converter": llamacpp.CONVERTER,
-            "checkpoint": job.checkpoint.digest,
-            "calibration": job.calibration.digest if job.calibration else None,
-            "imatrix": with_imatrix(options),
-            "verified": job.verify,
-            "options": asdict(options),
-            "steps": {step.name: step.key for step in steps},
-        },
+        provenance=provenance(
+            job,
+            options,
+            steps,
+            quantizer=quantizer,
+            converter=llamacpp.CONVERTER,
+            imatrix=with_imatrix(options),
+        ),
         costs=tuple(step.cost() for step in steps),
     )
 
