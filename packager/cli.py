@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import click
 
 from packager import __version__
-from packager.console import Console
+from packager.console import Console, settle_streams
 from packager.errors import MachineError, PackagerError, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -22,12 +20,9 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> None:
     """Run the command line; every failure a user can meet ends in three lines and its own exit code."""
     wants_json = "--json" in sys.argv[1:]
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no × gets a question mark, not a traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    settle_streams()
     try:
         code = cli.main(standalone_mode=False)
-        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python ends
     except click.exceptions.NoArgsIsHelpError as error:
         sys.stderr.write(error.format_message() + "\n")
         code = UsageError.exit_code
@@ -41,9 +36,6 @@ def main() -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = _interrupted()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except MemoryError:
         Console(json_mode=wants_json).error(
             MachineError(

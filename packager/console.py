@@ -1,11 +1,13 @@
 """The only file that writes to the terminal: progress on stderr, results on stdout, errors in three lines.
 
 Colours and moving bars appear on a terminal only; piped output gets one plain line a step. With ``--json`` stdout
-holds one JSON document and nothing else.
+holds one JSON document and nothing else. A reader that goes away (``packager targets | head -1``) is no failure: what
+comes after goes nowhere, and the verb ends as it would have.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -19,7 +21,39 @@ if TYPE_CHECKING:
     from packager.errors import PackagerError
     from packager.progress import StepContext, Task
 
+STREAMS = ("stdout", "stderr")
 HEARTBEAT = 15.0  # seconds between lines of a long step when nobody watches a bar
+
+
+class _Left(io.FileIO):
+    """The end of a pipe that its reader may leave."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # what a child writes there goes the same way
+            os.close(nowhere)
+            return super().write(data)
+
+
+def settle_streams() -> None:
+    """Before anything is written: a character that the terminal has not, such as ×, becomes a question mark, and a
+    reader may go away. Streams that somebody put in the place of the process's own keep what they are.
+    """
+    for name in STREAMS:
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="replace")
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # unbuffered, the raw file is the buffer
+        if stream is getattr(sys, f"__{name}__") and type(raw) is io.FileIO:
+            left = _Left(raw.fileno(), "w", closefd=False)
+            held: Any = left if raw is stream.buffer else io.BufferedWriter(left)
+            lines, through = stream.line_buffering, stream.write_through
+            settled = io.TextIOWrapper(held, stream.encoding, "replace", line_buffering=lines, write_through=through)
+            setattr(sys, name, settled)
 
 
 class Console:

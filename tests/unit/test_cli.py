@@ -285,25 +285,6 @@ def test_ctrl_c_is_130_and_says_what_is_left(tmp_path: Path, child_environment: 
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("arguments", [["targets"], ["targets", "--json"], ["--help"]], ids=" ".join)
-def test_a_reader_that_goes_away_is_no_error(arguments: list[str], child_environment: dict[str, str]) -> None:
-    """`packager targets | head` ends quietly."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    ran = subprocess.run(
-        [*COMMAND, *arguments], env=child_environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
-    )
-    os.close(writer)
-    assert ran.stderr == ""
-    assert ran.returncode in (0, 1)
-
-
-def test_a_terminal_without_unicode_gets_question_marks(child_environment: dict[str, str]) -> None:
-    """Output that the terminal cannot show is replaced, not a traceback."""
-    ran = packager("targets", "show", "t4", environment={**child_environment, "PYTHONIOENCODING": "ascii"})
-    assert ran.returncode == 0, ran.stderr
-
-
 def test_the_version_is_the_packages(child_environment: dict[str, str]) -> None:
     """One place says it."""
     from packager import __version__

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from packager import console as console_module
+from packager.cli import cli
 from packager.console import Console, size
 from packager.errors import InputError
+from tests.unit.tiny import tiny_checkpoint
 
 
 def test_a_piped_step_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +117,7 @@ def test_sizes_are_decimal(amount: float, text: str) -> None:
 ON_A_TERMINAL = """
 from packager.console import Console
 from packager.errors import InputError
+from tests.unit.tiny import tiny_checkpoint
 import time
 console = Console()
 with console.step("converting", 2.0, "B") as task:
@@ -161,3 +164,73 @@ def test_no_color_is_honoured(child_environment: dict[str, str]) -> None:
     seen = on_a_terminal({**child_environment, "NO_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100"})
     assert "error: It broke." in seen
     assert not re.search(r"\x1b\[[0-9;]*3[0-9](;[0-9]+)*m", seen)
+
+
+READERLESS = """
+import json, os, sys
+from packager import cli
+reader, writer = os.pipe()
+os.close(reader)
+ended = {}
+for words in sys.argv[1:]:
+    os.dup2(writer, 1)
+    sys.stdout, sys.argv = sys.__stdout__, ["packager", *words.split()]
+    try:
+        cli.main()
+    except SystemExit as end:
+        sys.stdout.flush()  # as Python does at its end
+        ended[words] = end.code
+sys.stderr.write("\\n" + json.dumps(ended))
+"""
+
+
+def test_a_verb_ends_without_a_reader_as_with_one(tmp_path: Path, child_environment: dict[str, str]) -> None:
+    """`packager plan … | head -1` has the plan's exit code, and says nothing of pipes."""
+    tiny_checkpoint(tmp_path / "tiny")
+    expected = {
+        "targets": 0, "targets show t4": 0, "targets --json": 0, "recipes": 0, "recipes show gguf": 0, "templates": 0,
+        "templates show qwen": 0, "inspect tiny": 0, "plan tiny --target t4 --set context=64": 0,
+        "plan tiny --target t4": 4, "verify tiny --json": 5, "doctor": 0, "doctor --json": 0, "--help": 0,
+    }  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", READERLESS, *expected],
+        cwd=tmp_path,
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(ran.stderr.splitlines()[-1]) == expected
+    assert "Traceback" not in ran.stderr and "Broken" not in ran.stderr
+    # these work for seconds before they print their one answer, to the same stream
+    assert set(cli.commands) - {words.split()[0] for words in expected} == {"build", "bench", "serve"}
+
+
+@pytest.mark.parametrize("unread", [("stdout",), ("stdout", "stderr")], ids="+".join)
+def test_a_reader_that_goes_away_is_no_error(unread: tuple[str, ...], child_environment: dict[str, str]) -> None:
+    """`packager targets | head` ends quietly, and so does `packager targets 2>&1 | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(
+        [sys.executable, "-m", "packager.cli", "targets"],
+        env=child_environment,
+        **{"stderr": subprocess.PIPE, **dict.fromkeys(unread, writer)},  # type: ignore[arg-type]
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert ran.returncode == 0
+    assert not ran.stderr
+
+
+def test_a_terminal_without_unicode_gets_question_marks(child_environment: dict[str, str]) -> None:
+    """Output that the terminal cannot show is replaced, not a traceback."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "packager.cli", "targets", "show", "t4"],
+        env={**child_environment, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
