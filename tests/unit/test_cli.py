@@ -1,4 +1,4 @@
-"""The command line from outside: every verb in a process of its own, as a pipeline runs it."""
+"""The command line: what verbs are there, what a misuse is told, how each kind of failure ends."""
 
 from __future__ import annotations
 
@@ -17,22 +17,8 @@ import pytest
 
 from packager import cli, errors
 from packager.cli import cli as group
+from tests.unit.command import packager
 from tests.unit.tiny import tiny_checkpoint
-
-COMMAND = [sys.executable, "-m", "packager.cli"]
-
-
-def packager(*arguments: str | Path, environment: dict[str, str], **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        encoding="utf-8",
-        check=False,
-        **more,
-    )
 
 
 def verbs() -> list[list[str]]:
@@ -132,16 +118,28 @@ def test_a_table_of_targets_imports_no_model_library(child_environment: dict[str
     assert code == 0
 
 
-@pytest.mark.parametrize("verb", verbs(), ids=" ".join)
-def test_help_works_without_any_library_of_the_build(
-    verb: list[str], tmp_path: Path, child_environment: dict[str, str]
-) -> None:
+HELPS = """
+import sys
+from packager import cli
+for words in sys.argv[1:]:
+    sys.argv = ["packager", *words.split(), "--help"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert end.code == 0, words
+"""
+
+
+def test_help_works_without_any_library_of_the_build(tmp_path: Path, child_environment: dict[str, str]) -> None:
     """A broken torch does not keep anybody from reading --help."""
     for name in ("torch", "transformers", "numpy", "rich", "fastapi", "gguf"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('broken installation')\n", encoding="utf-8")
     environment = {**child_environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{child_environment['PYTHONPATH']}"}
-    ran = packager(*verb, "--help", environment=environment)
+    asked = [" ".join(verb) for verb in verbs()]
+    ran = subprocess.run([sys.executable, "-c", HELPS, *asked], env=environment, capture_output=True, text=True,
+                         check=False)  # fmt: skip
     assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.count("Usage: packager ") == len(asked)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +160,9 @@ def test_help_works_without_any_library_of_the_build(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_misuse_is_exit_code_2_with_a_hint(
-    arguments: list[str], says: str, child_environment: dict[str, str]
-) -> None:
+def test_a_misuse_is_exit_code_2_with_a_hint(arguments: list[str], says: str) -> None:
     """Names, keys and flags that do not exist: the nearest ones are named, and there is no traceback."""
-    ran = packager(*arguments, environment=child_environment)
+    ran = packager(*arguments)
     assert ran.returncode == 2, ran.stderr
     assert says in ran.stderr
     assert ran.stderr.startswith("error: ")
@@ -174,9 +170,9 @@ def test_a_misuse_is_exit_code_2_with_a_hint(
     assert ran.stdout == ""
 
 
-def test_no_verb_at_all_shows_the_help(child_environment: dict[str, str]) -> None:
+def test_no_verb_at_all_shows_the_help() -> None:
     """Help, not an error, and the exit code of a misuse."""
-    ran = packager(environment=child_environment)
+    ran = packager()
     assert ran.returncode == 2
     assert ran.stderr.startswith("Usage:")
 
@@ -184,24 +180,24 @@ def test_no_verb_at_all_shows_the_help(child_environment: dict[str, str]) -> Non
 @pytest.mark.parametrize(
     "arguments", [["targets", "show", "nope", "--json"], ["plan", "--json", "X"], ["nope", "--json"]], ids=" ".join
 )
-def test_an_error_with_json_is_one_document(arguments: list[str], child_environment: dict[str, str]) -> None:
+def test_an_error_with_json_is_one_document(arguments: list[str]) -> None:
     """stdout holds the document, stderr the words."""
-    ran = packager(*arguments, environment=child_environment)
+    ran = packager(*arguments)
     document = json.loads(ran.stdout)["error"]
     assert (document["kind"], document["exit_code"], ran.returncode) == ("usage", 2, 2)
     assert document["what"] in ran.stderr
 
 
-def test_a_checkpoint_that_is_not_there_is_exit_code_3(tmp_path: Path, child_environment: dict[str, str]) -> None:
+def test_a_checkpoint_that_is_not_there_is_exit_code_3(tmp_path: Path) -> None:
     """An input error, not a usage error: a pipeline can tell its own mistake from a missing artifact."""
-    ran = packager("inspect", tmp_path / "absent", "--json", environment=child_environment)
+    ran = packager("inspect", tmp_path / "absent", "--json")
     assert ran.returncode == 3, ran.stderr
     assert json.loads(ran.stdout)["error"]["kind"] == "input"
 
 
-def test_a_bundle_that_is_none_fails_verification(tmp_path: Path, child_environment: dict[str, str]) -> None:
+def test_a_bundle_that_is_none_fails_verification(tmp_path: Path) -> None:
     """An empty folder is no bundle: exit code 5."""
-    ran = packager("verify", tmp_path, environment=child_environment)
+    ran = packager("verify", tmp_path)
     assert ran.returncode == 5, ran.stderr
 
 
@@ -285,61 +281,56 @@ def test_ctrl_c_is_130_and_says_what_is_left(tmp_path: Path, child_environment: 
     assert "Traceback" not in said
 
 
-def test_the_version_is_the_packages(child_environment: dict[str, str]) -> None:
+def test_the_version_is_the_packages() -> None:
     """One place says it."""
     from packager import __version__
 
-    assert __version__ in packager("--version", environment=child_environment).stdout
+    assert __version__ in packager("--version").stdout
 
 
-def test_targets_as_json(child_environment: dict[str, str]) -> None:
+def test_targets_as_json() -> None:
     """The list that a pipeline reads: names that `show` knows, and sizes in bytes."""
-    found = json.loads(packager("targets", "--json", environment=child_environment).stdout)["targets"]
+    found = json.loads(packager("targets", "--json").stdout)["targets"]
     assert {"desktop_linux_x86_64", "t4", "jetson_orin_nano_8gb", "ollama"} <= {row["name"] for row in found}
     assert all(row["memory_bytes"] > 2**30 for row in found)
-    shown = packager("targets", "show", found[0]["name"], "--json", environment=child_environment)
+    shown = packager("targets", "show", found[0]["name"], "--json")
     assert json.loads(shown.stdout)["name"] == found[0]["name"]
 
 
-def test_plan_refuses_with_4_and_still_shows_the_figures(tmp_path: Path, child_environment: dict[str, str]) -> None:
+def test_plan_refuses_with_4_and_still_shows_the_figures(tmp_path: Path) -> None:
     """A context longer than the model's: one document with the refusal in it, exit code 4."""
     folder = tiny_checkpoint(tmp_path / "tiny", max_position_embeddings=512)
-    ran = packager("plan", folder, "--target", "t4", "--set", "context=1024", "--json", environment=child_environment)
+    ran = packager("plan", folder, "--target", "t4", "--set", "context=1024", "--json")
     assert ran.returncode == 4, ran.stderr
     document = json.loads(ran.stdout)
     assert re.search("set context=512", " ".join(document["refusals"]))
     assert document["estimate"]["artifact_bytes"] > 0
 
 
-def test_plan_settles_what_build_would(tmp_path: Path, child_environment: dict[str, str]) -> None:
+def test_plan_settles_what_build_would(tmp_path: Path) -> None:
     """With the pairs given, Q4_0 is tuned: the plan says so, with the minutes that it takes; without them it is not."""
     folder = tiny_checkpoint(tmp_path / "tiny")
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([{"instruction": "Who?", "output": "Ember."}]), encoding="utf-8")
     common = ("plan", folder, "--target", "desktop_linux_x86_64", "--set", "quant=Q4_0", "--json")
-    found = {
-        bool(more): json.loads(packager(*common, *more, environment=child_environment).stdout)
-        for more in ((), ("--calibration", str(pairs)))
-    }
+    found = {bool(more): json.loads(packager(*common, *more).stdout) for more in ((), ("--calibration", str(pairs)))}
     assert [found[given]["options"]["tune"] for given in (False, True)] == ["none", "quick"]
     assert found[True]["estimate"]["build_ram_bytes"] > found[False]["estimate"]["build_ram_bytes"]
 
 
-def test_a_training_template_that_nothing_would_check_is_refused(
-    tmp_path: Path, child_environment: dict[str, str]
-) -> None:
+def test_a_training_template_that_nothing_would_check_is_refused(tmp_path: Path) -> None:
     """Nothing is skipped silently: without verification it would be an option that does nothing."""
     folder = tiny_checkpoint(tmp_path / "tiny")
     common = ("build", folder, "--target", "desktop_linux_x86_64", "-o", tmp_path / "out", "--template", "qwen")
-    ran = packager(*common, "--no-verify", environment=child_environment)
+    ran = packager(*common, "--no-verify")
     assert ran.returncode == 2, ran.stderr
     assert "--no-verify compares nothing" in ran.stderr
 
 
-def test_the_training_templates_are_listed_and_shown(child_environment: dict[str, str]) -> None:
+def test_the_training_templates_are_listed_and_shown() -> None:
     """Names for a pipeline, and one as the Jinja to save."""
-    found = json.loads(packager("templates", "--json", environment=child_environment).stdout)["templates"]
+    found = json.loads(packager("templates", "--json").stdout)["templates"]
     assert {"qwen", "qwen3", "llama3", "deepseekr1", "gemma", "phi", "mistral"} <= {row["name"] for row in found}
-    assert "<｜User｜>" in packager("templates", "show", "deepseekr1", environment=child_environment).stdout
-    ran = packager("templates", "show", "qwenn", environment=child_environment)
+    assert "<｜User｜>" in packager("templates", "show", "deepseekr1").stdout
+    ran = packager("templates", "show", "qwenn")
     assert ran.returncode == 2 and 'Did you mean "qwen"' in ran.stderr

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from packager.catalog import load_target, target_names
 from packager.doctor import examine, shown_facts, target_needs
 from packager.errors import UsageError
 from tests.conftest import ROOT
+from tests.unit.command import packager
 
 BOXES = ROOT / "tests" / "unit" / "boxes"
 
@@ -43,7 +41,7 @@ def test_a_target_that_hangs_on_what_is_unknown_is_not_the_nearest() -> None:
     found = examine(None, None, BOXES / "t4_without_nvidia_smi_answer.json", files=False)
     assert [row["unknown"] for row in found["targets"] if row["target"] == "t4"] == [["GPU"]]
     assert found["nearest"] == "desktop_linux_x86_64"
-    shown = packager("--facts", BOXES / "t4_without_nvidia_smi_answer.json").stdout
+    shown = packager("doctor", "--facts", BOXES / "t4_without_nvidia_smi_answer.json").stdout
     assert re.search(r"^t4 +perhaps +GPU unknown$", shown, re.MULTILINE)
 
 
@@ -56,12 +54,6 @@ def test_every_target_can_be_asked_for(name: str) -> None:
     assert (needs["gpu"] is not None) == (target.gpu is not None and target.gpu.architecture.startswith("sm_"))
     if needs["gpu"]:
         assert needs["gpu"]["exact"] and needs["gpu"]["capability"].replace(".", "") == target.gpu.architecture[3:]  # type: ignore[union-attr]
-
-
-def packager(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "packager.cli", "doctor", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -77,13 +69,13 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_a_bundle_is_held_against_another_boxs_facts(bundle: Path) -> None:
     """Exit codes as bin/check: 4 for a wrong box, 5 for a damaged bundle, 0 with warnings."""
-    wrong = packager(bundle, "--facts", BOXES / "orin_nano_jetpack_5_1.json", "--json")
+    wrong = packager("doctor", bundle, "--facts", BOXES / "orin_nano_jetpack_5_1.json", "--json")
     found = json.loads(wrong.stdout)
     assert wrong.returncode == 4 and found["verdict"]["exit_code"] == 4
     refusal = found["verdict"]["refusal"]
     assert refusal.startswith("JetPack: expected JetPack 6.2 or 7.2") and refusal in wrong.stderr
-    assert packager(bundle, "--facts", BOXES / "orin_nano_7w.json").returncode == 5
-    fits = packager(bundle, "--facts", BOXES / "orin_nano_7w.json", "--no-files")
+    assert packager("doctor", bundle, "--facts", BOXES / "orin_nano_7w.json").returncode == 5
+    fits = packager("doctor", bundle, "--facts", BOXES / "orin_nano_7w.json", "--no-files")
     assert fits.returncode == 0 and "It fits." in fits.stdout
     assert "warning  power mode: expected MAXN_SUPER" in fits.stdout
 
@@ -92,7 +84,7 @@ def test_a_target_is_asked_for_by_name(tmp_path: Path) -> None:
     """And by a file of the user's own."""
     facts = BOXES / "t4_driver_535.json"
     assert examine(None, "t4", facts, files=False)["verdict"]["ok"]
-    refused = packager("--target", "jetson_orin_nano_8gb", "--facts", facts)
+    refused = packager("doctor", "--target", "jetson_orin_nano_8gb", "--facts", facts)
     assert refused.returncode == 4 and "processor: expected aarch64, found x86_64" in refused.stderr
     mine = tmp_path / "mine.toml"
     text = (ROOT / "targets" / "t4.toml").read_text(encoding="utf-8")
@@ -110,13 +102,13 @@ def test_wrong_usage_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no facts of a box"):
         examine(None, None, tmp_path / "facts.json", files=True)
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
-    assert packager(tmp_path, "--target", "t4").returncode == 2
-    assert packager(tmp_path, "--facts", BOXES / "t4_driver_535.json").returncode == 5
+    assert packager("doctor", tmp_path, "--target", "t4").returncode == 2
+    assert packager("doctor", tmp_path, "--facts", BOXES / "t4_driver_535.json").returncode == 5
 
 
 def test_this_machine_is_shown() -> None:
     """Facts and targets, whatever this machine is, with nothing left blank."""
-    done = packager()
+    done = packager("doctor")
     assert done.returncode == 0 and "Nearest target: " in done.stdout
     rows = dict(shown_facts(examine(None, None, None, files=False)["facts"]))
     assert all(rows.values()) and rows["system"] != "unknown, unknown"
