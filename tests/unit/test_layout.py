@@ -9,12 +9,12 @@ import functools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.unit.syntax import dotted, imports, nodes, parsed, statements
 
 LONGEST = 400
 LONG_FOR_A_REASON: dict[str, str] = {}
@@ -84,33 +84,6 @@ def known_files() -> tuple[str, ...]:
 
 def sources(folder: str) -> list[str]:
     return [name for name in tracked(".py") if name.startswith(folder + "/")]
-
-
-@functools.cache
-def parsed(name: str) -> ast.Module:
-    return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
-
-
-def imports(name: str, *, top_only: bool = False) -> set[str]:
-    """Modules that a file imports, as dotted names; those under TYPE_CHECKING are for the type checker only."""
-    found: set[str] = set()
-    for node in walk(parsed(name), top_only):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def walk(tree: ast.AST, top_only: bool) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        yield node
-        yield from walk(node, top_only)
 
 
 def test_no_file_is_too_long() -> None:
@@ -185,7 +158,7 @@ def test_only_the_console_writes_to_the_terminal(name: str) -> None:
     """No print and no sys.stdout elsewhere; children speak to their parent through a pipe."""
     if name in MAY_WRITE or name.startswith("packager/children/"):
         return
-    for node in ast.walk(parsed(name)):
+    for node in nodes(name):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"{name}:{node.lineno}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sys":
@@ -195,23 +168,21 @@ def test_only_the_console_writes_to_the_terminal(name: str) -> None:
 def test_nothing_runs_what_a_file_says() -> None:
     """No pickle, no shell, no eval, no torch.load of anything but weights, no unsafe template environment."""
     for name in [name for folder in ("packager", "recipes", "runtimes", "scripts", "demo") for name in sources(folder)]:
-        tree = parsed(name)
         banned = {"pickle", "dill", "marshal", "shelve", "jinja2.Environment"} & imports(name)
         # state_dict.py takes the name of an error from pickle, nothing else
         assert banned <= ({"pickle"} if name == "packager/state_dict.py" else set()), name
-        for node in ast.walk(tree):
+        for node in nodes(name):
             if not isinstance(node, ast.Call):
                 continue
-            called = ast.unparse(node.func)
+            called = dotted(node.func)
             where = f"{name}:{node.lineno}"
-            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            assert options.get("shell") != "True", where
-            assert options.get("allow_pickle") != "True", where
-            assert options.get("trust_remote_code") != "True", where
+            constants = [word for word in node.keywords if isinstance(word.value, ast.Constant)]
+            true = {word.arg for word in constants if word.value.value is True}  # type: ignore[attr-defined]
+            assert not true & {"shell", "allow_pickle", "trust_remote_code"}, where
             assert called not in ("eval", "exec", "os.system", "os.popen", "jinja2.Environment"), where
             assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), where
             if called == "torch.load":
-                assert options.get("weights_only") == "True", where
+                assert "weights_only" in true, where
 
 
 # Written in pieces, or this file would find itself.
@@ -252,7 +223,7 @@ def test_every_test_module_says_what_it_is_about() -> None:
             continue
         tree = parsed(name)
         assert ast.get_docstring(tree), name
-        for node in ast.walk(tree):
+        for node in statements(tree):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 # a name of four words and more is a sentence already
                 assert ast.get_docstring(node) or node.name.count("_") >= 4, f"{name}:{node.lineno} {node.name}"
@@ -272,7 +243,7 @@ def test_no_work_is_left_marked_as_undone() -> None:
     found = [f"{name}: {match[0]}" for name in names if (match := marks.search(text_of(name)))]
     assert not found, found
     for name in names:
-        for node in ast.walk(parsed(name)):
+        for node in nodes(name):
             returns = isinstance(node, ast.Try) and any(isinstance(n, ast.Return) for n in ast.walk(node.body[-1]))
             if isinstance(node, ast.Try) and not returns:  # one that returns is the first of several sources
                 for handler in node.handlers:
