@@ -24,6 +24,7 @@ from packager.store import Cost
 
 CHILDREN = Path(__file__).parent / "children"
 TAIL_LINES = 40
+GRACE = 3.0  # seconds that a child has to end itself
 # How often libgomp looks for work before a thread sleeps. Its default is billions: beside a busy neighbour torch's
 # threads then wait for each other's core (tuning took 2.0 s an iteration, with this 0.8 to 1.0 s).
 SPINS = "1000"
@@ -168,12 +169,12 @@ def _high_water(process: int) -> int:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """Terminate a child, then kill it if it has not ended after three seconds."""
+    """Terminate a child, then kill it if it has not ended after ``GRACE`` seconds."""
     if child.poll() is not None:
         return
     child.terminate()
     try:
-        child.wait(timeout=3)
+        child.wait(timeout=GRACE)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()

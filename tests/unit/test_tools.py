@@ -216,8 +216,9 @@ def test_a_line_that_only_looks_like_a_report_is_not_one(tmp_path: Path) -> None
 ORPHAN = """
 import sys
 from pathlib import Path
-from packager.tools import run_python
-run_python(Path(sys.argv[1]), [sys.argv[2]], name="child")
+from packager import tools
+tools.GRACE = float(sys.argv[3])
+tools.run_python(Path(sys.argv[1]), [sys.argv[2]], name="child")
 """
 SLEEPER = """
 import os, sys, time
@@ -257,7 +258,7 @@ def test_a_child_ends_with_its_parent(
     """Whether the build is killed, interrupted or terminated: no orphan goes on writing."""
     place = tmp_path / "pid"
     parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, script(tmp_path, SLEEPER), place],
+        [sys.executable, "-c", ORPHAN, script(tmp_path, SLEEPER), place, "3"],
         env=child_environment,
         stderr=subprocess.DEVNULL,
     )
@@ -278,10 +279,10 @@ time.sleep(120)
 
 
 def test_an_interrupt_ends_even_a_child_that_will_not_go(tmp_path: Path, child_environment: dict[str, str]) -> None:
-    """A child that ignores SIGTERM is killed after three seconds, before the interrupt goes on."""
+    """A child that ignores SIGTERM is killed after its grace, before the interrupt goes on."""
     place = tmp_path / "pid"
     parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, script(tmp_path, STUBBORN), place],
+        [sys.executable, "-c", ORPHAN, script(tmp_path, STUBBORN), place, "0.2"],
         env=child_environment,
         stderr=subprocess.DEVNULL,
     )

@@ -17,11 +17,17 @@ from packager.progress import Silent
 from tests.unit.bundle.parts import contents
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A good manifest's text."""
+    folder = tmp_path_factory.mktemp("manifest")
+    return (assemble(contents(folder / "in"), folder / "out", Silent()).path / MANIFEST).read_text("utf-8")
+
+
 @pytest.fixture
-def plain(tmp_path: Path) -> dict[str, Any]:
+def plain(written: str) -> dict[str, Any]:
     """A good manifest as JSON."""
-    built = assemble(contents(tmp_path / "in"), tmp_path / "out", Silent())
-    parsed: dict[str, Any] = json.loads((built.path / MANIFEST).read_text("utf-8"))
+    parsed: dict[str, Any] = json.loads(written)
     return parsed
 
 

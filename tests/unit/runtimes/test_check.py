@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -35,6 +37,17 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def run(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """check in this process."""
+    words = ["--bundle", str(bundle), *arguments]
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
+        code = check.main(words)
+    return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())
+
+
+def alone(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """check as install.sh starts it: alone, with nothing installed."""
     return subprocess.run([sys.executable, "-I", "-B", str(ROOT / "runtimes" / "check.py"), "--bundle", str(bundle),
                            *arguments], capture_output=True, text=True, check=False)
@@ -42,8 +55,17 @@ def run(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_box_it_was_built_for_fits(bundle: Path) -> None:
     """Facts recorded in the form of an Orin Nano with JetPack 6."""
-    done = run(bundle, "--facts", str(BOXES / "fits.json"))
+    done = alone(bundle, "--facts", str(BOXES / "fits.json"))
     assert done.returncode == 0 and done.stderr == "" and "NO " not in done.stdout
+    here = run(bundle, "--facts", str(BOXES / "fits.json"))
+    assert (here.returncode, here.stdout, here.stderr) == (0, done.stdout, "")
+
+
+def test_a_refusal_is_the_processs_exit_code(bundle: Path) -> None:
+    """A wrong box and a damaged file, as install.sh sees them."""
+    assert alone(bundle, "--facts", str(BOXES / "musl.json")).returncode == 4
+    (bundle / "model.gguf").unlink()
+    assert alone(bundle, "--facts", str(BOXES / "fits.json")).returncode == 5
 
 
 @pytest.mark.parametrize(("box", "starts", "says"), [
@@ -131,7 +153,7 @@ def test_an_install_is_not_asked_for_disk_nor_for_its_wheels(bundle: Path) -> No
 
 def test_this_machines_facts_are_read_and_can_be_recorded(bundle: Path, tmp_path: Path) -> None:
     """What --facts-only prints, --facts takes."""
-    done = run(bundle, "--facts-only")
+    done = alone(bundle, "--facts-only")
     facts: dict[str, Any] = json.loads(done.stdout)
     assert facts["ram_bytes"] > 1 << 28 and facts["disk_free_bytes"] > 0 and facts["bits"] == 64
     assert facts["python"] == ".".join(map(str, sys.version_info[:3])) and facts["modules_missing"] == []
