@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # Locks beside an engine's own box-NAME.lock, and packages that an index may have for some Pythons only.
 MORE_LOCKS = {"transformers": ("torch-cpu",)}
-SCARCE = {"ort": ("onnxruntime",), "transformers": ("torch",), "ort_encoder": ("onnxruntime", "numpy")}
+SCARCE = {"ort": ("onnxruntime",), "ort_cuda": ("onnxruntime-gpu", "numpy"), "transformers": ("torch",),
+          "ort_encoder": ("onnxruntime", "numpy")}
 
 
 @dataclass(frozen=True)

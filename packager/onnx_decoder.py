@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from packager import onnx_graph, onnx_weights, rope
+from packager import onnx_cuda, onnx_graph, onnx_half, onnx_weights, rope
 from packager.errors import GateFailed
 from packager.gates import Thresholds
 from packager.recipe import Artifact, Estimate, Job, Spans, provenance
@@ -38,6 +38,8 @@ class Options(Spans, Protocol):
     @property
     def bits(self) -> int: ...
     @property
+    def provider(self) -> str: ...
+    @property
     def tune(self) -> str: ...
 
 
@@ -58,6 +60,8 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
             f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model was made "
             f"for; set context={checkpoint.shape.context} or less."
         )
+    if options.provider == "cuda":
+        return onnx_cuda.why_not(checkpoint, target)
     return None
 
 
@@ -80,13 +84,18 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     rotated = rope.dims(checkpoint.config, shape.head_dim)
     graph = (4_500 + 8 * shape.hidden) * shape.layers + 4 * options.context * rotated
     embedding = 0 if shape.tied else shape.vocab * shape.hidden * (BLOCK + 2) // BLOCK
-    seconds = 20 + checkpoint.weight_bytes / 1.2e8
+    cuda = options.provider == "cuda"
+    seconds = 20 + checkpoint.weight_bytes / (5e6 if cuda else 1.2e8)  # float16 is slow to score on a processor
     ram = 900 << 20
     if options.bits == 4:
         from packager.tuning import costs
 
         more, longer = costs(checkpoint, options.tune if options.tune != "auto" else "none")
         ram, seconds = max(ram, more), seconds + longer
+    if cuda:
+        middle = shape.vocab * shape.hidden // BLOCK
+        return onnx_cuda.estimate(checkpoint, target, options, weights=packed + middle, read=packed - embedding,
+                                  ram=ram, seconds=seconds)  # fmt: skip
     return Estimate(
         artifact_bytes=packed + graph,
         build_ram_bytes=ram,
@@ -117,14 +126,15 @@ def build(job: Job, options: Options) -> Artifact:
     steps: list[Step] = []
     four = options.bits == 4
     samples = make_samples(job) if job.verify or four else None
-    report: dict[str, Any] = {}
+    cuda = options.provider == "cuda"
+    report: dict[str, Any] = {"provider": onnx_cuda.facts()} if cuda else {}
     source = None
     if job.verify and samples:
         source, step = source_scores(job, samples)
         steps += [samples.step, step]
         exact = _exact(job, options)
         steps.append(exact)
-        found = _score(job, exact, "the unquantized ONNX graph", samples, steps, fold=False)
+        found = _score(job, exact, "the unquantized ONNX graph", samples, steps, {"optimized": False})
         said = require_contract(job, samples, found, "the ONNX folder's tokenizer")
         report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
         score = compare(source, found.distributions, samples.targets)
@@ -142,10 +152,11 @@ def build(job: Job, options: Options) -> Artifact:
     steps.append(packed)
     report["operators"] = require_packed(packed.path / MODEL, job.checkpoint, options.bits)
     if job.verify and samples and source is not None:
-        found = _score(job, packed, "the ONNX model", samples, steps)
+        settings = {"device": "cpu"} if cuda else {}
+        found = _score(job, packed, "the ONNX model", samples, steps, settings, _engine(options))
         fidelity = measure(samples, source, found.distributions)
         limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = fidelity.as_dict(limits)
+        report["fidelity"] = {**fidelity.as_dict(limits), **({"scored": onnx_cuda.SCORED_BY} if cuda else {})}
         advice = "Give the fine-tuning pairs with --calibration." if four else "Report the model: eight bits lost it."
         require_kept(fidelity, limits, f"the INT{options.bits} ONNX model", advice)
         report["fidelity"]["answers"] = behaviour.report(job, found, samples, "the ONNX model", steps)
@@ -160,7 +171,12 @@ def build(job: Job, options: Options) -> Artifact:
             job, options, steps, quantizer=f"{tuned.method}; embedding and head {method}" if tuned else method
         ),
         costs=tuple(step.cost() for step in steps),
+        gpu=onnx_cuda.gpu_needs(estimate(job.checkpoint, job.target, options)) if cuda else None,
     )
+
+
+def _engine(options: Options) -> str:
+    return "ort_cuda" if options.provider == "cuda" else "ort"
 
 
 def _code() -> str:
@@ -201,10 +217,18 @@ def _packed(job: Job, options: Options, tuned: Tuned | None) -> Step:
             (folder / onnx_weights.DATA).open("wb") as file,
             job.progress.step(f"packing INT{options.bits} ONNX", float(checkpoint.weight_bytes), "B") as task,
         ):
-            weights = onnx_weights.Packed(checkpoint, file, BLOCK, tuned, task.advance)
-            _save(onnx_graph.Decoder(checkpoint, weights, options.context).model(), folder / MODEL)
+            graph: onnx_graph.Decoder
+            if options.provider == "cuda":
+                halves = onnx_cuda.HalfPacked(checkpoint, file, BLOCK, tuned, task.advance)
+                graph = onnx_cuda.HalfDecoder(checkpoint, halves, options.context)
+            else:
+                weights = onnx_weights.Packed(checkpoint, file, BLOCK, tuned, task.advance)
+                graph = onnx_graph.Decoder(checkpoint, weights, options.context)
+            _save(graph.model(), folder / MODEL)
 
     inputs = {**_inputs(job, options), "bits": options.bits, "block": BLOCK, "tuned": tuned.step.key if tuned else None}
+    if options.provider == "cuda":
+        inputs["cuda"] = code_digest(*(Path(str(module.__file__)) for module in (onnx_cuda, onnx_half)))
     return job.store.step("onnx-packed", inputs, make, progress=job.progress)
 
 
@@ -241,7 +265,7 @@ def require_packed(path: Path, checkpoint: Checkpoint, bits: int) -> dict[str, i
 def _run(job: Job, options: Options, folder: Path) -> dict[str, Any]:
     size = estimate(job.checkpoint, job.target, options)
     return {
-        "engine": "ort",
+        "engine": _engine(options),
         "model": f"model/{MODEL}",
         **tokenizer_paths(job.checkpoint),
         **job.checkpoint.tokenizer.as_run(),
@@ -250,26 +274,28 @@ def _run(job: Job, options: Options, folder: Path) -> dict[str, Any]:
         "threads": 0,
         "read_per_token_bytes": size.read_per_token_bytes,
         "model_bytes": sum((folder / name).stat().st_size for name in (MODEL, onnx_weights.DATA)),
+        **({"settings": {"host_bytes": onnx_cuda.HOST_BYTES}} if options.provider == "cuda" else {}),
     }
 
 
 def _score(
-    job: Job, model: Step, what: str, samples: Samples, steps: list[Step], *, fold: bool = True
-) -> Scored:
-    """Score a folder through the engine that serves it. fold: False, and weights are cast while they are used: folding
-    would hold all of them in float32.
+    job: Job, model: Step, what: str, samples: Samples, steps: list[Step], settings: Mapping[str, Any],
+    engine: str = "ort",
+) -> Scored:  # fmt: skip
+    """Score a folder through the engine that serves it. settings: of the engine; where they say that the graph is not
+    optimized, weights are cast while they are used: folding would hold all of them in float32.
     """
     from packager.scoring import score
     from packager.tools import version_of
 
     run: Mapping[str, Any] = {
-        "engine": "ort",
+        "engine": engine,
         "model": str(model.path / MODEL),
         **{key: str(path) for key, path in _boxed(job).items()},
         **job.checkpoint.tokenizer.as_run(),
         "context": 1024,
         "slots": 1,
-        "settings": {"optimized": fold},
+        "settings": dict(settings),
     }
     version = version_of("onnxruntime")
     found, step = score(job, run, samples, what=what, inputs={"model": model.key, "engine": version},

@@ -70,7 +70,8 @@ def make_plan(
             raise UsageError(f"{key}={getattr(options, key)} means nothing.", fix=f"Set {key} to 1 or more.")
     estimate = recipe.estimate(checkpoint, target, options)
     box = _box(estimate)
-    budget = target.budget(recipe.name)
+    budget = target.budget(recipe.name, estimate.gpu)
+    bandwidth = target.bandwidth_for(recipe.name, estimate.gpu)
     refusals = [*_unsupported(target, recipe), *_python(target), *_missing(recipe.needs, options)]
     if why := recipe.why_not(checkpoint, target, options):
         refusals.append(why)
@@ -84,7 +85,7 @@ def make_plan(
         estimate=estimate,
         box_bytes=box,
         budget_bytes=budget,
-        tokens_per_second_ceiling=round(target.bandwidth_for(recipe.name) / max(1, estimate.read_per_token_bytes), 1),
+        tokens_per_second_ceiling=round(bandwidth / max(1, estimate.read_per_token_bytes), 1),
         refusals=tuple(refusals),
         notes=(*said, *_notes(target, recipe, estimate, box, budget), *estimate.notes),
     )
@@ -184,7 +185,8 @@ def _notes(target: Target, recipe: Recipe[Any], estimate: Estimate, box: int, bu
     if TIGHT * budget < box <= budget:
         yield f"It is tight: {_gib(box)} of {_gib(budget)} GiB; another program on the box may push it out."
     gpu = target.gpu
-    if gpu is not None and gpu.bandwidth_gb_s is not None and not target.on_gpu(recipe.name):
+    on_gpu = target.on_gpu(recipe.name) if estimate.gpu is None else estimate.gpu
+    if gpu is not None and gpu.bandwidth_gb_s is not None and not on_gpu:
         ceiling = gpu.bandwidth_gb_s * 1e9 / max(1, estimate.read_per_token_bytes)
         unit = "tokens" if estimate.kv_bytes else "texts"  # an encoder reads its weights once a text
         yield f"The ceiling is that of main memory; from that of the {gpu.name} it would be {ceiling:.0f} {unit}/s."

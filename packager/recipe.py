@@ -54,7 +54,8 @@ class Estimate:
     artifact_bytes: the model file. build_ram_bytes: peak resident memory of the build. build_disk_bytes: store and
     output together. load_bytes: weights resident on the box. kv_bytes: KV cache at ``context`` tokens for all
     ``slots`` together. read_per_token_bytes: weights read to decode one token at batch 1 (the roofline's divisor).
-    seconds: a rough build time on two cores.
+    seconds: a rough build time on two cores. gpu: whether it runs on the target's GPU, where an option decides it;
+    None: as the target's gpu.recipes says.
     """
 
     artifact_bytes: int
@@ -68,6 +69,7 @@ class Estimate:
     slots: int
     seconds: float
     notes: tuple[str, ...] = ()
+    gpu: bool | None = None
 
 
 @dataclass(frozen=True)

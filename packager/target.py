@@ -152,15 +152,19 @@ class Target:
     def on_gpu(self, recipe: str) -> bool:
         return self.gpu is not None and recipe in self.gpu.recipes
 
-    def budget(self, recipe: str) -> int:
-        """Bytes a model of this recipe may fill: the GPU's own memory, or what the system leaves of main memory."""
-        if self.gpu is not None and self.on_gpu(recipe) and self.gpu.memory_gib is not None:
+    def budget(self, recipe: str, on_gpu: bool | None = None) -> int:
+        """Bytes a model of this recipe may fill: the GPU's own memory, or what the system leaves of main memory.
+        on_gpu: where an option of the recipe decides it; here and in bandwidth_for.
+        """
+        on_gpu = self.on_gpu(recipe) if on_gpu is None else on_gpu
+        if self.gpu is not None and on_gpu and self.gpu.memory_gib is not None:
             return round(self.gpu.memory_gib * GIB)
         return max(0, self.memory_bytes - self.reserved_bytes)
 
-    def bandwidth_for(self, recipe: str) -> float:
+    def bandwidth_for(self, recipe: str, on_gpu: bool | None = None) -> float:
         """Bytes per second of the memory that a model of this recipe is read from."""
-        if self.gpu is not None and self.on_gpu(recipe) and self.gpu.bandwidth_gb_s is not None:
+        on_gpu = self.on_gpu(recipe) if on_gpu is None else on_gpu
+        if self.gpu is not None and on_gpu and self.gpu.bandwidth_gb_s is not None:
             return self.gpu.bandwidth_gb_s * GB
         return self.bandwidth
 

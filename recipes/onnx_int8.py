@@ -17,6 +17,7 @@ from packager.recipe import Need, Recipe
 if TYPE_CHECKING:
     from packager.calibration import Calibration
     from packager.checkpoint import Checkpoint
+    from packager.target import Target
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Options:
         default=8,
         metadata={"doc": "of a language model's layers; 4 takes the tuned integers that Q4_0 and GPTQ share",
                   "smaller": (4,)},
+    )
+    provider: Literal["cpu", "cuda"] = field(
+        default="cpu",
+        metadata={"doc": "language models: where onnxruntime computes; cuda: an NVIDIA GPU, in float16 (generated, not "
+                  "executed here)"},
     )
     tune: Literal["auto", "none", "quick", "full"] = field(
         default="auto",
@@ -65,6 +71,13 @@ def settle(
 
 KINDS = ByKind(Options, encoder="packager.onnx_encoder", decoder="packager.onnx_decoder")
 
+
+def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+    if options.provider == "cuda" and checkpoint.family.kind == "encoder":
+        return "provider=cuda is for language models; the tensorrt_engine recipe serves encoders on an NVIDIA GPU."
+    return KINDS.why_not(checkpoint, target, options)
+
+
 RECIPE = Recipe(
     name="onnx_int8",
     summary="INT8 ONNX for onnxruntime: embedders and classifiers, language models",
@@ -76,7 +89,7 @@ RECIPE = Recipe(
         Need("onnx", "packager"),
         Need("onnxruntime", "packager"),
     ),
-    why_not=KINDS.why_not,
+    why_not=why_not,
     estimate=KINDS.estimate,
     build=KINDS.build,
     thresholds=thresholds,

@@ -18,6 +18,7 @@ from runtimes.manifest import ManifestError, Run
 MODULES = {
     "llamacpp": "llamacpp",
     "ort": "ort",
+    "ort_cuda": "ort_cuda",
     "transformers": "transformers_",
     "vllm": "vllm_",
     "edgellm": "edgellm_",

@@ -1,7 +1,8 @@
-"""One ONNX decoder in onnxruntime (graph: packager/onnx_graph.py), its key/value caches in buffers of our own.
+"""One ONNX decoder in onnxruntime (graph: packager/onnx_graph.py, onnx_cuda.py), its key/value caches in our buffers.
 
 Every slot has a row in the caches, which the attention operator writes in place; so one run can decode all slots at
-once, each at its own length. Runs release Python's lock (onnxruntime-genai's calls hold it, prompts included).
+once, each at its own length. Runs release Python's lock (onnxruntime-genai's calls hold it, prompts included). Where
+the session computes and its caches lie is a Place: the processor's is here, a GPU's in ort_cuda.py.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from runtimes.engine import EngineError
 from runtimes.ort_session import quiet_onnxruntime
@@ -21,17 +22,73 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ERRORS_ONLY = 3
+PAST, PRESENT = "past_key_values.", "present."
+HALF = "tensor(float16)"
+
+
+class Place(Protocol):
+    """Where a session computes and keeps its caches. device: onnxruntime's name for that memory."""
+
+    device: str
+
+    def open(self, path: Path, options: Any) -> Any:
+        """A session. Raises what onnxruntime raises, or EngineError."""
+        ...
+
+    def zeros(self, names: Sequence[str], shape: Sequence[int], kind: Any) -> Mapping[str, int]:
+        """The address of an array of zeros, in C order, for each name; given back by ``close``. Raises EngineError."""
+        ...
+
+    def failed(self, error: Exception) -> EngineError:
+        """What a run's failure means to whoever serves the model."""
+        ...
+
+    def memory(self) -> int:
+        """Bytes that the caches hold outside this process."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Host:
+    """The processor and main memory."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self._held: list[NDArray[Any]] = []
+
+    def open(self, path: Path, options: Any) -> Any:
+        return quiet_onnxruntime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def zeros(self, names: Sequence[str], shape: Sequence[int], kind: Any) -> Mapping[str, int]:
+        found = {name: _zeros(shape, kind) for name in names}
+        self._held += found.values()
+        return {name: int(array.ctypes.data) for name, array in found.items()}
+
+    def failed(self, error: Exception) -> EngineError:
+        return EngineError(f"onnxruntime failed: {first_line(error)}")
+
+    def memory(self) -> int:
+        """Nothing: the arrays lie in this process."""
+        return 0
+
+    def close(self) -> None:
+        self._held.clear()
 
 
 class Model:
     """A loaded graph with ``slots`` rows of ``context`` tokens. Not for two threads at once. Raises EngineError.
 
     optimized: False keeps the graph as it is written. threads: 0 means one a physical core, onnxruntime's own default.
+    place: the processor where it is left out.
     """
 
     def __init__(
-        self, path: Path, *, context: int, slots: int, threads: int, optimized: bool = True, verbose: bool = False
-    ) -> None:
+        self, path: Path, *, context: int, slots: int, threads: int, optimized: bool = True, verbose: bool = False,
+        place: Place | None = None,
+    ) -> None:  # fmt: skip
+        import numpy as np
 
         ort = quiet_onnxruntime()
         options = ort.SessionOptions()
@@ -43,18 +100,26 @@ class Model:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
         if not optimized:  # in the default order every weight is cast before the first is used
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        self._place: Place = place or Host()
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = self._place.open(path, options)
+        except EngineError:
+            raise
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
-            raise EngineError(f"onnxruntime cannot load {path.name}: {_first_line(error)}") from None
+            raise EngineError(f"onnxruntime cannot load {path.name}: {first_line(error)}") from None
         self.version = f"onnxruntime {ort.__version__}"
         self.context, self.slots = context, slots
-        self.vocabulary = int(self._session.get_outputs()[0].shape[2])
-        caches = [entry for entry in self._session.get_inputs() if entry.name.startswith("past_key_values.")]
-        if not caches:
+        logits = self._session.get_outputs()[0]
+        self.vocabulary = int(logits.shape[2])
+        self._logits: Any = np.float16 if logits.type == HALF else np.float32
+        inputs = self._session.get_inputs()
+        self._asked = next((entry.name for entry in inputs if entry.name in ("kept", "wanted")), "")
+        caches = [entry for entry in inputs if entry.name.startswith(PAST)]
+        if not caches or not self._asked:
             raise EngineError(f"{path.name} is no decoder that this runtime knows: it has no key/value cache.")
-        shape = (slots, int(caches[0].shape[1]), context, int(caches[0].shape[3]))
-        self._caches: dict[str, NDArray[np.float32]] = {entry.name: _zeros(shape) for entry in caches}
+        self._kind: Any = np.float16 if caches[0].type == HALF else np.float32
+        self._row = (int(caches[0].shape[1]), context, int(caches[0].shape[3]))
+        self._caches = self._place.zeros([entry.name for entry in caches], (slots, *self._row), self._kind)
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def run(
@@ -69,32 +134,35 @@ class Model:
         after = np.array(lengths, np.int32) + tokens
         if slot + rows > self.slots or int(after.max()) > self.context:
             raise EngineError(f"{rows} rows from slot {slot} or {after.max()} tokens are more than there is room for")
-        logits = np.empty((rows, kept, self.vocabulary), np.float32)
+        logits = np.empty((rows, kept, self.vocabulary), self._logits)
+        asked = [kept] if self._asked == "kept" else range(tokens - kept, tokens)
         inputs: dict[str, NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(ids, np.int64),
             "seqlens_k": np.ascontiguousarray(after - 1, np.int32),
             "total_length": np.array(after.max(), np.int32),
-            "kept": np.array([kept], np.int64),
+            self._asked: np.array(asked, np.int64),
         }
-        binding = self._binding(slot, rows)
-        for name, value in inputs.items():
-            binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:
+            binding = self._binding(slot, rows)
+            for name, value in inputs.items():
+                binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+            binding.bind_output("logits", "cpu", 0, self._logits, logits.shape, logits.ctypes.data)
+            binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
         except Exception as error:
-            raise EngineError(f"onnxruntime failed: {_first_line(error)}") from None
-        return logits
+            raise self._place.failed(error) from None
+        return logits.astype(np.float32, copy=False)
 
     def memory(self) -> int:
-        """Nothing outside this process."""
-        return 0
+        """Bytes outside this process that are known."""
+        return self._place.memory()
 
     def close(self) -> None:
         """Free the session and the caches."""
-        self._session = None
         self._bindings.clear()
-        self._caches.clear()
+        self._session = None
+        self._place.close()
 
     def _binding(self, slot: int, rows: int) -> Any:
         """The caches of these slots as inputs and outputs alike."""
@@ -102,27 +170,28 @@ class Model:
 
         if (slot, rows) not in self._bindings:
             binding = self._session.io_binding()
-            for name, cache in self._caches.items():
-                part = cache[slot : slot + rows]
-                binding.bind_input(name, "cpu", 0, np.float32, part.shape, part.ctypes.data)
-                present = name.replace("past_key_values.", "present.")
-                binding.bind_output(present, "cpu", 0, np.float32, part.shape, part.ctypes.data)
+            shape, begin = (rows, *self._row), slot * math.prod(self._row) * np.dtype(self._kind).itemsize
+            for name, address in self._caches.items():
+                binding.bind_input(name, self._place.device, 0, self._kind, shape, address + begin)
+                present = PRESENT + name.removeprefix(PAST)
+                binding.bind_output(present, self._place.device, 0, self._kind, shape, address + begin)
             self._bindings[slot, rows] = binding
         return self._bindings[slot, rows]
 
 
-def _zeros(shape: Sequence[int]) -> NDArray[np.float32]:
+def _zeros(shape: Sequence[int], kind: Any) -> NDArray[Any]:
     """Zeros that the system hands out as they are touched, so that memory follows what the conversations fill. numpy's
     own come in pages of 2 MiB, and every head's row begins in another one.
     """
     import numpy as np
 
-    area = mmap.mmap(-1, 4 * math.prod(shape))
+    area = mmap.mmap(-1, np.dtype(kind).itemsize * math.prod(shape))
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             area.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(area, np.float32).reshape(shape)
+    return np.frombuffer(area, kind).reshape(shape)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of onnxruntime says, without its stack."""
     return str(error).strip().partition("\n")[0]

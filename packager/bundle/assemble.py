@@ -53,6 +53,8 @@ RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
     "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "ort_session.py", "sampling.py",
             "slots.py", "stream.py"),
+    "ort_cuda": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort_cuda.py", "ort_model.py", "ort_session.py",
+                 "sampling.py", "slots.py", "stream.py"),
     "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "stream.py", "threads.py",
                      "torch_model.py", "transformers_.py"),
     "ort_encoder": (*RUNTIME_ENCODER, "ort_encoder.py", "ort_session.py"),
