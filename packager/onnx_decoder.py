@@ -159,7 +159,10 @@ def build(job: Job, options: Options) -> Artifact:
         report["fidelity"] = {**fidelity.as_dict(limits), **({"scored": onnx_cuda.SCORED_BY} if cuda else {})}
         advice = "Give the fine-tuning pairs with --calibration." if four else "Report the model: eight bits lost it."
         require_kept(fidelity, limits, f"the INT{options.bits} ONNX model", advice)
-        report["fidelity"]["answers"] = behaviour.report(job, found, samples, "the ONNX model", steps)
+        if cuda:  # a token takes seconds there: the answers' own scores say whether they are kept
+            report["fidelity"]["answers_not_asked"] = onnx_cuda.NOT_ASKED
+        else:
+            report["fidelity"]["answers"] = behaviour.report(job, found, samples, "the ONNX model", steps)
     files = {name: packed.path / name for name in (MODEL, onnx_weights.DATA)}
     method = METHOD.format(block=BLOCK)
     return Artifact(

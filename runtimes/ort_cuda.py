@@ -127,12 +127,17 @@ def load_libraries(packages: Path) -> None:
                           "cannot be loaded); install it, or start with --device cpu.") from None  # fmt: skip
 
 
-def open_model(run: Run, *, context: int, slots: int, verbose: bool) -> Model:
-    """The model on the device that was asked for, and no other. Raises EngineError."""
+def device_of(run: Run) -> str:
+    """What ``--device`` said, or else the manifest, or else the GPU. Raises EngineError for one that is not known."""
     device = run.device or str(run.settings.get("device", DEVICES[0]))
     if device not in DEVICES:
         raise EngineError(f"There is no device {device!r}; choose {', '.join(DEVICES)}.")
-    place: Place = Cuda() if device == "gpu" else Host()
+    return device
+
+
+def open_model(run: Run, *, context: int, slots: int, verbose: bool) -> Model:
+    """The model on the device that was asked for, and no other. Raises EngineError."""
+    place: Place = Cuda() if device_of(run) == "gpu" else Host()
     # the graph is written with the operators that it needs; fusing would skip roundings that were scored
     return Model(run.model, context=context, slots=slots, threads=run.threads, optimized=False, verbose=verbose,
                  place=place)  # fmt: skip
@@ -162,7 +167,8 @@ def load(run: Run, *, verbose: bool) -> Slots:
     """The engine of a manifest. Raises EngineError."""
     model = open_model(run, context=run.context, slots=run.slots, verbose=verbose)
     try:
-        warm_up(model)
+        if device_of(run) == DEVICES[0]:
+            warm_up(model)
     except EngineError:
         model.close()
         raise

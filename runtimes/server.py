@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for any free one (default: %(default)s)")
     parser.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES", help="largest request (8 MiB)")
-    parser.add_argument("--device", help="TensorRT bundles: gpu (default), or onnxruntime or cpu by an onnxruntime of "
-                        "your own in the install's venv")  # fmt: skip
+    parser.add_argument("--device", help="bundles for a GPU: gpu (default) or cpu; TensorRT's also onnxruntime, and "
+                        "both by an onnxruntime of your own in the install's venv")  # fmt: skip
     parser.add_argument("--log-json", action="store_true", help="one JSON line a request on standard output")
     parser.add_argument("--verbose", action="store_true", help="show the engine's own log")
     return parser
