@@ -14,6 +14,9 @@ help:
 # Found by the recipe, not at the top: `make help` works on any machine.
 PREPARE = python=$$(PYTHON="$(PYTHON)" scripts/python.sh) && "$$python" scripts/prepare.py
 RUN = .venv/bin/python
+# Two processes share the tests, a file at a time, and one store; more take over 3 GB of memory each.
+WORKERS ?= 2
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 venv:
 	@$(PREPARE) build
@@ -25,11 +28,11 @@ demo:
 test:
 	@$(PREPARE) test
 	@$(MAKE) --no-print-directory lint docs-check
-	$(RUN) -m pytest --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
 
 unit:
 	@$(PREPARE) test
-	$(RUN) -m pytest tests/unit -m "not real"
+	$(PYTEST) tests/unit -m "not real"
 
 lint:
 	@$(PREPARE) test

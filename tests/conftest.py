@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# A file goes to one worker, whole: with these first, none is left alone with minutes of work at the end.
+LONGEST = ("test_tune_persona", "test_gguf_build", "test_tensorrt", "test_encoder", "test_quantizers", "test_faults")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
@@ -26,19 +28,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The unit ring goes first: it must not find torch imported by the other one."""
+    """The unit ring goes first: it must not find torch imported by the other one. Then what takes longest."""
     real = ROOT / "tests" / "real"
     for item in items:
         if item.path.is_relative_to(real):
             item.add_marker("real")
-    items.sort(key=lambda item: item.get_closest_marker("real") is not None)
+
+    def rank(item: pytest.Item) -> int:
+        if item.get_closest_marker("real") is None:
+            return -1
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
+
+
+def shared_temp(factory: pytest.TempPathFactory) -> Path:
+    """The run's folder: one for all of pytest-xdist's workers, so that what one built the others find."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every build of a test, in this process or a child, goes to a store of the session."""
     before = {key: os.environ.get(key) for key in ("PACKAGER_STORE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    folder = tmp_path_factory.mktemp("store")
+    folder = shared_temp(tmp_path_factory) / "store"
+    folder.mkdir(exist_ok=True)
     os.environ.update(PACKAGER_STORE=str(folder), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     yield folder
     for key, value in before.items():

@@ -86,23 +86,27 @@ def random_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 KEPT_TUNINGS = 4  # of the newest: a key holds the code that tuned, so older ones are of no use to this checkout
 
 
+def copy_entries(source: Path, target: Path) -> None:
+    """Copy what the target lacks; an entry is seen there when it is whole, for another worker may be looking."""
+    target.mkdir(parents=True, exist_ok=True)
+    for made in sorted(source.glob("[!.]*")):
+        if not (target / made.name).exists():
+            part = Path(tempfile.mkdtemp(prefix=".", dir=target))
+            shutil.copytree(made, part / made.name)
+            with contextlib.suppress(OSError):  # another worker or session was first
+                (part / made.name).rename(target / made.name)
+            shutil.rmtree(part)
+
+
 @pytest.fixture(scope="session")
 def store(own_store: Path) -> Iterator[Store]:
     """The session's store: what one test built the next one finds. Tunings alone outlive it, in the user's cache: they
     take minutes, and their keys change with the tuner's code (which tests/real/test_tune.py runs every time).
     """
     kept, here = cache_root() / "test-data" / "tune", own_store / "tune"
-    if kept.is_dir():
-        shutil.copytree(kept, here, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    copy_entries(kept, here)
     yield Store(own_store)
-    kept.mkdir(parents=True, exist_ok=True)
-    for made in sorted(here.glob("[!.]*")) if here.is_dir() else []:
-        if not (kept / made.name).exists():
-            part = Path(tempfile.mkdtemp(prefix=".", dir=kept))
-            shutil.copytree(made, part / made.name)
-            with contextlib.suppress(OSError):  # another session was first
-                (part / made.name).rename(kept / made.name)
-            shutil.rmtree(part)
+    copy_entries(here, kept)
     for old in sorted(kept.glob("[!.]*"), key=lambda path: -path.stat().st_ctime)[KEPT_TUNINGS:]:
         shutil.rmtree(old, ignore_errors=True)
 
