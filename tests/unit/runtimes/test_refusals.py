@@ -40,6 +40,8 @@ def examined(box: str, bundle: str, folder: Path, capsys: pytest.CaptureFixture[
      "TensorRT: expected TensorRT 10.3 or newer and older than 11, found none; install it with the rest of JetPack"),
     ("t4_driver_470", "t4_tensorrt",
      "driver: expected NVIDIA driver 525.60.13 or newer, found driver 470.256.02; update NVIDIA's driver to 525.60.13"),
+    ("t4_driver_535", "t4_onnx_cuda",
+     "driver: expected NVIDIA driver 580.65.06 or newer, found driver 535.183.01; update NVIDIA's driver to 580.65.06"),
     ("t4_driver_470", "t4_cuda", "CUDA: expected a driver for CUDA 12.0 or newer, found CUDA 11.4; update NVIDIA's"),
     ("desktop_rtx_3060", "t4_tensorrt", "GPU: expected an NVIDIA GPU of compute capability 7.5 with 2.0 GB of memory"),
     ("desktop_no_gpu", "t4_tensorrt",
