@@ -66,8 +66,8 @@ def make_plan(
     Raises UsageError for options that mean nothing, such as a context of 0; what does not fit or work is a refusal.
     """
     for key in ("context", "slots"):
-        if getattr(options, key, 1) < 1:
-            raise UsageError(f"{key}={getattr(options, key)} means nothing.", fix=f"Set {key} to 1 or more.")
+        if (asked := getattr(options, key, 1)) is not None and asked < 1:
+            raise UsageError(f"{key}={asked} means nothing.", fix=f"Set {key} to 1 or more.")
     estimate = recipe.estimate(checkpoint, target, options)
     box = _box(estimate)
     budget = target.budget(recipe.name, estimate.gpu)
@@ -81,7 +81,8 @@ def make_plan(
         checkpoint=checkpoint.name,
         target=target.name,
         recipe=recipe.name,
-        options=dataclasses.asdict(options),
+        options={key: estimate.context if key == "context" and value is None else value
+                 for key, value in dataclasses.asdict(options).items()},
         estimate=estimate,
         box_bytes=box,
         budget_bytes=budget,
@@ -242,7 +243,7 @@ def _smaller(recipe: Recipe[Any], options: Any) -> dict[str, list[Any]]:
     other options say in their metadata which values are ``smaller``.
     """
     hints = typing.get_type_hints(recipe.options)
-    slots, context = getattr(options, "slots", 1), getattr(options, "context", SMALLEST_CONTEXT)
+    slots, context = getattr(options, "slots", 1), getattr(options, "context", None) or SMALLEST_CONTEXT
     found: dict[str, list[Any]] = {
         "slots": [n for n in (slots // 2, slots // 4, 1) if 1 <= n < slots],
         "context": [n for n in (context // 2, context // 4, context // 8) if n >= SMALLEST_CONTEXT],

@@ -8,6 +8,7 @@ machine has no use for, so two of its wheels are fetched without them: the bindi
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,15 @@ DOWNLOAD_MB = 91
 # Compute capabilities that 1.7.1 compiles for ("TensorRT-RTX Support Matrix"): no Jetson is among them.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
 ENGINE = "engine.rtx"
-CHILD = CHILDREN / "tensorrt_compile.py"
+TOLD = "told.json"  # beside the engine, by the child
+CHILD, MEMORY = CHILDREN / "tensorrt_compile.py", CHILDREN / "settled_memory.py"
+OURS = CHILDREN.parent.parent  # the child takes this install's own modules
+# What glibc reads when a process begins, for children/settled_memory.py: its limit of arenas hangs on the number of
+# processors, and freed memory that each thread keeps for itself goes to whichever thread runs first.
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "128",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=131072",
+}
 SYSTEMS = ("Linux x86_64", "Windows AMD64")
 
 
@@ -104,18 +113,21 @@ def _install(goal: Path) -> None:
 def compile_engine(
     job: Job, model: Path, model_key: str, profile: Mapping[str, Any], sm: Sequence[str], steps: list[Step]
 ) -> Step:
-    """The step with ``engine.rtx``. model: the ONNX file; model_key: of the step that made it. profile: input name ->
-    {"min", "opt", "max"}. sm: compute capabilities, as "7.5".
+    """The step with ``engine.rtx`` and ``told.json``. model: the ONNX file; model_key: of the step that made it.
+    profile: input name -> {"min", "opt", "max"}. sm: compute capabilities, as "7.5".
 
     Raises ToolError when TensorRT-RTX cannot be loaded or refuses the graph.
     """
     place = compiler(job.progress)
 
     def make(work: Path, cost: Cost) -> None:
-        asked = {"onnx": str(model), "profile": dict(profile), "sm": list(sm), "output": str(work / ENGINE)}
+        asked = {
+            "onnx": str(model.resolve()), "profile": dict(profile), "sm": list(sm), "output": str(work / ENGINE),
+            "told": str(work / TOLD),
+        }  # fmt: skip
         name = f"compiling for SM {', '.join(sm)} with TensorRT-RTX {VERSION}"
         try:
-            follow(CHILD, asked, name, job.progress, cost, work=work, path=(place,))
+            follow(CHILD, asked, name, job.progress, cost, work=work, path=(place, OURS), env=ENVIRONMENT)
         except ChildFailed as error:
             raise _explained(error, place) from error
         if not (work / ENGINE).is_file() or not (work / ENGINE).stat().st_size:
@@ -127,11 +139,17 @@ def compile_engine(
         "sm": list(sm),
         "version": BUILD,
         "lock": hashlib.sha256(lock_file().read_bytes()).hexdigest()[:16],
-        "code": code_digest(CHILD),
+        "code": code_digest(CHILD, MEMORY),
+        "environment": dict(ENVIRONMENT),
     }
     step = job.store.step("tensorrt-engine", inputs, make, progress=job.progress)
     steps.append(step)
     return step
+
+
+def same_bytes(engine: Step) -> bool:
+    """Whether the engine's step was made where the same ONNX gives the same engine again."""
+    return bool(json.loads((engine.path / TOLD).read_text(encoding="utf-8"))["settled"])
 
 
 def _explained(error: ChildFailed, place: Path) -> ToolError:

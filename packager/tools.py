@@ -221,6 +221,7 @@ def follow(
     total: float | None = None,
     unit: str = "",
     path: Sequence[Path] = (),
+    env: Mapping[str, str] | None = None,
     arguments: Sequence[str | Path] = ("{job}",),
 ) -> Ran:
     """Run a child on a JSON job file in ``work`` ("{job}" in arguments), showing its ``{"done": n, "total": m}`` lines.
@@ -242,7 +243,7 @@ def follow(
                     seen = share * total
 
             filled = [job_file if part == "{job}" else part for part in arguments]
-            ran = run_python(script, filled, name=name, path=path, on_line=on_line)
+            ran = run_python(script, filled, name=name, path=path, env=env, on_line=on_line)
     finally:
         Path(job_file).unlink(missing_ok=True)
     cost.saw(ran.peak_rss_bytes)

@@ -7,20 +7,27 @@ Options.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from packager.encoder_fidelity import EncoderThresholds
 from packager.kinds import ByKind
-from packager.recipe import Need, Recipe
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe
+
+if TYPE_CHECKING:
+    from packager.checkpoint import Checkpoint
+    from packager.target import Target
+
+TEXT, CONVERSATION, LEAST = 512, 4096, 1024  # tokens, where no context is asked for
 
 
 @dataclass(frozen=True)
 class Options:
-    context: int = field(
-        default=512,
-        metadata={"doc": "most tokens of a text, the longest that the engine takes (never more than the model was made "
-                  "for)", "min": 1},
+    context: int | None = field(
+        default=None,
+        metadata={"doc": "most tokens of a text or a conversation, the longest that the engine takes; none: 512 of an "
+                  "encoder, 4096 of a language model or what it was made for, and less (down to 1024) where that is "
+                  "too much for the GPU's memory", "min": 1},
     )
     slots: int = field(
         default=8, metadata={"doc": "texts computed together, the largest batch that the engine takes", "min": 1}
@@ -35,7 +42,39 @@ class Options:
     )
 
 
-KINDS = ByKind(Options, encoder="packager.tensorrt_encoder", decoder="packager.tensorrt_decoder")
+class Sized(ByKind[Options]):
+    """The kinds' modules, which are given a context wherever none was asked for."""
+
+    def why_not(self, checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+        return super().why_not(checkpoint, target, self.sized(checkpoint, target, options))
+
+    def estimate(self, checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
+        found = super().estimate(checkpoint, target, self.sized(checkpoint, target, options))
+        asked = min(CONVERSATION, checkpoint.shape.context)
+        if options.context is None and checkpoint.family.kind == "decoder" and found.context < asked:
+            note = f"A conversation holds {found.context} tokens: {asked} for {found.slots} slots need more memory."
+            return replace(found, notes=(*found.notes, note))
+        return found
+
+    def build(self, job: Job, options: Options) -> Artifact:
+        return super().build(job, self.sized(job.checkpoint, job.target, options))
+
+    def sized(self, checkpoint: Checkpoint, target: Target, options: Options) -> Options:
+        """With a context: for a language model the longest of a few that fits its weights and caches on the GPU."""
+        if options.context is not None:
+            return options
+        if checkpoint.family.kind != "decoder":
+            return replace(options, context=TEXT)
+        longest = min(CONVERSATION, checkpoint.shape.context)
+        lengths = [longest, *(n for n in (longest // 2, longest // 4) if n >= LEAST)]
+        for length in lengths:
+            found = super().estimate(checkpoint, target, replace(options, context=length))
+            if found.load_bytes + found.kv_bytes + found.overhead_bytes <= target.budget("tensorrt_engine"):
+                return replace(options, context=length)
+        return replace(options, context=lengths[-1])
+
+
+KINDS = Sized(Options, encoder="packager.tensorrt_encoder", decoder="packager.tensorrt_decoder")
 
 RECIPE = Recipe(
     name="tensorrt_engine",

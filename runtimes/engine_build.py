@@ -174,7 +174,7 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] 
     if plan.reference is None:
         return None
     say("comparing the engine's answers with the source's …")
-    words = [sys.executable, "-m", "runtimes.engine_tool", "--child-check", str(plan.path),
+    words = [sys.executable, "-m", "runtimes.engine_check", str(plan.path),
              str(number), str(engine)]  # fmt: skip
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), cwd=RUNTIME,
                           check=False)  # fmt: skip

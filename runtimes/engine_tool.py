@@ -20,19 +20,20 @@ from runtimes.engine_cache import Key
 from runtimes.manifest import ManifestError, Run, read_bundle
 from runtimes.tensorrt_device import ask, unfit
 from runtimes.tensorrt_open import home_of, prepare, say
-from runtimes.tensorrt_plan import Plan, file_sha256, read_plan
+from runtimes.tensorrt_plan import Plan, read_plan
 
+PAST = "past_key_values."  # a language model's caches, two a layer: no news beside the other shapes
 FINE, UNUSABLE, REFUSED, FAILED = 0, 3, 4, 9
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code."""
-    if list(argv[:1]) in (["--child-build"], ["--child-check"]):
-        return child(argv[0], Path(argv[1]), int(argv[2]), Path(argv[3]))
+    if list(argv[:1]) == ["--child-build"]:
+        return child(Path(argv[1]), int(argv[2]), Path(argv[3]))
     options = parser().parse_args(argv)
     try:
         run = read_bundle(options.bundle)
-        if run.engine != "tensorrt":
+        if run.engine not in ("tensorrt", "tensorrt_decoder"):
             raise ManifestError(f"This bundle's engine is {run.engine!r}, which needs no engine of its own.")
         plan = read_plan(run.model)
         document, code = WHAT[options.what](run, plan, options)
@@ -70,7 +71,7 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
     ready = prepare(plan, home_of(run), force=options.force and plan.compiled is None, device=device)
     # an engine that the bundle brings was compiled where no GPU could run it: this is the first one that does
     checked = check(plan, 0, ready.engine, say) if plan.compiled is not None else None
-    shapes = {name: list(shape.max) for name, shape in ready.profile.items()}
+    shapes = {name: list(shape.max) for name, shape in ready.profile.items() if not name.startswith(PAST)}
     return {"ok": True, "engine": ready.key, "file": str(ready.engine), "bytes": ready.engine.stat().st_size,
             "largest": shapes, "device": asdict(ready.device), "checked": checked}, FINE  # fmt: skip
 
@@ -81,6 +82,7 @@ def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, A
     document: dict[str, Any] = {
         "precision": plan.precision,
         "bundled": plan.compiled and plan.compiled.file.name,
+        "sha256": plan.compiled and plan.compiled.sha256,
         "allowed": list(plan.compiled.sm if plan.compiled else plan.sm),
         "folders": [str(folder) for folder in folders],
         "kept": sorted(str(path) for folder in folders for path in cache.entries(folder)),
@@ -109,72 +111,16 @@ def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
 WHAT = {"build": build, "show": show, "clear": clear}
 
 
-def child(what: str, path: Path, number: int, engine: Path) -> int:
-    """In a process of its own, because it may run out of memory or crash: build, or try, the engine of a profile."""
+def child(path: Path, number: int, engine: Path) -> int:
+    """In a process of its own, because it may run out of memory or crash: build the engine of a profile."""
     try:
-        plan = read_plan(path)
-        if what == "--child-build":
-            from runtimes.tensorrt_native import build as make
+        from runtimes.tensorrt_native import build as make
 
-            make(plan, number, engine)
-        else:
-            sys.stdout.write(json.dumps(tried(plan, number, engine)) + "\n")
+        make(read_plan(path), number, engine)
     except (EngineError, ManifestError) as error:
-        if what == "--child-check":
-            sys.stdout.write(json.dumps({"error": str(error)}) + "\n")
-            return FINE
         sys.stderr.write(f"[E] {error}\n")
         return FAILED
     return FINE
-
-
-def tried(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
-    """The least cosine between an engine's answers and the source's, on the plan's own texts. Raises EngineError."""
-    import numpy as np
-
-    from runtimes.encoding import Settings, Text, padded, rows
-    from runtimes.tensorrt_ import fitted
-    from runtimes.tensorrt_native import NativeSession
-
-    if plan.reference is None:
-        raise EngineError("The plan brings no texts to try an engine with.")
-    file, digest = plan.reference
-    try:
-        if file_sha256(file) != digest:
-            raise EngineError(f"{file.name}: expected the file that was bundled, found another; copy the bundle again.")
-        given = json.loads(file.read_text("utf-8"))
-        run = read_bundle(home_of_plan(plan))
-        settings, least = Settings.of(run), float(given["cosine_min"])
-        texts = [Text(tuple(ids), (0,) * len(ids)) for ids in given["ids"]]
-        pairs = list(zip(texts, given["outputs"], strict=True))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{file.name} cannot be used ({error}); copy the bundle again.") from None
-    profile = plan.profiles[number]
-    longest = next(iter(profile.values())).max[1]
-    session = NativeSession(plan, profile, engine, kernels=None, verbose=False)
-    found: list[float] = []
-    try:
-        for text, row in pairs:
-            if len(text.ids) > longest:  # a smaller profile than the first
-                continue
-            inputs = padded([text], settings)
-            states = session.run(fitted(inputs, profile, settings.pad_id))[plan.outputs[0].name]
-            cut = states[:1, : len(text.ids)] if states.ndim == 3 else states[:1]
-            (vector,) = rows(cut, inputs["attention_mask"], run.task, settings)
-            wanted = np.asarray(row, np.float32)
-            if vector.shape != wanted.shape or not np.isfinite(vector).all():
-                raise EngineError("The engine gives vectors of another size, or ones that are no numbers.")
-            found.append(float(vector @ wanted / (np.linalg.norm(vector) * np.linalg.norm(wanted) + 1e-12)))
-    finally:
-        session.close()
-    if not found:
-        raise EngineError("Every text that the plan brings is longer than the profile takes.")
-    return {"texts": len(found), "cosine_min": min(found), "least": least}
-
-
-def home_of_plan(plan: Plan) -> Path:
-    """The bundle's folder."""
-    return plan.path.parent.parent
 
 
 def _failed(sentence: str, code: int, as_json: bool) -> int:

@@ -62,7 +62,7 @@ def write_units(bundle: Path, work: Path, prefix: Path) -> None:
 
 def verbs(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """The programs in bin/ of a bundle."""
-    return (*VERBS, "engine") if manifest["run"].get("engine") == "tensorrt" else VERBS
+    return (*VERBS, "engine") if manifest["run"].get("engine") in ("tensorrt", "tensorrt_decoder") else VERBS
 
 
 def make_engine(home: Path, old: Path | None = None) -> tuple[int, str]:

@@ -58,9 +58,9 @@ RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
     "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "stream.py", "threads.py",
                      "torch_model.py", "transformers_.py"),
     "ort_encoder": (*RUNTIME_ENCODER, "ort_encoder.py", "ort_session.py"),
-    "tensorrt": (*RUNTIME_ENCODER, *RUNTIME_TENSORRT, "engine_tool.py", "tensorrt_.py"),
-    "tensorrt_decoder": (*RUNTIME_SERVER, *RUNTIME_TENSORRT, "detokenize.py", "guidance.py", "sampling.py", "slots.py",
-                         "stream.py", "tensorrt_decoder.py", "tensorrt_resident.py"),
+    "tensorrt": (*RUNTIME_ENCODER, *RUNTIME_TENSORRT, "engine_check.py", "engine_tool.py", "tensorrt_.py"),
+    "tensorrt_decoder": (*RUNTIME_SERVER, *RUNTIME_TENSORRT, "detokenize.py", "engine_tool.py", "guidance.py",
+                         "sampling.py", "slots.py", "stream.py", "tensorrt_decoder.py", "tensorrt_resident.py"),
     "vllm": (*RUNTIME_SERVER, "vllm_.py"),
     "edgellm": (*RUNTIME_SERVER, "edgellm_.py", "vllm_.py"),
 }

@@ -85,7 +85,7 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "GPU": _gpu(needs.gpu),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
         "CACHE": _service(bundle, needs) if run["engine"] in MAKERS else "",
-        "ENGINE": ENGINE if run["engine"] == "tensorrt" else "",
+        "ENGINE": ENGINE if run["engine"] in ("tensorrt", "tensorrt_decoder") else "",
         **_said(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
     }

@@ -1,21 +1,30 @@
 """Compiles an ONNX file with TensorRT-RTX, without a GPU and without a driver: ``tensorrt_compile.py JOB.json``.
 
-JOB.json: {"onnx", "profile": {input: {"min", "opt", "max"}}, "sm": ["7.5", …], "output"}. Writes the engine. The module
-tensorrt_rtx_bindings is on the module search path (packager/tensorrt.py). A process of its own: the library is large,
-and a library that fails to load must not take the build with it.
+JOB.json: {"onnx", "profile": {input: {"min", "opt", "max"}}, "sm": ["7.5", …], "output", "told"}. Writes the engine,
+and into "told" {"settled"}: whether it was compiled where the same file gives the same engine (settled_memory.py). The
+module tensorrt_rtx_bindings is on the module search path (packager/tensorrt.py). A process of its own: the library is
+large, and a library that fails to load must not take the build with it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from packager.children.settled_memory import call, one_thread
 
-def main(job: dict[str, Any]) -> int:
-    import tensorrt_rtx_bindings as tensorrt
 
+def load() -> Any:
+    import tensorrt_rtx_bindings
+
+    return tensorrt_rtx_bindings
+
+
+def compiled(tensorrt: Any, job: dict[str, Any]) -> Any:
+    """The engine, serialized; None where it is refused, with the reasons on standard output."""
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)
     builder = tensorrt.Builder(logger)
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -24,7 +33,7 @@ def main(job: dict[str, Any]) -> int:
         for number in range(parser.num_errors):
             error = parser.get_error(number)
             print(f"the parser refuses node {error.node_name() or error.node()}: {error.desc()}", flush=True)
-        return 1
+        return None
     config = builder.create_builder_config()
     config.num_compute_capabilities = len(job["sm"])
     for place, version in enumerate(job["sm"]):
@@ -34,11 +43,21 @@ def main(job: dict[str, Any]) -> int:
     for name, shape in job["profile"].items():
         profile.set_shape(name, shape["min"], shape["opt"], shape["max"])
     config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
+    with one_thread():
+        engine = builder.build_serialized_network(network, config)
     if engine is None:
         print("the compiler gave no engine; its reasons stand above", flush=True)
+    return engine
+
+
+def main(job: dict[str, Any]) -> int:
+    model = Path(job["onnx"])
+    os.chdir(model.parent)  # so that the compiler is given the same name wherever the store lies
+    engine, settled = call(load, lambda tensorrt: compiled(tensorrt, {**job, "onnx": model.name}))
+    if engine is None:
         return 1
     Path(job["output"]).write_bytes(engine)
+    Path(job["told"]).write_text(json.dumps({"settled": settled}) + "\n", encoding="utf-8")
     return 0
 
 

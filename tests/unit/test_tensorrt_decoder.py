@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from packager import tensorrt_decoder as decoder
-from packager.catalog import load_target
+from packager.catalog import load_recipe, load_target
+from packager.plan import make_plan as make_the_plan
+from packager.plan import parse_options
 from packager.tensorrt_plan import make_plan, trtexec
 from tests.unit.sketch import QWEN_1_5B, QWEN_7B, SMOLLM2, sketch
 
@@ -66,6 +68,34 @@ def test_eight_bits_take_half_and_keep_the_head_whole() -> None:
     whole, half = (decoder.estimate(model, T4, Options(precision=kind)) for kind in ("fp16", "int8"))
     head = 4 * QWEN_7B["vocab_size"] * QWEN_7B["hidden_size"]
     assert half.load_bytes == pytest.approx((whole.load_bytes - 1.09 * head) / 2 + 1.09 * head, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "settings", "context"),
+    [
+        (SMOLLM2, {}, (), 4096),
+        (SMOLLM2, {"max_position_embeddings": 2048}, (), 2048),
+        (QWEN_7B, {}, ("precision=int8",), 4096),
+        (QWEN_7B, {}, ("precision=int8", "slots=24"), 2048),  # 4096 for so many rows is more than a T4 has
+        (SMOLLM2, {}, ("context=512",), 512),
+    ],
+)
+def test_a_conversation_is_as_long_as_a_user_expects_and_the_gpu_holds(
+    config: dict[str, Any], changes: dict[str, Any], settings: tuple[str, ...], context: int
+) -> None:
+    """Where no context is asked for: 4096, or what the model was made for, or less, which the plan then says."""
+    recipe = load_recipe("tensorrt_engine")
+    plan = make_the_plan(sketch(config | changes), T4, recipe, parse_options(recipe, T4, settings))
+    assert not plan.refusals
+    assert plan.estimate.context == plan.options["context"] == context
+    short = context == 2048 and "max_position_embeddings" not in changes
+    assert any("need more memory" in note for note in plan.notes) == short
+
+
+def test_a_model_that_is_too_large_at_any_length_is_told_what_would_fit() -> None:
+    recipe = load_recipe("tensorrt_engine")
+    (refusal,) = make_the_plan(sketch(QWEN_7B), T4, recipe, parse_options(recipe, T4, ())).refusals
+    assert refusal.endswith("--set precision=int8 would fit.")
 
 
 def test_the_profile_goes_from_one_row_to_all_and_caches_keep_their_length() -> None:

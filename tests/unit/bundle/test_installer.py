@@ -41,9 +41,10 @@ def test_every_mark_in_every_template_is_filled() -> None:
             assert not {mark for mark in ("@BUNDLE@", "@MODEL@", "@PYTHON_MIN@", "@RAM@", "@SLOTS@") if mark in text}
 
 
-def test_a_tensorrt_bundle_says_where_its_engine_is_kept() -> None:
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt_decoder"])
+def test_a_tensorrt_bundle_says_where_its_engine_is_kept(engine: str) -> None:
     """The service gets a folder of its own for it, on a Jetson the GPU's group too; other bundles say nothing of it."""
-    run = {**RUN, "engine": "tensorrt"}
+    run = {**RUN, "engine": engine}
     for machine, group in (("x86_64", False), ("aarch64", True)):
         found = box_files("b-x", "m", "t", needs(machine=machine), run)
         lines = found["packager.service"].splitlines()

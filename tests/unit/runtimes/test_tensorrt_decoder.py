@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ import pytest
 from runtimes.engine import EngineError
 from runtimes.tensorrt_decoder import Model, rounded
 from runtimes.tensorrt_plan import Shapes
+from tests.unit.runtimes.gpu_bundle import environment, make_bundle, write_plan
 
 PROFILE = {
     "input_ids": Shapes((1, 1), (2, 1), (2, 128)),
@@ -81,3 +87,33 @@ def test_more_than_the_engine_takes_is_an_error(
 
 def test_device_memory_is_the_engines(model: Model) -> None:
     assert model.memory() == 5
+
+
+def test_the_engine_tool_says_what_a_bundle_brings_and_whether_it_fits_this_gpu(tmp_path: Path) -> None:
+    """show: digest and GPU; build: the engine is the one of the plan; another GPU is refused in a sentence."""
+    bundle = make_bundle(tmp_path / "bundle", run={"engine": "tensorrt_decoder", "task": "generate"})
+    data = b"an engine"
+    (bundle / "model" / "engine.rtx").write_bytes(data)
+    compiled = {"file": "engine.rtx", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "sm": ["7.5"],
+                "library": "tensorrt-rtx", "version": "1.7.1"}  # fmt: skip
+    inputs = [{"name": "input_ids", "dtype": "int64"}, {"name": "past_key_values.0.key", "dtype": "float16"}]
+    one = {"input_ids": {"min": [1, 1], "opt": [2, 1], "max": [2, 64]},
+           "past_key_values.0.key": {"min": [1, 1, 64, 8], "opt": [2, 1, 64, 8], "max": [2, 1, 64, 8]}}  # fmt: skip
+    write_plan(bundle, engine=compiled, allowed={"sm": ["7.5"]}, inputs=inputs, profiles=[one])
+
+    def tool(what: str, sm: str) -> tuple[int, dict[str, Any]]:
+        env = environment(tmp_path, device={"name": "Tesla T4", "sm": sm, "tensorrt": "1.7.1.116"})
+        command = [sys.executable, "-m", "runtimes", "engine", "--bundle", bundle, what, "--json"]
+        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+        return done.returncode, json.loads(done.stdout)
+
+    code, found = tool("show", "7.5")
+    assert (code, found["ok"], found["sha256"]) == (0, True, compiled["sha256"])
+    code, found = tool("build", "7.5")
+    assert (code, found["largest"], found["checked"]) == (0, {"input_ids": [2, 64]}, None)
+    code, found = tool("show", "8.6")
+    assert (code, found["ok"]) == (4, False)
+    assert found["error"].startswith("GPU: expected compute capability 7.5, found Tesla T4 with 8.6;")
+    (bundle / "model" / "engine.rtx").write_bytes(b"an other!")
+    code, found = tool("build", "7.5")
+    assert code == 9 and "expected the engine that was bundled" in found["error"]

@@ -1,0 +1,77 @@
+"""Tries an encoder's engine on the texts that its bundle brings: ``engine_check PLAN PROFILE ENGINE``.
+
+A process of its own, because an engine may crash the one that runs it. Standard output: one JSON document, what
+``tried`` gives or {"error": sentence}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.encoding import Settings, Text, padded, rows
+from runtimes.engine import EngineError
+from runtimes.manifest import ManifestError, read_bundle
+from runtimes.tensorrt_ import fitted
+from runtimes.tensorrt_native import NativeSession
+from runtimes.tensorrt_plan import Plan, file_sha256, read_plan
+
+
+def main(path: Path, number: int, engine: Path) -> None:
+    """Print what became of the engine of a plan's profile."""
+    try:
+        found = tried(read_plan(path), number, engine)
+    except (EngineError, ManifestError) as error:
+        found = {"error": str(error)}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def tried(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
+    """The least cosine between an engine's answers and the source's, on the plan's own texts. Raises EngineError."""
+    if plan.reference is None:
+        raise EngineError("The plan brings no texts to try an engine with.")
+    file, digest = plan.reference
+    try:
+        if file_sha256(file) != digest:
+            raise EngineError(f"{file.name}: expected the file that was bundled, found another; copy the bundle again.")
+        given = json.loads(file.read_text("utf-8"))
+        run = read_bundle(home_of_plan(plan))
+        settings, least = Settings.of(run), float(given["cosine_min"])
+        texts = [Text(tuple(ids), (0,) * len(ids)) for ids in given["ids"]]
+        pairs = list(zip(texts, given["outputs"], strict=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{file.name} cannot be used ({error}); copy the bundle again.") from None
+    profile = plan.profiles[number]
+    longest = next(iter(profile.values())).max[1]
+    session = NativeSession(plan, profile, engine, kernels=None, verbose=False)
+    found: list[float] = []
+    try:
+        for text, row in pairs:
+            if len(text.ids) > longest:  # a smaller profile than the first
+                continue
+            inputs = padded([text], settings)
+            states = session.run(fitted(inputs, profile, settings.pad_id))[plan.outputs[0].name]
+            cut = states[:1, : len(text.ids)] if states.ndim == 3 else states[:1]
+            (vector,) = rows(cut, inputs["attention_mask"], run.task, settings)
+            wanted = np.asarray(row, np.float32)
+            if vector.shape != wanted.shape or not np.isfinite(vector).all():
+                raise EngineError("The engine gives vectors of another size, or ones that are no numbers.")
+            found.append(float(vector @ wanted / (np.linalg.norm(vector) * np.linalg.norm(wanted) + 1e-12)))
+    finally:
+        session.close()
+    if not found:
+        raise EngineError("Every text that the plan brings is longer than the profile takes.")
+    return {"texts": len(found), "cosine_min": min(found), "least": least}
+
+
+def home_of_plan(plan: Plan) -> Path:
+    """The bundle's folder."""
+    return plan.path.parent.parent
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
