@@ -40,6 +40,24 @@ def write_tokenizer(folder: Path) -> Path:
     return path
 
 
+def write_bundle(folder: Path, **manifest: Any) -> Path:
+    """A bundle of safetensors, whose server is not ours, as far as starting it reads it. manifest: its keys; the files
+    are added to its ``run``.
+    """
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "model.safetensors").touch()
+    write_tokenizer(folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    files = {
+        "model": "model/model.safetensors",
+        "tokenizer": "model/tokenizer.json",
+        "chat_template": "model/chat_template.jinja",
+    }
+    plain = {"schema_version": 1, "name": "tiny", **manifest, "run": {**files, **manifest["run"]}}
+    (folder / "manifest.json").write_text(json.dumps(plain), encoding="utf-8")
+    return folder
+
+
 def make_run(folder: Path, **changes: Any) -> Run:
     template = folder / "chat_template.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
@@ -156,7 +174,13 @@ class Client:
 @contextlib.contextmanager
 def serving(run: Run, engine: Scripted, *, max_body: int = 1 << 20, log_json: bool = False) -> Iterator[Client]:
     """The real application under the real uvicorn, on a free port."""
-    app = make_app(Service(run, Prompts(run), engine), max_body=max_body, log_json=log_json)
+    with listening(make_app(Service(run, Prompts(run), engine), max_body=max_body, log_json=log_json)) as port:
+        yield Client(port, engine)
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[int]:
+    """The port of an application under uvicorn, as runtimes/server.py starts it."""
     config = uvicorn.Config(app, http=Http, loop="asyncio", log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -166,7 +190,7 @@ def serving(run: Run, engine: Scripted, *, max_body: int = 1 << 20, log_json: bo
             deadline = time.monotonic() + 10
             while not server.started and time.monotonic() < deadline:
                 time.sleep(0.01)
-            yield Client(listener.getsockname()[1], engine)
+            yield listener.getsockname()[1]
         finally:
             server.should_exit = True
             thread.join(20)

@@ -18,24 +18,14 @@ import pytest
 from runtimes.edgellm_ import cache_folder, command, environment, find_tensorrt, link_tensorrt
 from runtimes.manifest import ManifestError, read_bundle
 from tests.conftest import ROOT
-from tests.unit.runtimes.serving import TEMPLATE, write_tokenizer
+from tests.unit.runtimes.serving import write_bundle
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "a bundle"
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "model.safetensors").touch()
-    write_tokenizer(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    run = {
-        "engine": "edgellm", "model": "model/model.safetensors", "tokenizer": "model/tokenizer.json",
-        "chat_template": "model/chat_template.jinja", "context": 2048, "slots": 1,
-        "settings": {"edgellm": "0.11.0", "reasoning": "deepseek_r1"},
-    }  # fmt: skip
-    manifest = {"schema_version": 1, "name": "tiny", "run": run, "needs": {"gpu": None}}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
+    settings = {"edgellm": "0.11.0", "reasoning": "deepseek_r1"}
+    run = {"engine": "edgellm", "context": 2048, "slots": 1, "settings": settings}
+    return write_bundle(tmp_path / "a bundle", run=run, needs={"gpu": None})
 
 
 @pytest.fixture

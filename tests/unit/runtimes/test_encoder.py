@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 
 from runtimes.batches import Batches
 from runtimes.encoder_app import EncoderService, make_app
 from runtimes.encoding import Reader, Settings, Text, labelled, padded, pooled
 from runtimes.engine import EngineError, RequestRefused
 from runtimes.metrics import EncoderMetrics
-from runtimes.protocol import Http
-from tests.unit.runtimes.serving import Client, make_run
+from tests.unit.runtimes.serving import Client, listening, make_run
 
 EMBED = {"pooling": "mean", "normalize": True, "token_types": True, "pad_id": 0, "lower_case": False, "prompt": ""}
 CLASSIFY = {"labels": ["bad", "good"], "scores": "softmax", "token_types": False, "pad_id": 0}
@@ -61,20 +57,8 @@ class Scripted:
 def serving(folder: Path, task: str, settings: dict[str, Any]) -> Iterator[tuple[Client, Scripted]]:
     run = make_run(folder, chat_template=None, context=16, settings=settings, task=task)
     engine = Scripted(run, task)
-    app = make_app(EncoderService(run, engine), max_body=1 << 20, log_json=False)
-    config = uvicorn.Config(app, http=Http, loop="asyncio", log_config=None, access_log=False, lifespan="on")
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            end = time.monotonic() + 10
-            while not server.started and time.monotonic() < end:
-                time.sleep(0.01)
-            yield Client(listener.getsockname()[1], engine), engine  # type: ignore[arg-type]
-        finally:
-            server.should_exit = True
-            thread.join(20)
+    with listening(make_app(EncoderService(run, engine), max_body=1 << 20, log_json=False)) as port:
+        yield Client(port, engine), engine  # type: ignore[arg-type]
     assert engine.closed
 
 

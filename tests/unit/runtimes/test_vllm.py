@@ -20,7 +20,7 @@ from runtimes.check import compare
 from runtimes.manifest import ManifestError, read_bundle
 from runtimes.vllm_ import command, free_port
 from tests.conftest import ROOT
-from tests.unit.runtimes.serving import TEMPLATE, write_tokenizer
+from tests.unit.runtimes.serving import write_bundle
 
 SETTINGS = {
     "quantization": "gptq", "dtype": "half", "tensor_parallel": 1, "ray": False, "enforce_eager": False,
@@ -32,22 +32,14 @@ T4 = {"name": "Tesla T4", "capability": "7.5", "bytes": 15360 << 20}
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "a bundle"
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "model.safetensors").touch()
-    write_tokenizer(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    run = {
-        "engine": "vllm", "model": "model/model.safetensors", "tokenizer": "model/tokenizer.json",
-        "chat_template": "model/chat_template.jinja", "context": 2048, "slots": 6, "settings": SETTINGS,
-    }  # fmt: skip
-    write(folder, run=run, needs={"gpu": NEEDS})
-    return folder
+    run = {"engine": "vllm", "context": 2048, "slots": 6, "settings": SETTINGS}
+    return write_bundle(tmp_path / "a bundle", run=run, needs={"gpu": NEEDS})
 
 
 def write(folder: Path, **changes: Any) -> None:
+    """Change keys of the manifest."""
     file = folder / "manifest.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"schema_version": 1, "name": "tiny"}
+    before = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**before, **changes}), encoding="utf-8")
 
 
