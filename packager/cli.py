@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from packager import __version__
 from packager.console import Console, settle_streams
 from packager.errors import MachineError, PackagerError, UsageError
+from packager.flags import common, limited, requested, sourced
+
+if TYPE_CHECKING:
+    from packager.build import Request
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -58,56 +61,6 @@ def _usage(error: click.ClickException) -> UsageError:
     )
 
 
-def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--json and --quiet for every verb; the command gets a Console."""
-
-    @click.option("--json", "json_mode", is_flag=True, help="One JSON document on stdout; progress stays on stderr.")
-    @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-    @functools.wraps(command)
-    def wrapper(*args: Any, json_mode: bool, quiet: bool, **kwargs: Any) -> Any:
-        return command(*args, console=Console(json_mode=json_mode, quiet=quiet), **kwargs)
-
-    return wrapper
-
-
-def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where the model comes from."""
-    for option in (
-        click.option("--name", help="Name of the model in the bundle; default: the folder's or hub's name."),
-        click.option("--revision", help="Branch, tag or commit of a hub id; the commit is pinned in the manifest."),
-        click.option(
-            "--adapter", type=click.Path(path_type=Path), help="A LoRA adapter folder (peft), merged into the base."
-        ),
-        click.argument("checkpoint"),
-    ):
-        command = option(command)
-    return command
-
-
-def recipe_options(*, target_required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What is to be built."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in (
-            click.option(
-                "--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the recipe; may be repeated."
-            ),
-            click.option("--recipe", help="Recipe name or a .py file; default: the target's."),
-            click.option(
-                "--target", required=target_required, help="Target name or a .toml file; see `packager targets`."
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-calibration_option = click.option(
-    "--calibration", type=click.Path(path_type=Path), help="Text, or the fine-tuning pairs (alpaca or messages JSON)."
-)
-
-
 @click.group(
     context_settings=CONTEXT, epilog="Start: packager targets; packager plan ./my-model --target desktop_linux_x86_64"
 )
@@ -117,7 +70,7 @@ def cli() -> None:
 
 
 @cli.command(epilog="Example: packager inspect ./my-model --adapter ./my-lora", short_help="What a checkpoint is.")
-@source_options
+@sourced
 @common
 def inspect(checkpoint: str, adapter: Path | None, revision: str | None, name: str | None, console: Console) -> None:
     """Show what a checkpoint is, whether its parts agree, and on which targets it fits.
@@ -195,28 +148,15 @@ def templates_show(name: str, console: Console) -> None:
     epilog="Example: packager plan ./my-model --target jetson_orin_nano_8gb --set quant=Q4_K_M",
     short_help="What a build would make, need and yield.",
 )
-@source_options
-@recipe_options()
-@calibration_option
+@requested
 @common
-def plan(
-    checkpoint: str,
-    adapter: Path | None,
-    revision: str | None,
-    name: str | None,
-    target: str,
-    recipe: str | None,
-    sets: tuple[str, ...],
-    calibration: Path | None,
-    console: Console,
-) -> None:
+def plan(request: Request, console: Console) -> None:
     """Show size, memory and speed of what a build would make, and why it would not fit. Builds nothing.
 
     Exits with 4 when the plan refuses."""
     from packager import views
-    from packager.build import Request
 
-    views.plan(console, Request(checkpoint, target, recipe, adapter, revision, name, sets, calibration))
+    views.plan(console, request)
 
 
 @cli.command(
@@ -224,9 +164,7 @@ def plan(
     "--set quant=Q4_K_M --calibration pairs.json -o out",
     short_help="Build a bundle.",
 )
-@source_options
-@recipe_options()
-@calibration_option
+@requested
 @click.option(
     "--template",
     help="What the model was fine-tuned with: a LLaMA-Factory template name, the run's .yaml, or a Jinja file.",
@@ -235,45 +173,18 @@ def plan(
     "--trust-calibration", is_flag=True, help="Use the calibration file even if the model does not know its text."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn by chance.")
-@click.option("--max-kl", type=click.FloatRange(0), help="Most mean KL divergence from the source, in nats.")
-@click.option("--min-top1", type=click.FloatRange(0, 1), help="Least share of positions with the source's best token.")
-@click.option(
-    "--min-behaviour",
-    type=click.FloatRange(0, 1),
-    help="Least share of the fine-tuning pairs (--calibration) still answered word for word.",
-)
-@click.option("--min-cosine", type=click.FloatRange(-1, 1), help="Embedders: least mean cosine to the source.")
-@click.option("--min-rank", type=click.FloatRange(-1, 1), help="Embedders: least rank correlation of similarities.")
-@click.option("--min-agreement", type=click.FloatRange(0, 1), help="Classifiers: least share with the source's label.")
-@click.option(
-    "--max-accuracy-loss",
-    type=click.FloatRange(0, 1),
-    help="Classifiers: most accuracy that may be lost on the labelled texts of --calibration.",
-)
+@limited
 @click.option("--no-verify", is_flag=True, help="Do not run the artifact against its source. The manifest says so.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for OUT/<model>-<target>-<recipe>/."
 )
 @common
 def build(
-    checkpoint: str,
-    adapter: Path | None,
-    revision: str | None,
-    name: str | None,
-    target: str,
-    recipe: str | None,
-    sets: tuple[str, ...],
-    calibration: Path | None,
+    request: Request,
     template: str | None,
     trust_calibration: bool,
     seed: int,
-    max_kl: float | None,
-    min_top1: float | None,
-    min_behaviour: float | None,
-    min_cosine: float | None,
-    min_rank: float | None,
-    min_agreement: float | None,
-    max_accuracy_loss: float | None,
+    limits: dict[str, float],
     no_verify: bool,
     out: Path,
     console: Console,
@@ -283,34 +194,16 @@ def build(
     Exits with 4 when the plan refuses, with 6 when the artifact is too far from its checkpoint; `packager recipes show`
     prints the recipe's thresholds."""
     from packager import views
-    from packager.build import Request
 
-    given = {
-        "max_kl": max_kl,
-        "min_top1": min_top1,
-        "min_behaviour": min_behaviour,
-        "min_cosine": min_cosine,
-        "min_rank": min_rank,
-        "min_agreement": min_agreement,
-        "max_accuracy_loss": max_accuracy_loss,
-    }
-    limits = {key: value for key, value in given.items() if value is not None}
-    request = Request(
-        checkpoint,
-        target,
-        recipe,
-        adapter,
-        revision,
-        name,
-        sets,
-        calibration,
-        seed,
-        not no_verify,
-        limits,
-        template,
-        trust_calibration,
+    full = dataclasses.replace(
+        request,
+        seed=seed,
+        verify=not no_verify,
+        limits=limits,
+        template=template,
+        trust_calibration=trust_calibration,
     )
-    views.build(console, request, out)
+    views.build(console, full, out)
 
 
 @cli.command(epilog="Example: packager verify out/my-model-desktop_linux_x86_64-gguf", short_help="Check a bundle.")

@@ -27,11 +27,12 @@ OWNERS = {
     "torch": {"packager/state_dict.py"},
     "transformers": set[str](),
     "rich": {"packager/console.py"},
-    "click": {"packager/cli.py"},
+    "click": {"packager/cli.py", "packager/flags.py"},
 }
 LIGHT = {
     "packager/cli.py",
     "packager/views.py",
+    "packager/flags.py",
     "packager/errors.py",
     "packager/console.py",
     "packager/progress.py",
