@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum
 from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from runtimes.api import AnswerResponse, ChatRequest, CompletionRequest, PredictRequest, PredictResponse
 from runtimes.chat import Prompts, TemplateRefused
 from runtimes.engine import Engine, Piece, RequestRefused, Sampling
-from runtimes.face import make_face, require_model
+from runtimes.face import BaseService, make_face, require_model
 from runtimes.generation import Streamed, Whole
 from runtimes.manifest import Run
 from runtimes.metrics import Metrics
@@ -23,42 +21,18 @@ from runtimes.pump import Pump
 from runtimes.replies import Reply, error_body
 
 
-class Service:
-    """The model behind the routes. The engine is loaded and has answered a token when it comes here."""
+class Service(BaseService[Pump]):
+    """A language model behind the routes."""
+
+    engine: Engine
+    metrics: Metrics
 
     def __init__(self, run: Run, prompts: Prompts, engine: Engine) -> None:
-        self.run, self.prompts, self.engine = run, prompts, engine
-        self.pump: Pump | None = None
-        self.metrics = Metrics(engine.memory)
+        super().__init__(run, engine, Metrics(engine.memory))
+        self.prompts = prompts
 
-    def start(self) -> None:
-        """Begin to take requests; called on the event loop."""
-        self.pump = Pump(self.engine, self.metrics)
-        self.metrics.ready.set(1)
-
-    def cancel_all(self) -> None:
-        """End every running answer; called on the event loop."""
-        if self.pump is not None:
-            self.pump.cancel_all()
-
-    async def stop(self) -> None:
-        """Cancel what still runs and free the model."""
-        pump, self.pump = self.pump, None
-        if pump is not None:
-            await asyncio.to_thread(pump.close)
-        await asyncio.to_thread(self.engine.close)
-
-    def working(self) -> Pump:
-        """The pump, or a 503 while the server stops."""
-        if self.pump is None:
-            raise HTTPException(503, "The server is stopping.")
-        return self.pump
-
-    @property
-    def details(self) -> Mapping[str, str]:
-        """What /health tells of the engine: nothing of one that runs anywhere."""
-        found: Mapping[str, str] = getattr(self.engine, "details", {})
-        return found
+    def begin(self) -> Pump:
+        return Pump(self.engine, self.metrics)
 
     @property
     def card(self) -> dict[str, Any]:
@@ -67,11 +41,6 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         require_model(self.run, name)
-
-    @property
-    def serving(self) -> bool:
-        """Whether requests are taken."""
-        return self.pump is not None
 
     def user_turn(self, text: str) -> list[int]:
         """One user message as the model should see it: through the chat template where there is one."""

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from runtimes.batches import Batches
 from runtimes.encoding import Encoder, Text, labelled
 from runtimes.engine import Busy, EngineError, RequestRefused
-from runtimes.face import make_face, refused, require_model, while_connected
+from runtimes.face import BaseService, make_face, refused, require_model, while_connected
 from runtimes.manifest import Run
 from runtimes.metrics import EncoderMetrics
 
@@ -83,14 +82,18 @@ class PredictResponse(BaseModel):
     result: str
 
 
-class EncoderService:
-    """The model behind the routes."""
+class EncoderService(BaseService[Batches]):
+    """An embedder or classifier behind the routes."""
+
+    engine: Encoder
+    metrics: EncoderMetrics
 
     def __init__(self, run: Run, engine: Encoder) -> None:
-        self.run, self.engine = run, engine
-        self.batches: Batches | None = None
-        self.metrics = EncoderMetrics(engine.memory, getattr(engine, "device_memory", None))
+        super().__init__(run, engine, EncoderMetrics(engine.memory, getattr(engine, "device_memory", None)))
         self.size = len(engine.compute([engine.reader.read("a")])[0])
+
+    def begin(self) -> Batches:
+        return Batches(self.engine, self.metrics)
 
     @property
     def card(self) -> dict[str, Any]:
@@ -108,39 +111,6 @@ class EncoderService:
             "normalized": settings.normalize,
             "prompt": settings.prompt,
         }
-
-    @property
-    def details(self) -> Mapping[str, str]:
-        """What /health tells of the engine."""
-        return self.engine.details
-
-    @property
-    def serving(self) -> bool:
-        """Whether requests are taken."""
-        return self.batches is not None
-
-    def start(self) -> None:
-        """Begin to take requests; called on the event loop."""
-        self.batches = Batches(self.engine, self.metrics)
-        self.metrics.ready.set(1)
-
-    def cancel_all(self) -> None:
-        """Give up what waits; called on the event loop."""
-        if self.batches is not None:
-            self.batches.cancel_all()
-
-    async def stop(self) -> None:
-        """Cancel what waits and free the model."""
-        batches, self.batches = self.batches, None
-        if batches is not None:
-            await asyncio.to_thread(batches.close)
-        await asyncio.to_thread(self.engine.close)
-
-    def working(self) -> Batches:
-        """The queue, or a 503 while the server stops."""
-        if self.batches is None:
-            raise HTTPException(503, "The server is stopping.")
-        return self.batches
 
 
 class Computed(Response):

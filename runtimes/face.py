@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from enum import Enum
 from importlib import resources
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +26,7 @@ from runtimes.outer import Outer
 from runtimes.replies import error_body
 
 T = TypeVar("T")
+AnyWork = TypeVar("AnyWork", bound="Work")
 log = logging.getLogger("runtimes")
 _ASSETS = {
     "swagger-ui-bundle.js": "text/javascript",
@@ -42,43 +44,73 @@ class Health(BaseModel):
     engine: dict[str, str] | None = None  # of engines that are made for a device: which one this is
 
 
-class Service(Protocol):
+class Work(Protocol):
+    """What answers requests while the server runs: a language model's pump, an encoder's batches."""
+
+    def cancel_all(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Loaded(Protocol):
+    """An engine, as far as its end goes. One that is made for a device has ``details`` too."""
+
+    def close(self) -> None: ...
+
+
+class BaseService(ABC, Generic[AnyWork]):
     """The model behind the routes; it is loaded and has answered when it comes here."""
 
-    run: Run
+    def __init__(self, run: Run, engine: Loaded, metrics: BaseMetrics) -> None:
+        self.run, self.engine, self.metrics = run, engine, metrics
+        self._work: AnyWork | None = None
+
+    @abstractmethod
+    def begin(self) -> AnyWork:
+        """What will answer; called on the event loop."""
 
     @property
-    def metrics(self) -> BaseMetrics: ...
+    @abstractmethod
+    def card(self) -> dict[str, Any]:
+        """What /v1/models tells beside the name."""
+
+    @property
+    def details(self) -> Mapping[str, str]:
+        """What /health tells of the engine: nothing of one that runs anywhere."""
+        found: Mapping[str, str] = getattr(self.engine, "details", {})
+        return found
 
     @property
     def serving(self) -> bool:
         """Whether requests are taken."""
-        ...
-
-    @property
-    def card(self) -> dict[str, Any]:
-        """What /v1/models tells beside the name."""
-        ...
-
-    @property
-    def details(self) -> Mapping[str, str]:
-        """What /health tells of the engine; empty for nothing."""
-        ...
+        return self._work is not None
 
     def start(self) -> None:
         """Begin to take requests; called on the event loop."""
-        ...
+        self._work = self.begin()
+        self.metrics.ready.set(1)
+
+    def working(self) -> AnyWork:
+        """What answers, or a 503 while the server stops."""
+        if self._work is None:
+            raise HTTPException(503, "The server is stopping.")
+        return self._work
 
     def cancel_all(self) -> None:
         """End everything that runs; called on the event loop."""
-        ...
+        if self._work is not None:
+            self._work.cancel_all()
 
     async def stop(self) -> None:
         """Cancel what still runs and free the model."""
-        ...
+        work, self._work = self._work, None
+        if work is not None:
+            await asyncio.to_thread(work.close)
+        await asyncio.to_thread(self.engine.close)
 
 
-def make_face(service: Service, add_routes: Callable[[FastAPI], None], *, max_body: int, log_json: bool) -> Any:
+def make_face(
+    service: BaseService[Any], add_routes: Callable[[FastAPI], None], *, max_body: int, log_json: bool
+) -> Any:
     """The ASGI application. add_routes: adds what this kind of model answers. max_body: bytes; more gets a 413."""
 
     @asynccontextmanager
@@ -139,7 +171,7 @@ def refused(error: Exception) -> JSONResponse:
     return JSONResponse(error_body(str(error), "server_error", code="engine_failed"), 500)
 
 
-def _add_status(app: FastAPI, service: Service) -> None:
+def _add_status(app: FastAPI, service: BaseService[Any]) -> None:
     tags: list[str | Enum] = ["status"]
 
     @app.get("/v1/models", tags=tags, summary="The one model served here")

@@ -20,11 +20,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 from collections import OrderedDict
@@ -35,14 +33,13 @@ from typing import Any
 from runtimes.engine import (
     Emit,
     EngineError,
-    Logprob,
     Piece,
     RequestRefused,
     Sampling,
-    StopScanner,
     check_length,
     iterate,
 )
+from runtimes.llamacpp_replies import Streamed, captured, log_reason, logprobs, refusal
 from runtimes.logits import open_scorer as open_scorer
 from runtimes.manifest import Run
 from runtimes.memory import resident_bytes as resident_bytes
@@ -143,7 +140,7 @@ class LlamaCpp:
         if sampling.exact_ids:
             self._whole(request, sampling, emit)
             return
-        state = _Stream(sampling, self._stop_ids, emit)
+        state = Streamed(sampling, self._stop_ids, emit)
         request["stream"] = True
         self._call(request, state.take)
         if state.error is not None:
@@ -192,7 +189,7 @@ class LlamaCpp:
         self._call(request, take)
         answer = answers[-1]
         if "error" in answer:
-            raise _refusal(answer["error"])
+            raise refusal(answer["error"])
         choice, usage, extra = answer["choices"][0], answer["usage"], answer["__verbose"]
         text, ids, finish = choice["text"], tuple(extra["tokens"]), choice["finish_reason"]
         met = next((at for at, token in enumerate(ids) if token in self._stop_ids), None)
@@ -208,7 +205,7 @@ class LlamaCpp:
                 text=text.rstrip("\ufffd") if finish == "length" else text,
                 ids=(*ids, *end),
                 tokens=usage["completion_tokens"] + len(end),
-                logprobs=_logprobs(choice, sampling),
+                logprobs=logprobs(choice, sampling),
                 finish="stop" if end or met is not None else finish,
                 prompt_tokens=usage["prompt_tokens"],
                 cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
@@ -261,7 +258,7 @@ class LlamaCpp:
         self._call(request, lambda data: answers.append(json.loads(data)))
         answer = answers[-1]
         if "error" in answer:
-            raise _refusal(answer["error"])
+            raise refusal(answer["error"])
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         rows = [choice["logprobs"]["content"][0]["top_logprobs"] if choice["logprobs"] else [] for choice in choices]
         return [{entry["id"]: entry["logprob"] for entry in row} for row in rows]
@@ -289,98 +286,6 @@ class LlamaCpp:
         """Stop llama.cpp's threads and free the model. Running generations must have ended."""
         self._server = None
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _Stream:
-    """Turns llama.cpp's chunks into pieces: finds stop strings and end tokens, remembers what the last piece needs."""
-
-    def __init__(self, sampling: Sampling, stop_ids: frozenset[int], emit: Emit) -> None:
-        self.sampling, self.stop_ids, self.emit = sampling, stop_ids, emit
-        self.stops = StopScanner(sampling.stop)
-        self.prompt_tokens = self.cached = self.tokens = 0
-        self.error: EngineError | None = None
-
-    def take(self, data: bytes) -> bool:
-        chunk = json.loads(data)
-        if "error" in chunk:
-            self.error = _refusal(chunk["error"])
-            return True
-        progress = chunk.get("prompt_progress")
-        if progress is not None:
-            self.prompt_tokens, self.cached = progress["total"], progress["cache"]
-            return self.emit(Piece(""))
-        choice = chunk["choices"][0]
-        if choice["finish_reason"] is not None:
-            usage = chunk["usage"]
-            return self._finish(choice["text"], choice["finish_reason"], usage["completion_tokens"])
-        extra = chunk["__verbose"]
-        ids = tuple(extra["tokens"])
-        self.tokens = extra["tokens_predicted"]
-        ended = bool(ids) and ids[-1] in self.stop_ids
-        text, stopped = self.stops.feed(choice["text"])
-        logprobs = () if choice["logprobs"] is None or ended else _logprobs(choice, self.sampling)
-        if ended or stopped:
-            self.emit(Piece(text, ids, self.tokens, logprobs))
-            self._finish("", "stop", self.tokens, drop_held=stopped)
-            return True
-        return self.emit(Piece(text, ids, self.tokens, logprobs))
-
-    def _finish(self, text: str, reason: str, tokens: int, drop_held: bool = False) -> bool:
-        text, _ = self.stops.feed(text)
-        if not drop_held:
-            text += self.stops.rest()
-        self.emit(
-            Piece(text, (), tokens, (), reason, prompt_tokens=self.prompt_tokens, cached_tokens=self.cached)
-        )
-        return True
-
-
-def _logprobs(choice: Mapping[str, Any], sampling: Sampling) -> tuple[Logprob, ...]:
-    if sampling.logprobs is None or choice["logprobs"] is None:
-        return ()
-
-    def entry(raw: Mapping[str, Any], top: tuple[Logprob, ...] = ()) -> Logprob:
-        return Logprob(raw["id"], raw["token"], tuple(raw["bytes"]), raw["logprob"], top)
-
-    return tuple(
-        entry(raw, tuple(entry(other) for other in raw["top_logprobs"][: sampling.logprobs]))
-        for raw in choice["logprobs"]["content"]
-    )
-
-
-def _refusal(error: Mapping[str, Any]) -> EngineError:
-    message = str(error.get("message", error))
-    if error.get("type") == "exceed_context_size_error":
-        return RequestRefused(message, code="context_length_exceeded")
-    if error.get("code") == 400:
-        return RequestRefused(message)
-    return EngineError(f"llama.cpp failed: {message}")
-
-
-@contextlib.contextmanager
-def captured(wanted: bool) -> Iterator[list[str]]:
-    """Collect what the C++ side writes to standard error, past Python, while the model loads."""
-    said: list[str] = []
-    if not wanted:
-        yield said
-        return
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            sink.seek(0)
-            said += sink.read().decode(errors="replace").splitlines()
-
-
-def log_reason(said: Sequence[str]) -> str:
-    """The first error in llama.cpp's log: "0.00.169.057 E llama_model_load: error loading model: …"."""
-    errors = [line.partition(" E ")[2] for line in said if " E " in line]
-    return errors[0].partition(": ")[2].strip() if errors else ""
 
 
 def load(run: Run, *, verbose: bool) -> LlamaCpp:

@@ -50,7 +50,7 @@ RUNTIME_TENSORRT = ("engine_build.py", "engine_cache.py", "ort_session.py", "ten
                     "tensorrt_native.py", "tensorrt_open.py", "tensorrt_ort.py", "tensorrt_plan.py",
                     "tensorrt_probe.py")
 RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
-    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "logits.py", "pages.py", "threads.py"),
+    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "llamacpp_replies.py", "logits.py", "pages.py", "threads.py"),
     "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "ort_session.py", "sampling.py",
             "slots.py", "stream.py"),
     "ort_cuda": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort_cuda.py", "ort_model.py", "ort_session.py",
