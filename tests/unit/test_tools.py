@@ -236,6 +236,19 @@ def started(place: Path) -> int:
     return int(place.read_text(encoding="utf-8"))
 
 
+def family(
+    folder: Path, text: str, environment: dict[str, str], grace: float = 3
+) -> tuple[subprocess.Popen[bytes], int]:
+    """A process that runs a child, and the child's id. grace: seconds that the child has to end itself."""
+    place = folder / "pid"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, script(folder, text), place, str(grace)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    return parent, started(place)
+
+
 def is_over(process: int, seconds: float = 5) -> bool:
     """Whether a process of another parent is gone (or a zombie that nobody reaps) within some seconds."""
     end = time.monotonic() + seconds
@@ -256,13 +269,7 @@ def test_a_child_ends_with_its_parent(
     tmp_path: Path, child_environment: dict[str, str], number: signal.Signals
 ) -> None:
     """Whether the build is killed, interrupted or terminated: no orphan goes on writing."""
-    place = tmp_path / "pid"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, script(tmp_path, SLEEPER), place, "3"],
-        env=child_environment,
-        stderr=subprocess.DEVNULL,
-    )
-    child = started(place)
+    parent, child = family(tmp_path, SLEEPER, child_environment)
     parent.send_signal(number)
     parent.wait(timeout=15)
     assert parent.returncode != 0
@@ -280,13 +287,7 @@ time.sleep(120)
 
 def test_an_interrupt_ends_even_a_child_that_will_not_go(tmp_path: Path, child_environment: dict[str, str]) -> None:
     """A child that ignores SIGTERM is killed after its grace, before the interrupt goes on."""
-    place = tmp_path / "pid"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, script(tmp_path, STUBBORN), place, "0.2"],
-        env=child_environment,
-        stderr=subprocess.DEVNULL,
-    )
-    child = started(place)
+    parent, child = family(tmp_path, STUBBORN, child_environment, grace=0.2)
     parent.send_signal(signal.SIGINT)
     parent.wait(timeout=15)
     assert is_over(child, 1)
