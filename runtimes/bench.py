@@ -88,7 +88,9 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
     speed |= max(speed, again, key=lambda one: float(one["bytes_per_second"]))
     report["load"] = load_since(before)
     one = report["streams"][0]["decode_tokens_per_second"]["mean"]  # of 1 stream: Plan always begins with it
-    report["roofline"] = roofline(one, report["read_per_token_bytes"], speed["bytes_per_second"]) | {"streams": 1}
+    gpu = bool(manifest["needs"].get("gpu"))  # read_manifest has seen to it that there are needs
+    bound = roofline(one, report["read_per_token_bytes"], speed["bytes_per_second"], gpu=gpu)
+    report["roofline"] = bound | {"streams": 1}
     report["notes"] = notes(report)
     return report
 

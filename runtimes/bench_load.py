@@ -204,12 +204,17 @@ def prefill_rate(answers: Sequence[Answer]) -> float:
     return sum(answer.prompt_tokens - answer.cached_tokens for answer in answers) / max(end - begin, 1e-9)
 
 
-def roofline(decode: float, read_per_token: int, bytes_per_second: float) -> dict[str, Any]:
+def roofline(decode: float, read_per_token: int, bytes_per_second: float, *, gpu: bool = False) -> dict[str, Any]:
     """How near one stream's decoding comes to the memory's own speed.
 
     decode: tokens/s of one stream (several share each read of the weights, so the bound is for one). Above 100 % the
-    figures contradict each other; below 30 % something other than memory holds it back.
+    figures contradict each other; below 30 % something other than memory holds it back. gpu: the weights are read by a
+    GPU, and the bytes per second are what the processor's threads read.
     """
+    if gpu:
+        return {"percent": None, "verdict": "unknown",
+                "note": "The GPU reads the weights, and its memory's speed is not measured here: `packager plan` has "
+                        "the ceiling by the data sheet."}
     if read_per_token <= 0 or bytes_per_second <= 0:
         return {"percent": None, "verdict": "unknown", "note": "The manifest does not say what a token reads."}
     percent = decode * read_per_token / bytes_per_second * 100

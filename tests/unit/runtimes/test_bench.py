@@ -170,6 +170,19 @@ def test_the_impossible_and_the_slow_are_flagged(decode: float, verdict: str) ->
     assert roofline(1.0, 0, 1.0)["verdict"] == "unknown"
 
 
+def test_a_gpu_is_not_held_against_the_processors_memory(
+    model: tuple[type[Model], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A card of 320 GB/s beside main memory of 40 would be called impossible; the report says what it does not know."""
+    place = bundle(tmp_path)
+    manifest = json.loads((place / "manifest.json").read_text("utf-8"))
+    (place / "manifest.json").write_text(json.dumps(manifest | {"needs": {"gpu": {"count": 1}}}), "utf-8")
+    monkeypatch.setattr(bench_machine, "bandwidth", lambda threads: {"bytes_per_second": 1e3, "threads": threads})
+    report = bench.run(place, bench.Plan(5, 3, 4, 8, (1,)), url=model[1], wait=1)
+    assert (report["roofline"]["percent"], report["roofline"]["verdict"]) == (None, "unknown")
+    assert "packager plan" in report["roofline"]["note"] and report["roofline"]["note"] in " ".join(report["notes"])
+
+
 def test_rates_leave_out_what_belongs_elsewhere() -> None:
     """The first token is the prefill's; cached prompt tokens were not prefilled."""
     one = Answer(0.0, [1.0, 1.5, 2.0], prompt_tokens=30, cached_tokens=10, tokens=3)
