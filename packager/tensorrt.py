@@ -32,6 +32,8 @@ LOCK = "tensorrt.lock"
 DOWNLOAD_MB = 91
 # Compute capabilities that 1.7.1 compiles for ("TensorRT-RTX Support Matrix"): no Jetson is among them.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
+# "TensorRT-RTX 1.5 Support Matrix", GPU Architecture and Precision Support: FP32 and FP16 alone.
+FLOAT_ONLY = ("7.5",)
 ENGINE = "engine.rtx"
 TOLD = "told.json"  # beside the engine, by the child
 CHILD, MEMORY = CHILDREN / "tensorrt_compile.py", CHILDREN / "settled_memory.py"
@@ -76,6 +78,16 @@ def to_fetch() -> str | None:
     return (
         f"TensorRT-RTX {VERSION} ({DOWNLOAD_MB} MB, NVIDIA's compiler and libraries) is fetched from the package index "
         "once and kept in the cache."
+    )
+
+
+def unlisted(capability: str | None, precision: str) -> str | None:
+    """A sentence where NVIDIA lists no products in 8 bits for this GPU, though the compiler takes the file."""
+    if precision == "fp16" or capability not in FLOAT_ONLY:
+        return None
+    return (
+        f"NVIDIA's support matrix lists no INT8 products for compute capability {capability}: INT8 is smaller, and "
+        "may be computed in fp16, no faster; precision=fp16 is what it lists."
     )
 
 

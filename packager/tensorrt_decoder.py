@@ -16,7 +16,7 @@ from packager.gates import Thresholds
 from packager.gguf_sizes import kv_cache_bytes
 from packager.recipe import Artifact, Estimate, Job, Spans, provenance
 from packager.store import code_digest
-from packager.tensorrt import ENGINE, LIBRARY, VERSION, compile_engine, same_bytes, to_fetch, why_not_here
+from packager.tensorrt import ENGINE, LIBRARY, VERSION, compile_engine, same_bytes, to_fetch, unlisted, why_not_here
 from packager.tokenizer_files import tokenizer_files, tokenizer_paths
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     ]
     if fetched := to_fetch():
         notes.insert(0, fetched)
+    if warned := unlisted(plans.capability(target), _precision(options)):
+        notes.append(warned)
     return Estimate(
         artifact_bytes=weights + graph + engine,
         build_ram_bytes=(900 << 20) + 2 * weights,  # measured: SmolLM2 1.46 GB

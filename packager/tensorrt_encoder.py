@@ -94,6 +94,8 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         notes.append(fetched)
     if not here and tensorrt_plan.why_not(target) is None:
         notes.append("The box builds its engine itself when it is installed: no engine is compiled here.")
+    if here and (warned := tensorrt.unlisted(tensorrt_plan.capability(target), options.precision)):
+        notes.append(warned)
     if options.precision != "fp16":
         notes.append("Layers that 8 bits would cost too much stay in fp16: the size is the least it can be.")
     activations = options.slots * length * (6 * shape.intermediate + 3 * shape.heads * length) * 2

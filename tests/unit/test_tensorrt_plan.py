@@ -137,6 +137,20 @@ def test_int8_is_planned_smaller_than_fp16(tmp_path: Path) -> None:
     assert any("stay in fp16" in note for note in half.notes)
 
 
+def test_int8_on_a_gpu_that_nvidia_lists_for_floats_alone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4's compute capability 7.5; not an Orin's, and not for float16."""
+    monkeypatch.setattr(tensorrt, "why_not_here", lambda: None)
+    tiny = opened(tmp_path)
+    told = {
+        (name, precision): any("lists no INT8" in note for note in planned(tiny, load_target(name), precision).notes)
+        for name in ("t4", "jetson_orin_nano_8gb")
+        for precision in ("precision=int8", "precision=fp16")
+    }
+    assert [key for key, said in told.items() if said] == [("t4", "precision=int8")]
+
+
 def test_a_language_model_is_sent_to_the_recipe_that_serves_it() -> None:
     """One sentence, naming the recipes of that very target; a T4 takes one."""
     said = " ".join(planned(sketch(SMOLLM2), load_target("jetson_orin_nano_8gb")).refusals)
