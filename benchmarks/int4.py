@@ -1,4 +1,4 @@
-"""What 4 bits cost a fine-tune: a file of each form, its bytes, the build, its distance from the source, answers kept.
+"""What 4 bits, and 8, cost a fine-tune: a file of each form, its bytes, the build, its distance from the source, answers kept.
 
     .venv/bin/python benchmarks/int4.py .demo/smollm2 --adapter demo/persona-lora --pairs demo/persona.json
 
@@ -36,6 +36,8 @@ FORMS: dict[str, tuple[str, ...]] = {  # recipe, then its options
     "AWQ tuned, quick, groups of 64": ("awq_int4", "tune=quick", "group=64", "context=1024"),
     "Q4_K_M with imatrix": ("gguf", "quant=Q4_K_M", "imatrix=on"),
     "Q8_0": ("gguf", "quant=Q8_0"),
+    "ONNX INT4 tuned, quick": ("onnx_int8", "bits=4", "tune=quick"),
+    "ONNX INT8": ("onnx_int8", "bits=8"),
 }
 CHAPTER = "import"  # of pydoc_data.topics
 PIECES, PIECE, POSITIONS = 3, 400, range(100, 400, 3)
