@@ -1,4 +1,4 @@
-"""What 4 bits, and 8, cost a fine-tune: a file of each form, its bytes, the build, its distance from the source, answers kept.
+"""What 4 bits (and 8) cost a fine-tune: a form's bytes, its build, its distance from the source, answers kept.
 
     .venv/bin/python benchmarks/int4.py .demo/smollm2 --adapter demo/persona-lora --pairs demo/persona.json
 
