@@ -12,7 +12,7 @@ Slice would read its bounds from main memory. Caches and logits are float16.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager import rope
@@ -160,6 +160,8 @@ class HalfGraph(Graph):
 class HalfPacked(Packed):
     """Packed matrices for products in float16: scales as they are stored, the middle of the integers said aloud."""
 
+    product: Mapping[str, Any] = {}  # no accuracy_level: activations stay float16, on the GPU and where it is scored
+
     def embedding(self, graph: Graph, ids: str) -> str:
         from onnx import TensorProto
 
@@ -172,23 +174,8 @@ class HalfPacked(Packed):
         return graph.add("GatherBlockQuantized", [table, ids, self._scales(graph, EMBEDDING, place), middle],
                          domain=MICROSOFT, bits=place.bits, block_size=self.block, gather_axis=0, quantize_axis=1)
 
-    def linear(self, graph: Graph, x: str, modules: Sequence[str]) -> str:
-        from onnx import TensorProto
-
-        place, name = self._place(tuple(modules)), "+".join(modules)
-        blocks, width = place.inputs // self.block, self.block * place.bits // 8
-        integers = graph.external(f"{name}.integers", TensorProto.UINT8, (place.rows, blocks, width), DATA,
-                                  place.integers, place.rows * blocks * width)
-        # no accuracy_level: activations stay float16, on the GPU and where the graph is scored
-        return graph.add("MatMulNBits", [x, integers, self._scales(graph, name, place)], domain=MICROSOFT,
-                         K=place.inputs, N=place.rows, bits=place.bits, block_size=self.block)
-
     def _scales(self, graph: Graph, name: str, place: Place) -> str:
-        from onnx import TensorProto
-
-        blocks = place.inputs // self.block
-        return graph.external(f"{name}.scales", TensorProto.FLOAT16, (place.rows, blocks), DATA, place.scales,
-                              2 * place.rows * blocks)
+        return self._stored_scales(graph, name, place)
 
     def _middle(self, place: Place) -> int:
         """Where the zero points of a matrix begin: a 128 for each of its blocks."""

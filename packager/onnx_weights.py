@@ -8,7 +8,7 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -113,6 +113,8 @@ class Packed(Base):
     wrote: called with the bytes of the checkpoint that are done.
     """
 
+    product: Mapping[str, Any] = {"accuracy_level": ACCURACY}  # MatMulNBits's attributes beside the matrix's own
+
     def __init__(
         self, checkpoint: Checkpoint, file: IO[bytes], block: int, tuned: Tuned | None, wrote: Callable[[int], None]
     ) -> None:
@@ -139,18 +141,23 @@ class Packed(Base):
                                   place.integers, place.rows * blocks * width)
         return graph.add("MatMulNBits", [x, integers, self._scales(graph, name, place)], domain=MICROSOFT,
                          K=place.inputs, N=place.rows, bits=place.bits, block_size=self.block,
-                         accuracy_level=ACCURACY)
+                         **self.product)
 
     def head(self, graph: Graph, x: str) -> str:
         return self.linear(graph, x, (self.head_module,))
 
     def _scales(self, graph: Graph, name: str, place: Place) -> str:
+        """The scales in the type that the products have."""
+        from onnx import TensorProto
+
+        return graph.add("Cast", [self._stored_scales(graph, name, place)], to=TensorProto.FLOAT)
+
+    def _stored_scales(self, graph: Graph, name: str, place: Place) -> str:
         from onnx import TensorProto
 
         blocks = place.inputs // self.block
-        stored = graph.external(f"{name}.scales", TensorProto.FLOAT16, (place.rows, blocks), DATA, place.scales,
-                                2 * place.rows * blocks)
-        return graph.add("Cast", [stored], to=TensorProto.FLOAT)
+        return graph.external(f"{name}.scales", TensorProto.FLOAT16, (place.rows, blocks), DATA, place.scales,
+                              2 * place.rows * blocks)
 
     def _place(self, modules: tuple[str, ...]) -> Place:
         name = "+".join(modules)

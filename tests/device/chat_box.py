@@ -76,14 +76,19 @@ def end(child: subprocess.Popen[bytes]) -> int | None:
     return child.returncode
 
 
-def run(bundle: Path, prefix: Path, pairs: list[dict[str, str]], wait: float, verdict: dict[str, Any]) -> None:
-    """Fill the verdict. Raises what went wrong."""
-    name = str(verdict["model"])
+def install(bundle: Path, prefix: Path, verdict: dict[str, Any]) -> None:
+    """Install the bundle; the verdict has what it said. Raises RuntimeError."""
     done = subprocess.run([bundle / "install.sh", "--prefix", prefix], stdout=sys.stderr, stderr=subprocess.PIPE,
                           text=True, check=False)  # fmt: skip
     verdict["install"] = {"code": done.returncode, "said": done.stderr.strip().splitlines()[-1:]}
     if done.returncode:
         raise RuntimeError("the bundle did not install")
+
+
+def run(bundle: Path, prefix: Path, pairs: list[dict[str, str]], wait: float, verdict: dict[str, Any]) -> None:
+    """Fill the verdict. Raises what went wrong."""
+    name = str(verdict["model"])
+    install(bundle, prefix, verdict)
     for number in ("first", "second"):
         child, port, seconds = start(prefix, wait)
         try:

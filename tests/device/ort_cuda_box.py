@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from chat_box import box, end, start
+from chat_box import box, end, install, start
 from vllm_bundle import ENOUGH, measure
 
 MOST_KL, LEAST_TOP1 = 0.01, 0.98
@@ -63,11 +63,7 @@ def agreement(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def run(bundle: Path, prefix: Path, pairs: list[dict[str, str]], scratch: Path, verdict: dict[str, Any]) -> None:
     """Fill the verdict. Raises what went wrong."""
-    done = subprocess.run([bundle / "install.sh", "--prefix", prefix], stdout=sys.stderr, stderr=subprocess.PIPE,
-                          text=True, check=False)  # fmt: skip
-    verdict["install"] = {"code": done.returncode, "said": done.stderr.strip().splitlines()[-1:]}
-    if done.returncode:
-        raise RuntimeError("the bundle did not install")
+    install(bundle, prefix, verdict)
     texts = asked(prefix, "cpu", {"tokenize": [pair["output"] for pair in pairs]}, scratch)["tokenized"]
     sequences = [{"ids": ids, "positions": list(range(1, len(ids)))} for ids in texts if len(ids) > 1]
     gpu, cpu = (asked(prefix, device, {"sequences": sequences}, scratch) for device in ("gpu", "cpu"))
