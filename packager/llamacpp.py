@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import compileall
 import os
-import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from packager.errors import InputError, NetworkError, PackagerError, ToolError
+from packager.errors import InputError, PackagerError, ToolError
 from packager.gguf_header import BadHeader, Header, read_header
+from packager.pinned import pip
 from packager.progress import Progress
 from packager.store import Cost, cache_root, fetched_once
-from packager.tools import CHILDREN, ChildFailed, follow, has_module, last_words, run, run_python, version_of
+from packager.tools import CHILDREN, ChildFailed, follow, has_module, last_words, run_python, version_of
 
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -63,36 +63,12 @@ def sources(progress: Progress) -> Path:
 def _download(work: Path) -> Path:
     pin = work / "pin.txt"
     pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--no-binary",
-        "llama-cpp-python",
-        "--require-hashes",
-        "-d",
-        work,
-        "-r",
-        pin,
-    ]
-    try:
-        run(command, name="pip download")
-    except ChildFailed as error:
-        if "do not match the hashes" in error.output.lower():
-            raise ToolError(
-                "the llama-cpp-python sdist of the package index is not the pinned one.",
-                why=last_words(error.output),
-                fix="Do not use this index; ask who runs it.",
-            ) from error
-        raise NetworkError(
-            "the llama.cpp converter could not be fetched from the package index.",
-            why=last_words(error.output),
-            fix=f"Put llama_cpp_python-{VERSION}.tar.gz into a folder and set PIP_FIND_LINKS to it, or connect once: "
-            "it is kept in the cache.",
-        ) from error
+    pip(
+        ["download", "--no-binary", "llama-cpp-python", "-d", work, "-r", pin],
+        what="the llama.cpp converter",
+        wrong="the llama-cpp-python sdist of the package index is not the pinned one.",
+        by_hand=f"llama_cpp_python-{VERSION}.tar.gz",
+    )
     found = sorted(work.glob("llama_cpp_python-*.tar.gz"))
     if not found:
         raise ToolError("pip downloaded no llama-cpp-python sdist.")

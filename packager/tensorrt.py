@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import NetworkError, ToolError
+from packager.errors import ToolError
+from packager.pinned import pip
 from packager.store import cache_root, code_digest, fetched_once
-from packager.tools import CHILDREN, ChildFailed, follow, last_words, run
+from packager.tools import CHILDREN, ChildFailed, follow, last_words
 
 if TYPE_CHECKING:
     from packager.progress import Progress
@@ -101,25 +102,12 @@ def compiler(progress: Progress) -> Path:
 
 
 def _install(goal: Path) -> None:
-    command: list[str | Path] = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
-        "--only-binary", ":all:", "--require-hashes", "--target", goal, "-r", lock_file(),
-    ]  # fmt: skip
-    try:
-        run(command, name="pip install")
-    except ChildFailed as error:
-        if "do not match the hashes" in error.output.lower():
-            raise ToolError(
-                "the TensorRT-RTX wheels of the package index are not the pinned ones.",
-                why=last_words(error.output),
-                fix="Do not use this index; ask who runs it.",
-            ) from error
-        raise NetworkError(
-            f"TensorRT-RTX {VERSION} could not be fetched from the package index.",
-            why=last_words(error.output),
-            fix=f"Put the wheels that {lock_file().name} names into a folder and set PIP_FIND_LINKS to it, or connect "
-            "once: they are kept in the cache.",
-        ) from error
+    pip(
+        ["install", "--only-binary", ":all:", "--target", goal, "-r", lock_file()],
+        what=f"TensorRT-RTX {VERSION}",
+        wrong="the TensorRT-RTX wheels of the package index are not the pinned ones.",
+        by_hand=f"the wheels that {lock_file().name} names",
+    )
 
 
 def compile_engine(

@@ -21,6 +21,7 @@ from runtimes.manifest import ManifestError, Run, read_bundle
 from runtimes.tensorrt_device import ask, unfit
 from runtimes.tensorrt_open import home_of, prepare, say
 from runtimes.tensorrt_plan import Plan, read_plan
+from runtimes.wrappers import COMPILED
 
 PAST = "past_key_values."  # a language model's caches, two a layer: no news beside the other shapes
 FINE, UNUSABLE, REFUSED, FAILED = 0, 3, 4, 9
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     try:
         run = read_bundle(options.bundle)
-        if run.engine not in ("tensorrt", "tensorrt_decoder"):
+        if run.engine not in COMPILED:
             raise ManifestError(f"This bundle's engine is {run.engine!r}, which needs no engine of its own.")
         plan = read_plan(run.model)
         document, code = WHAT[options.what](run, plan, options)

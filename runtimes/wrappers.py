@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 VERBS = ("check", "serve", "bench")
+COMPILED = ("tensorrt", "tensorrt_decoder")  # engines that bin/engine tells of and makes again
 
 # -m looks into the working directory first, where a folder may be called runtimes too, and -P begins with Python 3.11.
 START = (
@@ -62,7 +63,7 @@ def write_units(bundle: Path, work: Path, prefix: Path) -> None:
 
 def verbs(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """The programs in bin/ of a bundle."""
-    return (*VERBS, "engine") if manifest["run"].get("engine") in ("tensorrt", "tensorrt_decoder") else VERBS
+    return (*VERBS, "engine") if manifest["run"].get("engine") in COMPILED else VERBS
 
 
 def make_engine(home: Path, old: Path | None = None) -> tuple[int, str]:

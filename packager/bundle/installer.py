@@ -63,8 +63,8 @@ It lies in `PREFIX/cache`, or where that cannot be written in the service's `Cac
 """
 
 
-# engines that keep what they make on the box: an engine, or kernels for one
-MAKERS = ("tensorrt", "tensorrt_decoder", "edgellm")
+COMPILED = ("tensorrt", "tensorrt_decoder")  # what runtimes/wrappers.py gives a bin/engine
+MAKERS = (*COMPILED, "edgellm")  # engines that keep what they make on the box: an engine, or kernels for one
 
 
 def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
@@ -85,7 +85,7 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "GPU": _gpu(needs.gpu),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
         "CACHE": _service(bundle, needs) if run["engine"] in MAKERS else "",
-        "ENGINE": ENGINE if run["engine"] in ("tensorrt", "tensorrt_decoder") else "",
+        "ENGINE": ENGINE if run["engine"] in COMPILED else "",
         **_said(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
     }

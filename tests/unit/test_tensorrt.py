@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from packager import tensorrt
+from packager import llamacpp, pinned, tensorrt
 from packager.bundle.wheels import read_lock
 from packager.console import Console
 from packager.errors import NetworkError, ToolError
+from packager.progress import Progress
 from packager.tools import ChildFailed
 
 
@@ -45,20 +47,22 @@ def test_the_plan_says_what_is_fetched_only_while_it_is_missing() -> None:
     assert tensorrt.compiler(Console(quiet=True)) == tensorrt.folder()
 
 
+@pytest.mark.parametrize("fetch", [tensorrt.compiler, llamacpp.sources], ids=["tensorrt", "llama.cpp"])
 @pytest.mark.parametrize(
     ("output", "kind", "says"),
     [
-        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE", ToolError, "not the pinned ones"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE", ToolError, "not the pinned one"),
         ("ERROR: Could not find a version that satisfies the requirement", NetworkError, "PIP_FIND_LINKS"),
     ],
 )
 def test_a_failed_fetch_leaves_nothing(
-    output: str, kind: type[Exception], says: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    output: str, kind: type[Exception], says: str, fetch: Callable[[Progress], Path], cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """A wrong hash is an index not to be used; anything else is the network's; no half folder stays either way."""
-    monkeypatch.setattr(tensorrt, "run", failing(output))
+    monkeypatch.setattr(pinned, "run", failing(output))
     with pytest.raises(kind, match=says):
-        tensorrt.compiler(Console(quiet=True))
+        fetch(Console(quiet=True))
     assert not list((cache / "packager" / "tools").iterdir())
 
 

@@ -1,0 +1,37 @@
+"""Asks pip for what is pinned by its hash, and says in the user's terms why it did not come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from packager.errors import NetworkError, ToolError
+from packager.tools import ChildFailed, last_words, run
+
+
+def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str) -> None:
+    """Run pip with ``--require-hashes``. arguments: its command and what belongs to it.
+
+    what: "TensorRT-RTX 1.7.1", for "… could not be fetched". wrong: the sentence for a file whose hash is another.
+    by_hand: which file or files to put into a folder where there is no network.
+
+    Raises ToolError when a hash differs and NetworkError when pip fails otherwise.
+    """
+    command: list[str | Path] = [
+        sys.executable, "-m", "pip", *arguments[:1], "--quiet", "--disable-pip-version-check", "--no-input",
+        "--no-deps", "--require-hashes", *arguments[1:],
+    ]  # fmt: skip
+    try:
+        run(command, name=f"pip {arguments[0]}")
+    except ChildFailed as error:
+        if "do not match the hashes" in error.output.lower():
+            raise ToolError(
+                wrong, why=last_words(error.output), fix="Do not use this index; ask who runs it."
+            ) from error
+        raise NetworkError(
+            f"{what} could not be fetched from the package index.",
+            why=last_words(error.output),
+            fix=f"Put {by_hand} into a folder and set PIP_FIND_LINKS to it, or connect once: what was fetched is kept "
+            "in the cache.",
+        ) from error
