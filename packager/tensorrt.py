@@ -40,10 +40,11 @@ TOLD = "told.json"  # beside the engine, by the child
 CHILD, MEMORY = CHILDREN / "tensorrt_compile.py", CHILDREN / "settled_memory.py"
 OURS = CHILDREN.parent.parent  # the child takes this install's own modules
 # What glibc reads when a process begins, for children/settled_memory.py: its limit of arenas hangs on the number of
-# processors, and freed memory that each thread keeps for itself goes to whichever thread runs first.
+# processors; and a thread that gives back small pieces of another's memory keeps them all for itself, so that the other
+# does not find them sooner or later, as the processor was shared.
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "128",
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=131072",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=65535:glibc.malloc.mmap_threshold=131072",
 }
 SYSTEMS = ("Linux x86_64", "Windows AMD64")
 

@@ -4,8 +4,11 @@ TensorRT-RTX 1.7.1 keeps symbolic lengths in an order that comes from their addr
 its engine hung on the kernel's random addresses and on all that had been allocated before. glibc gives every thread an
 arena of its own, at a multiple of 64 MiB. So all address space above a fixed address is reserved first (nothing is ever
 stored in it), holes between libraries as well; what is mapped afterwards lies below it, one after the other. One thread
-loads the library and another, whose arena is still empty, calls it. This takes no right and no outside program, unlike
-a process without random addresses (personality(2)), which a container may not start.
+loads the library and another, whose arena is still empty, calls it. The library has threads of its own, which take
+memory of their own and give back some of the caller's: small pieces stay with the thread that gives them back
+(packager/tensorrt.py's ENVIRONMENT), and on one processor, where a thread that wakes does not take it from the one that
+runs (SCHED_BATCH), the rest has an order. This takes no right and no outside program, unlike a process without random
+addresses (personality(2)), which a container may not start.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +29,8 @@ Result = TypeVar("Result")
 BELOW = 0x7E00_0000_0000
 PAGE, LARGEST = 4096, 64 << 20  # bytes; LARGEST: a thread's stack, and more than any hole between libraries
 PRIVATE, ANONYMOUS, NO_RESERVE = 0x02, 0x20, 0x4000  # mmap's, on Linux
+SCHED_SETATTR, ATTRIBUTES = 314, "IIQiIQQQII"  # a system call's number on x86-64, and its struct sched_attr
+SLICE = 100_000_000  # nanoseconds, the most that Linux takes (from 6.12): what a thread runs before another's turn
 ARENA, EMPTY = 64 << 20, 64 << 10  # bytes: an arena begins at a multiple of the one, and less than the other is used
 
 
@@ -63,6 +69,13 @@ def in_new_arena() -> bool:
     place = int(libc.malloc(4 * PAGE))  # larger than what a thread keeps for itself
     libc.free(place)
     return place < BELOW and place % ARENA < EMPTY
+
+
+def take_turns() -> bool:
+    """From here on, a thread of this one's that wakes does not take the processor from one that runs, for a while."""
+    size = struct.calcsize(ATTRIBUTES)
+    asked = struct.pack(ATTRIBUTES, size, os.SCHED_BATCH, 0, os.nice(0), 0, SLICE, 0, 0, 0, 0)
+    return int(ctypes.CDLL(None).syscall(SCHED_SETATTR, 0, ctypes.create_string_buffer(asked, size), 0)) == 0
 
 
 @contextmanager
@@ -111,7 +124,7 @@ def call(load: Callable[[], Library], work: Callable[[Library], Result]) -> tupl
         finished.wait()  # an arena whose thread ended is given to the next one
 
     def second() -> None:
-        settled.append(reserved and in_new_arena())
+        settled.append(reserved and in_new_arena() and take_turns())
         try:
             results.append(work(library[0]))
         except BaseException as fault:
