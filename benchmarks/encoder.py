@@ -49,12 +49,15 @@ def child(name: str, job: dict[str, Any], work: Path) -> None:
 
 def dynamic(whole: Path, folder: Path, *, per_channel: bool) -> None:
     """onnxruntime's quantize_dynamic of the float32 file, with its own preprocessing."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     folder.mkdir()
-    ready = folder / "ready.onnx"
-    quant_pre_process(str(whole / MODEL), str(ready), skip_symbolic_shape=True)
+    one, ready = folder / "one.onnx", folder / "ready.onnx"
+    onnx.save(onnx.load(str(whole / MODEL)), str(one))  # its preprocessing does not find weights in a file beside
+    quant_pre_process(str(one), str(ready), skip_symbolic_shape=True)
+    one.unlink()
     quantize_dynamic(str(ready), str(folder / MODEL), weight_type=QuantType.QInt8, per_channel=per_channel)
     ready.unlink()
 
