@@ -32,7 +32,7 @@ MODEL, DATA = "model.onnx", onnx_weights.DATA
 PIECE, KEPT, LEAST_SPAN = 128, 64, 64  # runtimes/slots.py's pieces of a prompt and of what is scored; places looked at
 # CUDA's context, what TensorRT-RTX compiles at run time and activations. An assumption: nobody here has a T4.
 DEVICE_BYTES = 1 << 30
-# children/settled_memory.py. SmolLM2's engine was the same in 13 of 13 compilations, 10 of them on a machine under load.
+# children/settled_memory.py. SmolLM2's engine was the same in 15 of 15 compilations, 10 of them under load.
 SAME = "all, as far as was seen: TensorRT-RTX numbers lengths by their addresses, and these were settled"
 NOT_SAME = "all but the engine: TensorRT-RTX numbers lengths by their addresses, which differ where it was compiled"
 SCORED_BY = "onnxruntime on the build machine's processor, not by TensorRT"
