@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -34,9 +35,14 @@ SLICE = 100_000_000  # nanoseconds, the most that Linux takes (from 6.12): what 
 ARENA, EMPTY = 64 << 20, 64 << 10  # bytes: an arena begins at a multiple of the one, and less than the other is used
 
 
+def keeps_small_pieces(name: str, version: str) -> bool:
+    """Whether this C library takes ENVIRONMENT's number of pieces that a thread keeps: glibc from 2.30 on."""
+    return name == "glibc" and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= (2, 30)
+
+
 def reserve() -> bool:
     """Take the address space above BELOW; False where the system does not let us, or is not one that this is for."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or not keeps_small_pieces(*platform.libc_ver()):
         return False
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p

@@ -51,6 +51,14 @@ def test_a_process_without_arenas_of_its_threads_says_so() -> None:
     assert look(MALLOC_ARENA_MAX="1").endswith("False)")
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "keeps"),
+    [("glibc", "2.36", True), ("glibc", "2.30", True), ("glibc", "2.28", False), ("glibc", "", False), ("", "", False)],
+)
+def test_a_c_library_that_shares_what_is_given_back_is_not_trusted(name: str, version: str, keeps: bool) -> None:
+    assert settled_memory.keeps_small_pieces(name, version) is keeps
+
+
 def test_what_fails_inside_is_raised_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settled_memory, "reserve", lambda: False)  # this process goes on with other tests
 
