@@ -67,7 +67,7 @@ def asked(checkpoint: Checkpoint, target: Target, name: str) -> tuple[Plan, str 
         if checkpoint.family.kind == "decoder" and name == "tensorrt_engine":
             sets = (*sets, "context=4096")
         options = parse_options(recipe, target, sets)
-        if getattr(options, "context", 0) > checkpoint.shape.context:
+        if (getattr(options, "context", 0) or 0) > checkpoint.shape.context:
             options = parse_options(recipe, target, (*sets, f"context={checkpoint.shape.context}"))
         options, said = settled(recipe, options, None, checkpoint)
         plan = make_plan(checkpoint, target, recipe, options, said)

@@ -1,16 +1,18 @@
 """A Checkpoint: what a Hugging Face folder, hub id, ModelScope id or state dict holds, known without reading weights.
 
-Only headers, configs and the tokenizer are parsed; weights are touched to hash them once (remembered by size and time)
-and by ``check_weights``. Everything that would break a build later is refused here, each with its own error.
+Only headers, configs and the tokenizer are parsed; weights are touched to hash them once, when the digest is asked for
+(remembered by size and time), and by ``check_weights``. Everything that would break a build later is refused here, each
+with its own error.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ class Checkpoint:
 
     path: the folder with safetensors. name: a slug, safe in file names. dtype: the safetensors name most weight bytes
     have. parameters: elements of all tensors, a tied output layer counted once. weight_bytes: bytes of all tensors.
-    digest: SHA-256 over the names and digests of weights, configs and tokenizer files.
+    identity: gives ``digest``.
     """
 
     path: Path
@@ -61,13 +63,20 @@ class Checkpoint:
     model_type: str
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    digest: str
+    identity: Callable[[], str] = field(repr=False, compare=False)
     shape: ModelShape
     parameters: int
     dtype: str
     weight_bytes: int
     tokenizer: TokenizerFacts
     family: Family
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and digests of weights, configs and tokenizer files. The first call reads them all,
+        unless the cache knows them: a plan, which needs headers alone, does not ask.
+        """
+        return self.identity()
 
 
 def slug(text: str) -> str:
@@ -162,6 +171,7 @@ def _read(folder: Path, origin: Origin, name: str, progress: Progress, cache: Pa
             ),
             fix="Take the tokenizer the model was trained with, or call resize_token_embeddings and save again.",
         )
+    files = {tensor.file for tensor in tensors.values()}
     return Checkpoint(
         path=folder,
         name=name,
@@ -170,7 +180,7 @@ def _read(folder: Path, origin: Origin, name: str, progress: Progress, cache: Pa
         model_type=str(config.get("model_type") or family.model_type),
         config=config,
         tensors=tensors,
-        digest=folder_digest(folder, {tensor.file for tensor in tensors.values()}, progress, cache),
+        identity=functools.cache(lambda: folder_digest(folder, files, progress, cache)),
         shape=shape,
         parameters=_parameters(tensors, shape),
         dtype=_main_dtype(tensors),

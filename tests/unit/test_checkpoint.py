@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from packager import checkpoint
 from packager.checkpoint import Checkpoint, check_weights, open_checkpoint, slug
 from packager.errors import InputError, UsageError
 from packager.progress import Silent
@@ -83,9 +85,24 @@ def test_the_digest_follows_the_model_only(folder: Path, tmp_path: Path) -> None
     assert opened(copy).digest not in (digest, changed)
 
 
+def test_weights_are_not_read_before_the_digest_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening, which is all that a plan needs, hashes nothing; the digest is made once, for renamed copies too."""
+    read: list[str] = []
+
+    def hashed(path: Path, *_more: Any) -> str:
+        read.append(path.name)
+        return "0" * 64
+
+    monkeypatch.setattr(checkpoint, "file_digest", hashed)
+    found = opened(folder)
+    assert not read
+    assert replace(found, name="other").digest == found.digest
+    assert read.count("model.safetensors") == 1
+
+
 def test_the_digest_is_remembered(folder: Path) -> None:
     """A second opening reads no weights: with the remembered digest in place, it is taken as it is."""
-    opened(folder)
+    assert opened(folder).digest
     for remembered in (folder.parent / "cache" / "digests").iterdir():
         remembered.write_text("0" * 64)
     again = opened(folder).digest
