@@ -72,8 +72,8 @@ def measured(commands: Sequence[Sequence[str]], env: dict[str, str]) -> tuple[fl
 
 def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
     """The two tools alone, as a user of llama.cpp's scripts would run them."""
-    from packager.console import Console
-    from packager.llamacpp import FILE_TYPES, sources
+    from packager.cli.console import Console
+    from packager.formats.gguf.llamacpp import FILE_TYPES, sources
 
     tree = sources(Console())
     job = work / "job.json"
@@ -87,7 +87,7 @@ def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
 
 
 def ours(checkpoint: Path, quant: str, work: Path, *extra: str) -> list[list[str]]:
-    return [[sys.executable, "-m", "packager.cli", "build", str(checkpoint), "--target", "desktop_linux_x86_64",
+    return [[sys.executable, "-m", "packager", "build", str(checkpoint), "--target", "desktop_linux_x86_64",
              "--set", f"quant={quant}", *extra, "-o", str(work / "out"), "--json"]]
 
 

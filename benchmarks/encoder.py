@@ -23,18 +23,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from packager.checkpoint import open_checkpoint  # noqa: E402
-from packager.console import Console  # noqa: E402
-from packager.encoder_facts import EncoderFacts, read_encoder  # noqa: E402
-from packager.encoder_fidelity import compare_vectors  # noqa: E402
-from packager.onnx_encoder import OPSET  # noqa: E402
-from packager.onnx_encoder_graph import fill  # noqa: E402
-from packager.onnx_parts import DATA, MODEL  # noqa: E402
-from packager.store import cache_root  # noqa: E402
-from packager.tools import CHILDREN  # noqa: E402
-from runtimes.encoding import Text  # noqa: E402
+from packager.checkpoint.checkpoint import open_checkpoint  # noqa: E402
+from packager.checkpoint.encoder import EncoderFacts, read_encoder  # noqa: E402
+from packager.cli.console import Console  # noqa: E402
+from packager.core.processes import WORKERS  # noqa: E402
+from packager.core.store import cache_root  # noqa: E402
+from packager.formats.onnx.encoder import OPSET  # noqa: E402
+from packager.formats.onnx.encoder_graph import fill  # noqa: E402
+from packager.formats.onnx.external_data import DATA, MODEL  # noqa: E402
+from packager.metrics.encoders import compare_vectors  # noqa: E402
+from runtimes.engines.encoder import Text  # noqa: E402
+from runtimes.engines.onnxruntime.encoder import OrtEncoder  # noqa: E402
 from runtimes.manifest import parse_run  # noqa: E402
-from runtimes.ort_encoder import OrtEncoder  # noqa: E402
 
 TEXTS = json.loads((ROOT / "packager" / "data" / "sentences.json").read_text(encoding="utf-8"))
 
@@ -43,8 +43,8 @@ def child(name: str, job: dict[str, Any], work: Path) -> None:
     """Run one of the packager's children."""
     file = work / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
-    subprocess.run([sys.executable, str(CHILDREN / name), str(file)], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(CHILDREN.parent.parent)})
+    subprocess.run([sys.executable, str(WORKERS / name), str(file)], check=True, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": str(WORKERS.parent.parent)})
 
 
 def dynamic(whole: Path, folder: Path, *, per_channel: bool) -> None:

@@ -56,8 +56,8 @@ def main() -> int:
 def measure(options: argparse.Namespace, form: str) -> list[str]:
     """One line of the table: the form built (or found built), benchmarked and asked."""
     from packager.build import Request, build
-    from packager.console import Console
-    from packager.store import Store, default_root
+    from packager.cli.console import Console
+    from packager.core.store import Store, default_root
 
     store = Store(default_root())
     recipe, *sets = FORMS[form]
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, form: str) -> list[str]:
     files = [path for path in (built.path / "model").iterdir() if path.suffix in kinds]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "packager.cli", "bench", str(built.path), "--quick", "--no-baseline", "-q"]
+        command = [sys.executable, "-m", "packager", "bench", str(built.path), "--quick", "--no-baseline", "-q"]
         subprocess.run([*command, "--output", str(output)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         bench: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     one, score = bench["streams"][0], built.artifact.report["fidelity"]["general"]

@@ -63,8 +63,8 @@ def main() -> int:
 def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
     """Build one form (or find it built), score it and ask it."""
     from packager.build import Request, build
-    from packager.console import Console
-    from packager.store import Store, default_root
+    from packager.cli.console import Console
+    from packager.core.store import Store, default_root
 
     store = Store(default_root())
     recipe, *sets = FORMS[form]
@@ -91,13 +91,13 @@ def distance(request: Any, bundle: Path, run: Mapping[str, Any], store: Any) -> 
     from tokenizers import Tokenizer
 
     from packager.build import open_merged
-    from packager.catalog import load_target
-    from packager.console import Console
-    from packager.fidelity import compare
+    from packager.cli.console import Console
+    from packager.core.store import digest_of
+    from packager.fidelity.artifact import score
+    from packager.fidelity.source import Samples, source_scores
+    from packager.metrics.distributions import compare
+    from packager.planning.catalog import load_target
     from packager.recipe import Job
-    from packager.reference import Samples, source_scores
-    from packager.scoring import score
-    from packager.store import digest_of
 
     checkpoint = open_merged(request, store, Console(quiet=True)).checkpoint
     ids = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json")).encode(pydoc_data.topics.topics[CHAPTER]).ids

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/known_text.py CHECKPOINT [--adapter LORA] [--pairs FILE]
 
-Each text is given as plain-text calibration; the ratio is packager/language.py's, and above 1 a build would stop. The
+Each text is given as plain-text calibration; the ratio is packager/fidelity/language.py's, and above 1 a build would stop. The
 texts are short prose written for this table, so the figures say "known" or "not known" and no more.
 """
 
@@ -15,15 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from packager import calibration
 from packager.build import Request, open_merged
-from packager.calibration import Calibration
-from packager.catalog import load_target
-from packager.progress import Silent
+from packager.core.progress import Silent
+from packager.core.store import Store, default_root
+from packager.fidelity.samples import make_samples
+from packager.fidelity.source import known_calibration
+from packager.planning.catalog import load_target
+from packager.prompts import calibration
+from packager.prompts.calibration import Calibration
 from packager.recipe import Job
-from packager.reference import known_calibration
-from packager.samples import make_samples
-from packager.store import Store, default_root
 
 TEXTS = {
     "English": "The machine is switched off before the cover is opened. Wait two minutes until the capacitors are "

@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without an install
 
-from packager.safetensors_io import (  # noqa: E402
+from packager.tensors.safetensors import (
     CHUNK_ELEMENTS,
     Spec,
     from_float32,

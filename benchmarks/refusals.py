@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/refusals.py              # a table for the terminal
     .venv/bin/python benchmarks/refusals.py --markdown   # the rows of docs/reference/refusals.md
 
-Each row is one run of runtimes/check.py, as bin/check starts it, on a bundle of nothing but a manifest.
+Each row is one run of runtimes/preflight/check.py, as bin/check starts it, on a bundle of nothing but a manifest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def rows() -> list[Row]:
             bundle = Path(folder) / case["needs"]
             write_bundle(bundle, cases["bundles"][case["needs"]]["needs"])
             done = subprocess.run(
-                [sys.executable, "-I", "-B", ROOT / "runtimes" / "check.py", "--bundle", bundle, "--no-files", "--json",
+                [sys.executable, "-I", "-B", ROOT / "runtimes" / "preflight" / "check.py", "--bundle", bundle, "--no-files", "--json",
                  "--facts", BOXES / f"{case['box']}.json"],
                 capture_output=True, text=True, check=False, encoding="utf-8",
             )  # fmt: skip

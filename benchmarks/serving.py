@@ -139,7 +139,7 @@ def _healthy(port: int) -> bool:
 
 def llamacpp_child(bundle: Path, slots: int) -> None:
     """llama.cpp's own HTTP server with the very parameters that ours gives it."""
-    from runtimes.llamacpp import LlamaCpp
+    from runtimes.engines.llamacpp.engine import LlamaCpp
     from runtimes.manifest import Run, read_bundle
 
     class Listening(LlamaCpp):

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from packager.build import Built, Request, build  # noqa: E402
-from packager.console import Console  # noqa: E402
-from packager.errors import GateFailed  # noqa: E402
-from packager.store import Store  # noqa: E402
-from packager.tensorrt import ENGINE  # noqa: E402
+from packager.cli.console import Console  # noqa: E402
+from packager.core.errors import GateFailed  # noqa: E402
+from packager.core.store import Store  # noqa: E402
+from packager.formats.tensorrt.compiler import ENGINE  # noqa: E402
 
 
 def made(store: Path, out: Path, given: argparse.Namespace, **more: Any) -> Built:

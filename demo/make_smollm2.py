@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without an install
 
-from packager.safetensors_io import Spec, from_float32, write_file
+from packager.tensors.safetensors import Spec, from_float32, write_file
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."

@@ -12,25 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager import __version__
-from packager.console import size
-from packager.errors import MachineError, PlanRefused, UsageError
-from packager.progress import Progress
+from packager.core.errors import MachineError, PlanRefused, UsageError
+from packager.core.progress import Progress
+from packager.core.store import Cost, Step, Store, cache_root, code_digest, machine_errors, write_atomically
+from packager.core.units import size
 from packager.recipe import Artifact, Job, Recipe
-from packager.store import Cost, Step, Store, cache_root, code_digest, machine_errors, write_atomically
 
 if TYPE_CHECKING:
-    from packager.bundle.manifest import Needs
-    from packager.bundle.wheels import WheelSet
-    from packager.calibration import Calibration
-    from packager.checkpoint import Checkpoint
-    from packager.plan import Plan
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.planning.plan import Plan
+    from packager.prompts.calibration import Calibration
     from packager.target import Target
-
-
-# Locks beside an engine's own box-NAME.lock, and packages that an index may have for some Pythons only.
-MORE_LOCKS = {"transformers": ("torch-cpu",)}
-SCARCE = {"ort": ("onnxruntime",), "ort_cuda": ("onnxruntime-gpu", "numpy"), "transformers": ("torch",),
-          "ort_encoder": ("onnxruntime", "numpy")}
 
 
 @dataclass(frozen=True)
@@ -79,8 +71,8 @@ class Opened:
 
 def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     """Open the checkpoint, refuse damaged weights, merge the adapter. Raises InputError or NetworkError."""
-    from packager.adapter import check_fit, merge, merged_name, open_adapter
-    from packager.checkpoint import check_weights, open_checkpoint
+    from packager.checkpoint.checkpoint import check_weights, open_checkpoint
+    from packager.checkpoint.merge import check_fit, merge, merged_name, open_adapter
 
     base = open_checkpoint(
         request.checkpoint,
@@ -134,8 +126,8 @@ def _code(*names: str) -> str:
 
 def open_planned(request: Request, progress: Progress) -> Checkpoint:
     """The checkpoint as it will be after merging, read from headers only: nothing is merged or written."""
-    from packager.adapter import check_fit, merged_name, open_adapter
-    from packager.checkpoint import open_checkpoint
+    from packager.checkpoint.checkpoint import open_checkpoint
+    from packager.checkpoint.merge import check_fit, merged_name, open_adapter
 
     base = open_checkpoint(request.checkpoint, revision=request.revision, progress=progress, cache=cache_root())
     if request.adapter is None:
@@ -147,8 +139,8 @@ def open_planned(request: Request, progress: Progress) -> Checkpoint:
 
 def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
     """Target, recipe and options of a request. Raises UsageError for unknown names and keys."""
-    from packager.catalog import load_recipe, load_target
-    from packager.plan import parse_options
+    from packager.planning.catalog import load_recipe, load_target
+    from packager.planning.options import parse_options
 
     target = load_target(request.target)
     recipe = load_recipe(request.recipe or target.recipe)
@@ -169,8 +161,8 @@ def settled(
 
 def planned(request: Request, progress: Progress) -> Plan:
     """The plan that a build of the same request would make. Raises what opening and choosing do; writes nothing."""
-    from packager import calibration
-    from packager.plan import make_plan
+    from packager.planning.plan import make_plan
+    from packager.prompts import calibration
 
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
@@ -184,14 +176,14 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
 
     Raises PlanRefused before any work when the plan refuses, GateFailed when the artifact is not its source.
     """
-    from packager import calibration, training
-    from packager.encoder_fidelity import refuse_for_decoders
-    from packager.plan import make_plan
+    from packager.metrics.encoders import refuse_for_decoders
+    from packager.planning.plan import make_plan
+    from packager.prompts import calibration, training_template
 
     start = time.monotonic()
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
-    template = training.load(request.template) if request.template else None
+    template = training_template.load(request.template) if request.template else None
     if request.limits and not request.verify:
         raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Take one of the two away.")
     if template and not request.verify:
@@ -267,22 +259,23 @@ def _assemble(
     job: Job, plan: Plan, artifact: Artifact, recipe: Recipe[Any], sources: Mapping[str, Any], out: Path
 ) -> Path:
     from packager.bundle.assemble import Contents, assemble
+    from packager.bundle.engines import box_engine, lock_files, needs_of
     from packager.bundle.wheels import fetch_wheels
-    from packager.catalog import runtimes_folder
-    from packager.digests import file_digest
+    from packager.core.hashing import file_digest
+    from packager.planning.catalog import runtimes_folder
 
     target, checkpoint = job.target, job.checkpoint
     if artifact.release is not None:
         target = target.on_release(artifact.release)
-    engine = str(artifact.run["engine"])
-    locks = [_lock(name) for name in (wheels_of(artifact.run), *MORE_LOCKS.get(engine, ()))]
-    wheels = fetch_wheels(locks[0], target, cache_root() / "box-wheels", job.progress, more=locks[1:],
-                          scarce=SCARCE.get(engine, ()))  # fmt: skip
+    locks, engine = lock_files(artifact.run), box_engine(str(artifact.run["engine"]))
+    wheels = fetch_wheels(
+        locks[0], target, cache_root() / "box-wheels", job.progress, more=locks[1:], scarce=engine.scarce
+    )
     contents = Contents(
         name=checkpoint.name,
         target={"name": target.name, "digest": target.digest},
         recipe={"name": recipe.name, "options": artifact.provenance["options"]},
-        needs=_needs(target, plan, artifact, wheels),
+        needs=needs_of(target, plan, artifact, wheels),
         run=artifact.run,
         files=artifact.files,
         extra=artifact.extra,
@@ -293,43 +286,6 @@ def _assemble(
         provenance={**artifact.provenance, "sources": dict(sources), "packager": __version__},
     )
     return assemble(contents, out, job.progress, digest=lambda path: file_digest(path, cache_root())).path
-
-
-def wheels_of(run: Mapping[str, Any]) -> str:
-    """The name of the lock with the box's wheels: the engine's, or that of the library that it stands on."""
-    library = (run.get("settings") or {}).get("library", "") if run["engine"] == "tensorrt" else ""
-    return "box-" + str(library or run["engine"]).replace("-", "_")
-
-
-def _lock(name: str) -> Path:
-    """A lock of the box: in the checkout, or inside the wheel."""
-    here = Path(__file__).parent
-    places = [here.parent / "locks" / f"{name}.lock", here / "locks" / f"{name}.lock"]
-    return next((place for place in places if place.is_file()), places[0])
-
-
-def _needs(target: Target, plan: Plan, artifact: Artifact, wheels: WheelSet) -> Needs:
-    """What the box must have. Disk: model, and the wheels unpacked (about four times their size) beside their copy. An
-    engine on a GPU of its own says in its settings what it needs of that and of main memory.
-    """
-    from packager.bundle.manifest import Needs
-
-    model = sum(path.stat().st_size for path in artifact.files.values())
-    settings = artifact.run.get("settings") or {}
-    gpu = artifact.gpu
-    if "capability" in settings:
-        count = 1 if settings["ray"] else settings["tensor_parallel"]  # Ray's other GPUs are in other machines
-        gpu = {key: settings[key] for key in ("capability", "vllm")} | {"count": count, "bytes": plan.box_bytes}
-    return Needs(
-        system=target.system,
-        machine=target.machine,
-        python_min=wheels.python[0],
-        python_max=wheels.python[-1],
-        glibc_min=target.glibc,
-        ram_bytes=settings.get("host_bytes", plan.box_bytes) if gpu else plan.box_bytes,
-        disk_bytes=model + 4 * sum(path.stat().st_size for path in wheels.files),
-        gpu=gpu,
-    )
 
 
 def _own_peak() -> int:

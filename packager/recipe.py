@@ -10,21 +10,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from packager.encoder_fidelity import EncoderThresholds
-from packager.gates import Thresholds
+from packager.metrics.encoders import EncoderThresholds
+from packager.metrics.thresholds import Thresholds
 
 if TYPE_CHECKING:
-    from packager.calibration import Calibration
-    from packager.checkpoint import Checkpoint
-    from packager.progress import Progress
-    from packager.store import Step, Store
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.progress import Progress
+    from packager.core.store import Step, Store
+    from packager.prompts.calibration import Calibration
+    from packager.prompts.training_template import Training
     from packager.target import Target
-    from packager.training import Training
 
 Options = TypeVar("Options")
 
 
-class Spans(Protocol):
+class ServingOptions(Protocol):
     """Options of a model that is served: tokens of its longest text or conversation, and how many are computed at the
     same time. What a module reads beside these is its own Options, made from this.
     """

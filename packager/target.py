@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from packager.errors import UsageError, closest
+from packager.core.errors import UsageError, closest
 
 GIB = 1024**3
 GB = 1000**3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packager.awq import FORM
-from packager.int4_recipe import make_recipe
+from packager.formats.int4.awq import FORM
+from packager.formats.int4.build import make_recipe
 
 RECIPE = make_recipe(FORM)

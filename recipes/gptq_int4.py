@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packager.gptq import FORM
-from packager.int4_recipe import make_recipe
+from packager.formats.int4.build import make_recipe
+from packager.formats.int4.gptq import FORM
 
 RECIPE = make_recipe(FORM)

@@ -1,6 +1,6 @@
 """INT8 ONNX for onnxruntime: one recipe, two kinds of model. What each kind needs stands in its own module.
 
-packager/onnx_encoder.py makes embedders and classifiers, packager/onnx_decoder.py language models. Both offer
+packager/formats/onnx/encoder.py makes embedders and classifiers, packager/formats/onnx/decoder.py language models. Both offer
 ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the one Options below.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from packager.encoder_fidelity import EncoderThresholds
-from packager.kinds import ByKind
-from packager.onnx_decoder import thresholds
+from packager.formats.by_kind import ByKind
+from packager.formats.onnx.decoder import thresholds
+from packager.metrics.encoders import EncoderThresholds
 from packager.recipe import Need, Recipe
 
 if TYPE_CHECKING:
-    from packager.calibration import Calibration
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.prompts.calibration import Calibration
     from packager.target import Target
 
 
@@ -63,13 +63,13 @@ def settle(
         return options, ()
     if options.bits != 4 or calibration is None or checkpoint.family.kind != "decoder":
         return replace(options, tune="none"), ()
-    from packager.tuning import affordable
+    from packager.formats.int4.tuning import affordable
 
     tune, said = affordable(checkpoint, "The INT4 model's")
     return replace(options, tune=tune), said
 
 
-KINDS = ByKind(Options, encoder="packager.onnx_encoder", decoder="packager.onnx_decoder")
+KINDS = ByKind(Options, encoder="packager.formats.onnx.encoder", decoder="packager.formats.onnx.decoder")
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:

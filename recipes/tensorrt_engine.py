@@ -1,6 +1,6 @@
 """TensorRT: one recipe, two kinds of model. What each kind needs stands in its own module.
 
-packager/tensorrt_encoder.py makes embedders and classifiers; packager/tensorrt_decoder.py speaks for language models.
+packager/formats/tensorrt/encoder.py makes embedders and classifiers; packager/formats/tensorrt/decoder.py speaks for language models.
 Both offer ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the one
 Options.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from packager.encoder_fidelity import EncoderThresholds
-from packager.kinds import ByKind
+from packager.formats.by_kind import ByKind
+from packager.metrics.encoders import EncoderThresholds
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
     from packager.target import Target
 
 TEXT, CONVERSATION, LEAST = 512, 4096, 1024  # tokens, where no context is asked for
@@ -74,7 +74,7 @@ class Sized(ByKind[Options]):
         return replace(options, context=lengths[-1])
 
 
-KINDS = Sized(Options, encoder="packager.tensorrt_encoder", decoder="packager.tensorrt_decoder")
+KINDS = Sized(Options, encoder="packager.formats.tensorrt.encoder", decoder="packager.formats.tensorrt.decoder")
 
 RECIPE = Recipe(
     name="tensorrt_engine",

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
-    "check": ("check", "does this box fit the bundle? one sentence if it does not"),
-    "serve": ("server", "answer over HTTP: OpenAI API, /predict, /docs, /health, /metrics; /answer or /classify"),
-    "bench": ("bench", "measure latency, memory and throughput on this box"),
-    "engine": ("engine_tool", "build, show or clear the engine that this box makes of a TensorRT bundle"),
-    "score": ("score", "log-probabilities of given token sequences, for the fidelity gate"),
-    "encode": ("encode", "vectors or logits of given texts, for the fidelity gate of encoders"),
-    "answer": ("answer", "greedy answers to given prompts, for the fidelity report"),
-    "render": ("render", "conversations to the token ids that the server feeds the model"),
+    "check": ("preflight.check", "does this box fit the bundle? one sentence if it does not"),
+    "serve": ("server.serve", "answer over HTTP: OpenAI API, /predict, /docs, /health, /metrics; /answer or /classify"),
+    "bench": ("bench.llm", "measure latency, memory and throughput on this box"),
+    "engine": ("engines.tensorrt.command", "build, show or clear the engine that this box makes of a TensorRT bundle"),
+    "score": ("evaluate.score", "log-probabilities of given token sequences, for the fidelity gate"),
+    "encode": ("evaluate.encode", "vectors or logits of given texts, for the fidelity gate of encoders"),
+    "answer": ("evaluate.answer", "greedy answers to given prompts, for the fidelity report"),
+    "render": ("evaluate.render", "conversations to the token ids that the server feeds the model"),
 }
 
 

@@ -1,6 +1,6 @@
 """Writes docs/reference from the code: python scripts/docs.py [--check]. With --check it says what differs, and fails.
 
-The command line comes from click and argparse, exit codes from packager/errors.py, target keys from the dataclasses
+The command line comes from click and argparse, exit codes from packager/core/errors.py, target keys from the dataclasses
 that read them, recipe options from the recipes, the manifest from its JSON Schema: a change of any of them that is not
 in the docs stops `make test`.
 """
@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH,
 
 
 def command_line() -> str:
-    from packager.cli import cli
+    from packager.cli.main import cli
 
     every = "Every verb takes `--json`: one document on standard output, progress on standard error."
     parts = ["# Command line", "", every, ""]
@@ -55,13 +55,13 @@ def command_line() -> str:
 
 
 def exit_codes() -> str:
-    from packager import errors
+    from packager.core import errors
 
     rows = re.findall(r"^(\d+)\s{2,}(\S.*)$", errors.__doc__ or "", re.MULTILINE)
     kinds = {str(kind.exit_code): kind for kind in vars(errors).values()
              if isinstance(kind, type) and issubclass(kind, errors.PackagerError) and kind is not errors.PackagerError}
     unknown = set(kinds) - {code for code, _ in rows}
-    assert not unknown, f"packager/errors.py: its docstring says nothing of exit codes {sorted(unknown)}"
+    assert not unknown, f"packager/core/errors.py: its docstring says nothing of exit codes {sorted(unknown)}"
     lines = [(code, f"`{kinds[code].kind}`" if code in kinds else "", meaning) for code, meaning in rows]
     return "\n".join([
         "# Exit codes", "",
@@ -73,7 +73,7 @@ def exit_codes() -> str:
 
 
 def targets() -> str:
-    from packager.catalog import load_target, target_names
+    from packager.planning.catalog import load_target, target_names
     from packager.target import target_keys
 
     shipped = [load_target(name) for name in target_names()]
@@ -89,8 +89,8 @@ def targets() -> str:
 
 
 def recipes() -> str:
-    from packager.catalog import load_recipe, recipe_names
-    from packager.plan import options_keys
+    from packager.planning.catalog import load_recipe, recipe_names
+    from packager.planning.options import options_keys
 
     parts = ["# Recipes", "", "One module a recipe in `recipes/`; the file name is the recipe's name.", ""]
     for name in recipe_names():
@@ -106,13 +106,13 @@ def recipes() -> str:
 
 
 def manifest() -> str:
-    from packager import __file__ as package
+    from packager.bundle import __file__ as package
 
     schema = json.loads((Path(package).parent / "schemas/manifest.schema.json").read_text(encoding="utf-8"))
     rows = list(schema_rows(schema, schema["$defs"], ""))
     return "\n".join([
         "# manifest.json", "", schema["description"], "",
-        "The JSON Schema is `packager/schemas/manifest.schema.json`. The same inputs give the same bytes: no times,",
+        "The JSON Schema is `packager/bundle/schemas/manifest.schema.json`. The same inputs give the same bytes: no times,",
         "host names or absolute paths stand in any file of a bundle; what a build cost is in `<bundle>.build.json`",
         "beside it.", "",
         table(("key", "type", "required", "meaning"), rows),

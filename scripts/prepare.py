@@ -36,7 +36,7 @@ LOCKED: list[str | Path] = ["install", "--no-deps", "--no-compile", "--only-bina
 # (PYTHONDONTWRITEBYTECODE in an image, a read-only checkout).
 HEAVY = {
     "build": ("torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
-              "gguf", "xllamacpp", "fastapi", "uvicorn", "huggingface_hub", "jsonschema", "packager.cli"),
+              "gguf", "xllamacpp", "fastapi", "uvicorn", "huggingface_hub", "jsonschema", "packager.cli.main"),
     "demo": ("openai",),
     "test": ("peft", "pytest"),
 }  # fmt: skip

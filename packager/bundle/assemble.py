@@ -20,51 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from packager.bundle.engines import runtime_files
 from packager.bundle.installer import box_files
 from packager.bundle.manifest import MANIFEST, SUMS, FileEntry, Manifest, Needs, is_inside, to_json
 from packager.bundle.wheels import WheelSet
-from packager.digests import hash_file
-from packager.errors import InputError, MachineError, PackagerError
-from packager.progress import Progress, Task
-from packager.store import FIXED_TIME, flush_folder
+from packager.core.errors import InputError, MachineError, PackagerError
+from packager.core.hashing import hash_file
+from packager.core.progress import Progress, Task
+from packager.core.store import FIXED_TIME, flush_folder
 
 CHUNK = 1 << 22
 FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-
-# What may run on a box: named one by one, so that nothing slips in because it lay in the folder.
-RUNTIME_COMMON = ("__init__.py", "__main__.py", "manifest.py", "check.py", "install.py", "bench.py", "bench_load.py",
-                  "bench_machine.py", "bench_server.py", "box_facts.py", "box_files.py", "box_fit.py",
-                  "box_fit_gpu.py", "box_jetson.py", "box_nvidia.py", "box_probe.py", "box_vllm.py", "wrappers.py")
-# the HTTP face of every engine in our own process
-RUNTIME_FACE = ("engine.py", "engines.py", "exchange.py", "face.py", "loading.py", "memory.py", "metrics.py",
-                "outer.py", "protocol.py", "replies.py", "server.py")
-# language models: chat and completions, and what scores and renders on the build machine
-RUNTIME_SERVER = (*RUNTIME_FACE, "answer.py", "api.py", "app.py", "chat.py", "generation.py", "pump.py", "render.py",
-                  "score.py")
-# embedders and classifiers
-RUNTIME_ENCODER = (*RUNTIME_FACE, "batches.py", "bench_encoder.py", "encode.py", "encoder_app.py", "encoding.py")
-# TensorRT's engines, opened or built on the box
-RUNTIME_TENSORRT = ("engine_build.py", "engine_cache.py", "ort_session.py", "tensorrt_cuda.py", "tensorrt_device.py",
-                    "tensorrt_native.py", "tensorrt_open.py", "tensorrt_ort.py", "tensorrt_plan.py",
-                    "tensorrt_probe.py")
-RUNTIME_ENGINES: dict[str, tuple[str, ...]] = {
-    "llamacpp": (*RUNTIME_SERVER, "llamacpp.py", "llamacpp_replies.py", "logits.py", "pages.py", "threads.py"),
-    "ort": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort.py", "ort_model.py", "ort_session.py", "sampling.py",
-            "slots.py", "stream.py"),
-    "ort_cuda": (*RUNTIME_SERVER, "detokenize.py", "guidance.py", "ort_cuda.py", "ort_model.py", "ort_session.py",
-                 "sampling.py", "slots.py", "stream.py"),
-    "transformers": (*RUNTIME_SERVER, "detokenize.py", "int4.py", "sampling.py", "stream.py", "threads.py",
-                     "torch_model.py", "transformers_.py"),
-    "ort_encoder": (*RUNTIME_ENCODER, "ort_encoder.py", "ort_session.py"),
-    "tensorrt": (*RUNTIME_ENCODER, *RUNTIME_TENSORRT, "engine_check.py", "engine_tool.py", "tensorrt_.py"),
-    "tensorrt_decoder": (*RUNTIME_SERVER, *RUNTIME_TENSORRT, "detokenize.py", "engine_tool.py", "guidance.py",
-                         "sampling.py", "slots.py", "stream.py", "tensorrt_decoder.py", "tensorrt_resident.py"),
-    "vllm": (*RUNTIME_SERVER, "vllm_.py"),
-    "edgellm": (*RUNTIME_SERVER, "edgellm_.py", "vllm_.py"),
-}
-
 
 @dataclass(frozen=True)
 class Contents:
@@ -102,14 +70,6 @@ class Assembled:
     fresh: bool
     bytes: int
     manifest: Manifest
-
-
-def runtime_files(engine: str) -> tuple[str, ...]:
-    """The files of runtimes/ that a bundle for an engine carries. Raises PackagerError for an unknown engine."""
-    if engine not in RUNTIME_ENGINES:
-        raise PackagerError(f"No runtime files are listed for the engine {engine!r}.",
-                            fix="Add them to RUNTIME_ENGINES in packager/bundle/assemble.py.")
-    return tuple(sorted({*RUNTIME_COMMON, *RUNTIME_ENGINES[engine]}))
 
 
 def assemble(

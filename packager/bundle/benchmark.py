@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from packager import report_encoder
-from packager.console import size
-from packager.errors import InputError, UsageError
-from packager.percentile import percentile
-from packager.progress import Progress
-from packager.store import Cost
-from packager.tools import CHILDREN, follow, run_python
+from packager.bundle import benchmark_encoder
+from packager.bundle.percentile import percentile
+from packager.core.errors import InputError, UsageError
+from packager.core.processes import WORKERS, follow, run_python
+from packager.core.progress import Progress
+from packager.core.store import Cost
+from packager.core.units import size
 
 BASELINE_TOKENS = 32
 BASELINE_REPEATS = 5
@@ -28,7 +28,7 @@ BASELINE_REPEATS = 5
 def bench(
     bundle: Path, *, quick: bool, baseline: Path | None, with_baseline: bool, progress: Progress
 ) -> dict[str, Any]:
-    """The bundle's report (see runtimes/bench.py) with a ``baseline`` object from transformers FP32, or null.
+    """The bundle's report (see runtimes/bench/llm.py) with a ``baseline`` object from transformers FP32, or null.
 
     Raises UsageError when the folder is no bundle, InputError when the baseline's checkpoint is not there.
     """
@@ -52,7 +52,7 @@ def bench(
             _require_checkpoint(source)
             encoder = document.get("task", "generate") != "generate"
             document["baseline"] = (
-                report_encoder.baseline(source, document, Path(work), progress)
+                benchmark_encoder.baseline(source, document, Path(work), progress)
                 if encoder
                 else _baseline(source, bundle, Path(work), progress)
             )
@@ -96,7 +96,7 @@ def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dic
     prompt = Tokenizer.from_file(str(bundle / "model" / "tokenizer.json")).encode(text).ids[:64]
     output = work / "baseline.json"
     follow(
-        CHILDREN / "baseline.py",
+        WORKERS / "baseline.py",
         {
             "checkpoint": str(source),
             "prompt": prompt,

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from packager.console import size
-from packager.percentile import percentile
-from packager.progress import Progress
-from packager.store import Cost
-from packager.tools import CHILDREN, follow
+from packager.bundle.percentile import percentile
+from packager.core.processes import WORKERS, follow
+from packager.core.progress import Progress
+from packager.core.store import Cost
+from packager.core.units import size
 
 REQUESTS = 60
 
@@ -29,7 +29,7 @@ def baseline(source: Path, document: Mapping[str, Any], work: Path, progress: Pr
         "threads": os.cpu_count() or 1,
         "output": str(output),
     }
-    name, child = "baseline: transformers FP32", CHILDREN / "baseline_encoder.py"
+    name, child = "baseline: transformers FP32", WORKERS / "baseline_encoder.py"
     follow(child, asked, name, progress, Cost(), work=work, total=float(len(cases)), unit="cases")
     found = json.loads(output.read_text(encoding="utf-8"))
     rows = []

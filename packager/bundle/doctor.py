@@ -1,6 +1,6 @@
 """Is this box one that a bundle or a target fits? The preflight that every bundle carries, asked from the packager.
 
-The facts and the verdicts are the preflight's own (runtimes/check.py, run as a child and read as JSON): a box is told
+The facts and the verdicts are the preflight's own (runtimes/preflight/check.py, run as a child and read as JSON): a box is told
 the same by ``packager doctor`` and by ``bin/check``.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from packager.catalog import load_target, runtimes_folder, target_names
-from packager.errors import PlanRefused, UsageError, VerifyFailed
+from packager.core.errors import PlanRefused, UsageError, VerifyFailed
+from packager.core.processes import ChildFailed, run_python
+from packager.planning.catalog import load_target, runtimes_folder, target_names
 from packager.target import Target
-from packager.tools import ChildFailed, run_python
 
 # Of its nominal memory a board shows this much at least: 6.7 of 8 GiB on a Xavier NX, 7.3 on an Orin Nano.
 SHOWN_MEMORY = 0.8
@@ -104,7 +104,7 @@ def _recorded(facts: Path | None) -> tuple[str | Path, ...]:
 def _ask(output: Path, *arguments: str | Path) -> dict[str, Any]:
     """Run the preflight and read its document. A box that does not fit is an answer, not a failure."""
     try:
-        run_python(runtimes_folder() / "check.py", [*arguments, "--output", output], name="the preflight")
+        run_python(runtimes_folder() / "preflight/check.py", [*arguments, "--output", output], name="the preflight")
     except ChildFailed as error:
         if error.code == UsageError.exit_code:
             raise UsageError(error.output.strip().splitlines()[-1], fix="See `packager doctor --help`.") from error
@@ -136,7 +136,7 @@ def raise_if_refused(document: Mapping[str, Any]) -> None:
 
 def shown_facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A box's facts for people, what is unknown as such."""
-    from packager.console import size
+    from packager.core.units import size
 
     def amount(key: str) -> str:
         return "unknown" if facts.get(key) is None else size(facts[key])
@@ -167,7 +167,7 @@ def shown_facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shown_gpus(facts: Mapping[str, Any]) -> str:
-    from packager.console import size
+    from packager.core.units import size
 
     gpus = facts.get("gpus")
     if gpus is None:

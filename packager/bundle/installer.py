@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from importlib.resources import files as package_files
 from typing import Any
 
+from packager.bundle.engines import box_engine
 from packager.bundle.manifest import Needs
-from packager.errors import PackagerError
+from packager.core.errors import PackagerError
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SYSTEMS = {"linux": "Linux", "windows": "Windows", "macos": "macOS"}
@@ -63,12 +64,9 @@ It lies in `PREFIX/cache`, or where that cannot be written in the service's `Cac
 """
 
 
-COMPILED = ("tensorrt", "tensorrt_decoder")  # what runtimes/wrappers.py gives a bin/engine
-MAKERS = (*COMPILED, "edgellm")  # engines that keep what they make on the box: an engine, or kernels for one
-
-
 def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
     """File name -> text of everything a box gets from templates. Raises PackagerError for a name that is not plain."""
+    engine = box_engine(str(run["engine"]))
     on_gpu = bool(run.get("gpu_layers") or needs.gpu)
     values = {
         "BUNDLE": bundle, "MODEL": model, "TARGET": target, "MACHINE": needs.machine,
@@ -84,8 +82,8 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
         "GPU": _gpu(needs.gpu),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
-        "CACHE": _service(bundle, needs) if run["engine"] in MAKERS else "",
-        "ENGINE": ENGINE if run["engine"] in COMPILED else "",
+        "CACHE": _service(bundle, needs) if engine.caches else "",
+        "ENGINE": ENGINE if engine.compiled else "",
         **_said(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
     }

@@ -1,6 +1,6 @@
 """manifest.json: what is in a bundle, how the box runs it, what the box must have. Typed here, described by a schema.
 
-The schema (packager/schemas/manifest.schema.json, JSON Schema draft 2020-12) is the reference; a box reads the JSON
+The schema (packager/bundle/schemas/manifest.schema.json, JSON Schema draft 2020-12) is the reference; a box reads the JSON
 with the standard library alone. No times, host names or absolute paths: the same inputs give the same bytes.
 """
 
@@ -14,7 +14,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from packager.errors import PackagerError, VerifyFailed
+from packager.core.errors import PackagerError, VerifyFailed
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,7 +78,7 @@ def to_json(manifest: Manifest) -> str:
     if problems:
         raise PackagerError(f"The manifest of {manifest.bundle} breaks its schema: {problems[0]}",
                             why=f"{len(problems)} violation(s) in what the recipe or target gave.",
-                            fix="Correct the recipe; the schema is packager/schemas/manifest.schema.json.")
+                            fix="Correct the recipe; the schema is packager/bundle/schemas/manifest.schema.json.")
     return text
 
 
@@ -110,7 +110,7 @@ def load(bundle: Path) -> Manifest:
 @cache
 def schema() -> dict[str, Any]:
     """The JSON Schema of the manifest."""
-    text = package_files("packager").joinpath("schemas", "manifest.schema.json").read_text("utf-8")
+    text = package_files("packager.bundle").joinpath("schemas", "manifest.schema.json").read_text("utf-8")
     parsed: dict[str, Any] = json.loads(text)
     return parsed
 

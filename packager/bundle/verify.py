@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packager.bundle.manifest import MANIFEST, SUMS, FileEntry, Manifest, is_inside, load
-from packager.digests import hash_file
-from packager.errors import VerifyFailed
-from packager.gguf_header import BadHeader, read_header
-from packager.progress import Progress, Silent
+from packager.core.errors import VerifyFailed
+from packager.core.hashing import hash_file
+from packager.core.progress import Progress, Silent
+from packager.tensors.gguf_header import BadHeader, read_header
 
 Kind = Literal["missing", "changed", "extra", "link", "unsafe", "unreadable", "schema", "sums", "model"]
 

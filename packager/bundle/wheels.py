@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from packager.digests import hash_file
-from packager.errors import InputError, NetworkError, PackagerError, PlanRefused, ToolError
+from packager.core.errors import InputError, NetworkError, PackagerError, PlanRefused, ToolError
+from packager.core.hashing import hash_file
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-    from packager.progress import Progress
+    from packager.core.progress import Progress
 
 Run = Callable[[Sequence[str]], object]
 
@@ -143,7 +143,7 @@ def pip_download(lines: Path, platforms: Sequence[str], python: str, folder: Pat
 
 def run_pip(command: Sequence[str]) -> None:
     """Run pip through the owner of subprocess."""
-    from packager.tools import run
+    from packager.core.processes import run
 
     run(command, name="pip download")
 

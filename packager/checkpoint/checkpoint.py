@@ -16,21 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packager.architectures import (
-    IGNORED_SUFFIXES,
-    Family,
-    ModelShape,
-    expected_tensors,
-    find_family,
-    read_shape,
-)
-from packager.digests import combined_digest, file_digest
-from packager.errors import InputError, UsageError
-from packager.origin import MODEL_FILES, Origin
-from packager.progress import Progress
-from packager.safetensors_io import FLOAT_DTYPES, TensorInfo, read_rows, row_chunks
-from packager.tokenizer_facts import TokenizerFacts, read_json, read_tokenizer
-from packager.weight_files import INDEX, SINGLE, read_tensors
+from packager.checkpoint.families import IGNORED_SUFFIXES, Family, ModelShape, expected_tensors, find_family, read_shape
+from packager.checkpoint.origin import MODEL_FILES, Origin
+from packager.checkpoint.shards import INDEX, SINGLE, read_tensors
+from packager.checkpoint.tokenizer import TokenizerFacts, read_json, read_tokenizer
+from packager.core.errors import InputError, UsageError
+from packager.core.hashing import combined_digest, file_digest
+from packager.core.progress import Progress
+from packager.tensors.safetensors import FLOAT_DTYPES, TensorInfo, read_rows, row_chunks
 
 __all__ = [
     "Checkpoint",
@@ -104,7 +97,7 @@ def open_checkpoint(
         raise UsageError(f"The name {name!r} is not safe in file names.", fix=f"Use for example --name {slug(name)}.")
     folder, origin = _locate(ref, revision, progress, cache)
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        from packager import state_dict  # only here, so that torch is not even looked for otherwise
+        from packager.checkpoint import state_dict  # only here, so that torch is not even looked for otherwise
 
         weights = Path(ref) if Path(ref).is_file() else None
         if weights or state_dict.find(folder):
@@ -128,7 +121,7 @@ def _locate(ref: str, revision: str | None, progress: Progress, cache: Path) -> 
             why="A checkpoint is a folder with config.json, tokenizer.json and safetensors.",
             fix=f"Give the folder: {path.parent}",
         )
-    from packager import hub
+    from packager.checkpoint import hub
 
     return hub.download(ref, revision=revision, progress=progress)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.errors import InputError
-from packager.tokenizer_facts import read_json
+from packager.checkpoint.tokenizer import read_json
+from packager.core.errors import InputError
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len"]
 Scores = Literal["softmax", "sigmoid", "none"]

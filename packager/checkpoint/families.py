@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from packager.errors import InputError, closest
+from packager.core.errors import InputError, closest
+from packager.tensors.ggml_types import BLOCKS
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise InputError(
             f"The architecture {named[0]} is not supported.{closest(named[0], list(FAMILIES))}",
             why=f"Known are {', '.join(FAMILIES)}.",
-            fix="Package a checkpoint of one of these, or add the family to packager/architectures.py.",
+            fix="Package a checkpoint of one of these, or add the family to packager/checkpoint/families.py.",
         )
     return family
 
@@ -197,3 +198,10 @@ def expected_tensors(config: Mapping[str, Any], family: Family, shape: ModelShap
     if not shape.tied:
         expected["lm_head.weight"] = (shape.vocab, shape.hidden)
     return expected
+
+
+def kv_cache_bytes(layers: int, kv_heads: int, head_dim: int, context: int, slots: int, kv_type: str) -> int:
+    """Keys and values of ``slots`` conversations of ``context`` tokens each; llama.cpp rounds the context up to 256."""
+    elements, size = BLOCKS[kv_type.upper()]
+    cells = -(-context // 256) * 256 * slots
+    return 2 * layers * kv_heads * head_dim * cells * size // elements

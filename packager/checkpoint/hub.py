@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from packager.errors import InputError, NetworkError, PackagerError, ToolError
-from packager.origin import MODEL_FILES, Origin
-from packager.progress import Progress, Task
+from packager.checkpoint.origin import MODEL_FILES, Origin
+from packager.core.errors import InputError, NetworkError, PackagerError, ToolError
+from packager.core.progress import Progress, Task
 
 MODELSCOPE = "modelscope:"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -123,7 +123,7 @@ def _explained(error: Exception, name: str, revision: str) -> PackagerError:
             fix="Give a folder, or fetch it once with HF_HUB_OFFLINE unset.",
         )
     if isinstance(error, OSError) and error.errno in (28, 13, 30):  # no space, no permission, read-only
-        from packager.errors import MachineError
+        from packager.core.errors import MachineError
 
         return MachineError(f"{name} could not be stored: {error.strerror}.", fix=f"See {constants.HF_HUB_CACHE}.")
     cause = error.__cause__ or error

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packager.checkpoint import Checkpoint, slug
-from packager.digests import combined_digest, file_digest, hash_file
-from packager.errors import InputError
-from packager.progress import Progress, Silent
-from packager.safetensors_io import FLOAT_DTYPES, TensorInfo, read_header
-from packager.tokenizer_facts import TOKENIZER_FILES, read_json
+from packager.checkpoint.checkpoint import Checkpoint, slug
+from packager.checkpoint.tokenizer import TOKENIZER_FILES, read_json
+from packager.core.errors import InputError
+from packager.core.hashing import combined_digest, file_digest, hash_file
+from packager.core.progress import Progress, Silent
+from packager.tensors.safetensors import FLOAT_DTYPES, TensorInfo, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -165,7 +165,7 @@ def _converted(folder: Path, cache: Path | None, progress: Progress) -> Path:
         raise InputError(f"{folder} has no {WEIGHTS}.", fix="Copy the whole folder that the training wrote.")
     if cache is None:
         raise InputError(f"{pickled} is a pickle.", fix=f"Save the adapter as {WEIGHTS} (safe_serialization=True).")
-    from packager import state_dict
+    from packager.checkpoint import state_dict
 
     return state_dict.convert_file(pickled, WEIGHTS, cache=cache, progress=progress)
 

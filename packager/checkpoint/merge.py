@@ -13,21 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.adapter_fit import (
-    EMBEDDING,
-    HEAD,
-    Adapter,
-    Change,
-    Fit,
-    check_fit,
-    open_adapter,
-    plan_changes,
-)
-from packager.checkpoint import Checkpoint, slug
-from packager.errors import InputError
-from packager.origin import CONFIG_FILES
-from packager.progress import Progress
-from packager.safetensors_io import (
+from packager.checkpoint.checkpoint import Checkpoint, slug
+from packager.checkpoint.lora import EMBEDDING, HEAD, Adapter, Change, Fit, check_fit, open_adapter, plan_changes
+from packager.checkpoint.origin import CONFIG_FILES
+from packager.checkpoint.tokenizer import TOKENIZER_FILES, read_json, token_ids
+from packager.core.errors import InputError
+from packager.core.progress import Progress
+from packager.tensors.safetensors import (
     Spec,
     TensorInfo,
     from_float32,
@@ -38,7 +30,6 @@ from packager.safetensors_io import (
     write_file,
     write_index,
 )
-from packager.tokenizer_facts import TOKENIZER_FILES, read_json, token_ids
 
 if TYPE_CHECKING:
     import numpy as np

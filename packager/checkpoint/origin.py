@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from packager.tokenizer_facts import TOKENIZER_FILES
+from packager.checkpoint.tokenizer import TOKENIZER_FILES
 
 # Beside weights and tokenizer, what changes the model that a folder means (the last three: sentence-transformers).
 CONFIG_FILES = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packager.errors import InputError
-from packager.safetensors_io import TensorInfo, read_header
-from packager.tokenizer_facts import read_json
+from packager.checkpoint.tokenizer import read_json
+from packager.core.errors import InputError
+from packager.tensors.safetensors import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

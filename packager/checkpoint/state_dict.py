@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.digests import combined_digest, file_digest
-from packager.errors import InputError, ToolError
-from packager.origin import CONFIG_FILES
-from packager.progress import Progress
-from packager.safetensors_io import CHUNK_ELEMENTS, Spec, shard_names, write_file, write_index
-from packager.tokenizer_facts import TOKENIZER_FILES, read_json
+from packager.checkpoint.origin import CONFIG_FILES
+from packager.checkpoint.tokenizer import TOKENIZER_FILES, read_json
+from packager.core.errors import InputError, ToolError
+from packager.core.hashing import combined_digest, file_digest
+from packager.core.progress import Progress
+from packager.tensors.safetensors import CHUNK_ELEMENTS, Spec, shard_names, write_file, write_index
 
 if TYPE_CHECKING:
     from torch import Tensor

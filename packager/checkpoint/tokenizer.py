@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packager.errors import InputError
-from packager.template_probe import Probe, probe
+from packager.checkpoint.chat_template import Probe, probe
+from packager.core.errors import InputError
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOKENIZER_FILES = (

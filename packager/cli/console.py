@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from packager.errors import PackagerError
-    from packager.progress import StepContext, Task
+    from packager.core.errors import PackagerError
+    from packager.core.progress import StepContext, Task
 
 STREAMS = ("stdout", "stderr")
 HEARTBEAT = 15.0  # seconds between lines of a long step when nobody watches a bar
@@ -136,7 +136,7 @@ class Console:
 
     def step(self, name: str, total: float | None = None, unit: str = "") -> StepContext:
         if self.quiet:
-            from packager.progress import Silent
+            from packager.core.progress import Silent
 
             return Silent().step(name, total, unit)
         return self._bar(name, total, unit) if sys.stderr.isatty() else self._lines(name, total, unit)
@@ -213,10 +213,3 @@ def _colours() -> bool:
     return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def size(amount: float) -> str:
-    """Bytes for people, decimal units: 144.8 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(amount) < 1000 or unit == "GB":
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    raise AssertionError("unreachable")

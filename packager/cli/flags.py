@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from packager.console import Console
+from packager.cli.console import Console
 
 Command = Callable[..., Any]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from packager.adapter_fit import Adapter, check_fit
-from packager.checkpoint import Checkpoint
+from packager.checkpoint.checkpoint import Checkpoint
+from packager.checkpoint.lora import Adapter, check_fit
 
 
 def inspect(checkpoint: Checkpoint, adapter: Adapter | None = None) -> dict[str, Any]:

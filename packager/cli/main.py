@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from packager import __version__
-from packager.console import Console, settle_streams
-from packager.errors import MachineError, PackagerError, UsageError
-from packager.flags import common, limited, requested, sourced
+from packager.cli.console import Console, settle_streams
+from packager.cli.flags import common, limited, requested, sourced
+from packager.core.errors import MachineError, PackagerError, UsageError
 
 if TYPE_CHECKING:
     from packager.build import Request
@@ -76,9 +76,9 @@ def inspect(checkpoint: str, adapter: Path | None, revision: str | None, name: s
     """Show what a checkpoint is, whether its parts agree, and on which targets it fits.
 
     CHECKPOINT is a Hugging Face folder, a hub id (org/name), modelscope:ID, or a .bin/.pth state dict."""
-    from packager import views
+    from packager.cli import show
 
-    views.inspect(console, checkpoint, adapter, revision, name)
+    show.inspect(console, checkpoint, adapter, revision, name)
 
 
 @cli.group(invoke_without_command=True, epilog="Example: packager targets show jetson_orin_nano_8gb")
@@ -86,10 +86,10 @@ def inspect(checkpoint: str, adapter: Path | None, revision: str | None, name: s
 @click.pass_context
 def targets(context: click.Context, console: Console) -> None:
     """List the devices a bundle can be made for; `show NAME` for one."""
-    from packager import views
+    from packager.cli import show
 
     if context.invoked_subcommand is None:
-        views.targets(console)
+        show.targets(console)
 
 
 @targets.command("show", epilog="Example: packager targets show t4 --json")
@@ -97,9 +97,9 @@ def targets(context: click.Context, console: Console) -> None:
 @common
 def targets_show(name: str, console: Console) -> None:
     """Everything known of one target (a name, or a .toml file of your own)."""
-    from packager import views
+    from packager.cli import show
 
-    views.target(console, name)
+    show.target(console, name)
 
 
 @cli.group(invoke_without_command=True, epilog="Example: packager recipes show gguf")
@@ -107,10 +107,10 @@ def targets_show(name: str, console: Console) -> None:
 @click.pass_context
 def recipes(context: click.Context, console: Console) -> None:
     """List the ways to build; `show NAME` for one with its options."""
-    from packager import views
+    from packager.cli import show
 
     if context.invoked_subcommand is None:
-        views.recipes(console)
+        show.recipes(console)
 
 
 @recipes.command("show", epilog="Example: packager recipes show gguf --json")
@@ -118,9 +118,9 @@ def recipes(context: click.Context, console: Console) -> None:
 @common
 def recipes_show(name: str, console: Console) -> None:
     """One recipe and the keys that --set takes."""
-    from packager import views
+    from packager.cli import show
 
-    views.recipe(console, name)
+    show.recipe(console, name)
 
 
 @cli.group(invoke_without_command=True, epilog="Example: packager templates show qwen > my-model/chat_template.jinja")
@@ -128,10 +128,10 @@ def recipes_show(name: str, console: Console) -> None:
 @click.pass_context
 def templates(context: click.Context, console: Console) -> None:
     """List the training templates that `build --template` knows; `show NAME` prints one as Jinja."""
-    from packager import views
+    from packager.cli import show
 
     if context.invoked_subcommand is None:
-        views.templates(console)
+        show.templates(console)
 
 
 @templates.command("show", epilog="Example: packager templates show deepseekr1")
@@ -139,9 +139,9 @@ def templates(context: click.Context, console: Console) -> None:
 @common
 def templates_show(name: str, console: Console) -> None:
     """One training template as the chat template that a checkpoint trained with it should carry."""
-    from packager import views
+    from packager.cli import show
 
-    views.template(console, name)
+    show.template(console, name)
 
 
 @cli.command(
@@ -154,9 +154,9 @@ def plan(request: Request, console: Console) -> None:
     """Show size, memory and speed of what a build would make, and why it would not fit. Builds nothing.
 
     Exits with 4 when the plan refuses."""
-    from packager import views
+    from packager.cli import show
 
-    views.plan(console, request)
+    show.plan(console, request)
 
 
 @cli.command(
@@ -193,7 +193,7 @@ def build(
 
     Exits with 4 when the plan refuses, with 6 when the artifact is too far from its checkpoint; `packager recipes show`
     prints the recipe's thresholds."""
-    from packager import views
+    from packager.cli import show
 
     full = dataclasses.replace(
         request,
@@ -203,7 +203,7 @@ def build(
         template=template,
         trust_calibration=trust_calibration,
     )
-    views.build(console, full, out)
+    show.build(console, full, out)
 
 
 @cli.command(epilog="Example: packager verify out/my-model-desktop_linux_x86_64-gguf", short_help="Check a bundle.")
@@ -213,9 +213,9 @@ def verify(bundle: Path, console: Console) -> None:
     """Check digests, manifest and the model's own header; report every extra, missing or changed file.
 
     Exits with 5 when something is wrong."""
-    from packager import views
+    from packager.cli import show
 
-    views.verify(console, bundle)
+    show.verify(console, bundle)
 
 
 @cli.command(
@@ -231,9 +231,9 @@ def doctor(bundle: Path | None, target: str | None, facts: Path | None, no_files
     """Show this box's facts, which targets it is, and whether BUNDLE fits it.
 
     Exits as the box's own check: 4 when it does not fit, 5 when files are damaged."""
-    from packager import views
+    from packager.cli import show
 
-    views.doctor(console, bundle, target, facts, files=not no_files)
+    show.doctor(console, bundle, target, facts, files=not no_files)
 
 
 @cli.command(
@@ -255,9 +255,9 @@ def bench(
     bundle: Path, quick: bool, baseline: Path | None, no_baseline: bool, output: Path | None, console: Console
 ) -> None:
     """Benchmark a bundle on this machine: the table "mode, memory, P99" with the FP32 baseline, and the roofline."""
-    from packager import views
+    from packager.cli import show
 
-    views.bench(console, bundle, quick=quick, baseline=baseline, with_baseline=not no_baseline, output=output)
+    show.bench(console, bundle, quick=quick, baseline=baseline, with_baseline=not no_baseline, output=output)
 
 
 @cli.command(
@@ -270,9 +270,9 @@ def bench(
 @common
 def serve(bundle: Path, host: str, port: int, console: Console) -> None:
     """Serve a bundle on this machine with the runtime it ships, without installing it. Ctrl-C ends it."""
-    from packager import views
+    from packager.cli import show
 
-    views.serve(console, bundle, host, port)
+    show.serve(console, bundle, host, port)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from packager.build import Request
-from packager.console import Console, size
-from packager.errors import PlanRefused, VerifyFailed
+from packager.cli.console import Console
+from packager.core.errors import PlanRefused, VerifyFailed
+from packager.core.units import size
 
 
 def targets(console: Console) -> None:
-    from packager.catalog import load_target, target_names
+    from packager.planning.catalog import load_target, target_names
 
     found = [load_target(name) for name in target_names()]
     document = {
@@ -41,7 +42,7 @@ def targets(console: Console) -> None:
 
 
 def target(console: Console, name: str) -> None:
-    from packager.catalog import load_target
+    from packager.planning.catalog import load_target
 
     found = load_target(name).as_dict()
     console.result(found, lambda: console.facts(_flat(found)))
@@ -60,7 +61,7 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def recipes(console: Console) -> None:
-    from packager.catalog import load_recipe, recipe_names
+    from packager.planning.catalog import load_recipe, recipe_names
 
     found = [load_recipe(name) for name in recipe_names()]
     console.result(
@@ -70,8 +71,8 @@ def recipes(console: Console) -> None:
 
 
 def recipe(console: Console, name: str) -> None:
-    from packager.catalog import load_recipe
-    from packager.plan import options_keys
+    from packager.planning.catalog import load_recipe
+    from packager.planning.options import options_keys
 
     found = load_recipe(name)
     keys = options_keys(found)
@@ -103,7 +104,7 @@ def recipe(console: Console, name: str) -> None:
 
 
 def templates(console: Console) -> None:
-    from packager.training import known
+    from packager.prompts.training_template import known
 
     rows = sorted(known().items())
     document = {"templates": [{"name": name, "reasoning": slots.reasoning} for name, slots in rows]}
@@ -121,8 +122,8 @@ def templates(console: Console) -> None:
 
 
 def template(console: Console, name: str) -> None:
-    from packager.errors import UsageError
-    from packager.training import as_jinja, load
+    from packager.core.errors import UsageError
+    from packager.prompts.training_template import as_jinja, load
 
     found = load(name)
     if found.slots is None:
@@ -132,11 +133,11 @@ def template(console: Console, name: str) -> None:
 
 
 def inspect(console: Console, checkpoint: str, adapter: Path | None, revision: str | None, name: str | None) -> None:
-    from packager.adapter import check_fit, open_adapter
-    from packager.checkpoint import open_checkpoint
-    from packager.inspect import inspect as look
-    from packager.plan import fit_all
-    from packager.store import cache_root
+    from packager.checkpoint.checkpoint import open_checkpoint
+    from packager.checkpoint.merge import check_fit, open_adapter
+    from packager.cli.inspect import inspect as look
+    from packager.core.store import cache_root
+    from packager.planning.plan import fit_all
 
     found = open_checkpoint(checkpoint, revision=revision, progress=console, cache=cache_root(), name=name)
     lora = open_adapter(adapter) if adapter else None
@@ -218,7 +219,7 @@ def _ceiling(rate: float, estimate: Mapping[str, Any]) -> tuple[str, str]:
 
 def build(console: Console, request: Request, out: Path) -> None:
     from packager.build import build as make
-    from packager.store import Store, default_root
+    from packager.core.store import Store, default_root
 
     built = make(request, out, console, Store(default_root()))
     document = {
@@ -229,13 +230,13 @@ def build(console: Console, request: Request, out: Path) -> None:
     }
 
     def render() -> None:
-        report = built.artifact.report
-        for line in fidelity_lines(report.get("fidelity")):
+        benchmark = built.artifact.report
+        for line in fidelity_lines(benchmark.get("fidelity")):
             console.note(line)
-        if types := report.get("tensor_types"):
+        if types := benchmark.get("tensor_types"):
             console.note("tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in types.items()))
-        if int4 := report.get("int4", {}).get("modules"):
-            console.note(f"{int4} matrices at {report['int4']['bits_per_weight']} bits a weight")
+        if int4 := benchmark.get("int4", {}).get("modules"):
+            console.note(f"{int4} matrices at {benchmark['int4']['bits_per_weight']} bits a weight")
         console.note(f"built in {built.record['seconds']:.0f} s, peak memory {size(built.record['peak_rss_bytes'])}")
         console.line(str(built.path))
 
@@ -247,7 +248,7 @@ def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
     if "min_cosine" in found["thresholds"]:
-        from packager.encoder_fidelity import lines as encoder_lines
+        from packager.metrics.encoders import lines as encoder_lines
 
         return encoder_lines(found)
     lines = []
@@ -276,27 +277,27 @@ def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
 def verify(console: Console, bundle: Path) -> None:
     from packager.bundle.verify import verify as check
 
-    report = check(bundle, console)
-    document = report.as_dict()
-    if not report.problems:
-        console.result(document, lambda: console.line(f"{bundle}: whole, {report.files} files, {size(report.bytes)}."))
+    benchmark = check(bundle, console)
+    document = benchmark.as_dict()
+    if not benchmark.problems:
+        console.result(document, lambda: console.line(f"{bundle}: whole, {benchmark.files} files, {size(benchmark.bytes)}."))
         return
 
     def render() -> None:
-        for problem in report.problems:
+        for problem in benchmark.problems:
             console.line(f"  - {problem.kind}: {problem.path}: {problem.detail}")
 
     console.result(document, render)
     try:
-        report.raise_if_bad()
+        benchmark.raise_if_bad()
     except VerifyFailed as error:
         error.shown = True
         raise
 
 
 def doctor(console: Console, bundle: Path | None, target: str | None, facts: Path | None, *, files: bool) -> None:
-    from packager.doctor import examine, raise_if_refused, shown_facts
-    from packager.errors import UsageError
+    from packager.bundle.doctor import examine, raise_if_refused, shown_facts
+    from packager.core.errors import UsageError
 
     if bundle is not None and target is not None:
         raise UsageError("Both a bundle and --target are given.", fix="Name one of them.")
@@ -336,33 +337,33 @@ def _told(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def bench(
     console: Console, bundle: Path, *, quick: bool, baseline: Path | None, with_baseline: bool, output: Path | None
 ) -> None:
-    from packager import report, report_encoder
+    from packager.bundle import benchmark, benchmark_encoder
 
-    document = report.bench(bundle, quick=quick, baseline=baseline, with_baseline=with_baseline, progress=console)
+    document = benchmark.bench(bundle, quick=quick, baseline=baseline, with_baseline=with_baseline, progress=console)
     place = output or bundle.parent / f"{bundle.name}.report.json"
-    from packager.store import write_atomically
+    from packager.core.store import write_atomically
 
     write_atomically(place, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
     def render() -> None:
         if document.get("task", "generate") != "generate":
-            console.table(report_encoder.HEAD, report_encoder.rows(document), right=(1, 2, 3, 4, 5, 6))
-            for line in report_encoder.remarks(document):
+            console.table(benchmark_encoder.HEAD, benchmark_encoder.rows(document), right=(1, 2, 3, 4, 5, 6))
+            for line in benchmark_encoder.remarks(document):
                 console.line(line)
             console.line(f"report: {place}")
             return
         console.table(
             ("mode", "memory", "P99 inter-token", "TTFT", "decode tokens/s"),
-            report.mode_rows(document),
+            benchmark.mode_rows(document),
             right=(1, 2, 3, 4),
         )
         console.line()
         console.table(
             ("streams", "TTFT ms", "p50 ms", "p95 ms", "p99 ms", "decode tokens/s", "prefill tokens/s"),
-            report.stream_rows(document),
+            benchmark.stream_rows(document),
             right=(0, 1, 2, 3, 4, 5, 6),
         )
-        for line in report.remarks(document):
+        for line in benchmark.remarks(document):
             console.line(line)
         console.line(f"report: {place}")
 
@@ -370,6 +371,6 @@ def bench(
 
 
 def serve(console: Console, bundle: Path, host: str, port: int) -> None:
-    from packager import report
+    from packager.bundle import benchmark
 
-    report.serve(bundle, host, port)
+    benchmark.serve(bundle, host, port)

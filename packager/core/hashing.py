@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from packager.errors import InputError
-from packager.progress import Task
+from packager.core.errors import InputError
+from packager.core.progress import Task
 
 CHUNK_BYTES = 1 << 20
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from packager.errors import NetworkError, ToolError
-from packager.tools import ChildFailed, last_words, run
+from packager.core.errors import NetworkError, ToolError
+from packager.core.processes import ChildFailed, last_words, run
 
 
 def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str) -> None:

@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packager.errors import ToolError
-from packager.progress import Progress
-from packager.store import Cost
+from packager.core.errors import ToolError
+from packager.core.progress import Progress
+from packager.core.store import Cost
 
-CHILDREN = Path(__file__).parent / "children"
+WORKERS = Path(__file__).parent.parent / "workers"
 TAIL_LINES = 40
 GRACE = 3.0  # seconds that a child has to end itself
 # How often libgomp looks for work before a thread sleeps. Its default is billions: beside a busy neighbour torch's
@@ -189,7 +189,7 @@ def run_python(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Ran:
-    """Run a Python script (a Path) or module (a str) in a child that ends when we do (children/shim.py), offline,
+    """Run a Python script (a Path) or module (a str) in a child that ends when we do (workers/with_parent.py), offline,
     UTF-8.
 
     path: folders put first on its module search path.
@@ -206,7 +206,7 @@ def run_python(
         **(env or {}),
     }
     what = ["-m", script] if isinstance(script, str) else [script]
-    command = [sys.executable, CHILDREN / "shim.py", str(os.getpid()), *what, *arguments]
+    command = [sys.executable, WORKERS / "with_parent.py", str(os.getpid()), *what, *arguments]
     return run(command, name=name, env=extra, on_line=on_line)
 
 

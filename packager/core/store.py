@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packager.digests import write_atomic
-from packager.errors import MachineError
-from packager.progress import Progress
+from packager.core.errors import MachineError
+from packager.core.hashing import write_atomic
+from packager.core.progress import Progress
 
 RECORD = "step.json"
 # One time for every file (1 January 1980, the oldest a zip can hold), so that archives of equal bundles are equal.

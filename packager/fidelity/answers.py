@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Cost, Step
+    from packager.fidelity.artifact import Scored
+    from packager.fidelity.samples import Samples
     from packager.recipe import Job
-    from packager.samples import Samples
-    from packager.scoring import Scored
-    from packager.store import Cost, Step
 
 ASKED = 8  # fine-tuning pairs
 LONGEST = 1024  # tokens of one answer; a pair's limit is twice its trained answer and SLACK, at most this
@@ -46,7 +46,7 @@ class Answers:
 
 def reasons(checkpoint: Checkpoint) -> bool:
     """Whether the model thinks aloud: its template or its vocabulary knows the end of a thought."""
-    from packager.tokenizer_facts import read_json
+    from packager.checkpoint.tokenizer import read_json
 
     added = read_json(checkpoint.path / "tokenizer.json").get("added_tokens") or []
     return CLOSE in (checkpoint.tokenizer.chat_template or "") or any(entry.get("content") == CLOSE for entry in added)
@@ -94,8 +94,8 @@ def report(job: Job, scored: Scored, samples: Samples, what: str, steps: list[St
 
     what: the artifact, in a sentence. steps: where the step is added. Raises ToolError.
     """
-    from packager.scoring import runtime_copy
-    from packager.tools import follow
+    from packager.core.processes import follow
+    from packager.fidelity.artifact import runtime_copy
 
     thinking = reasons(job.checkpoint)
     asked = questions(samples, thinking)

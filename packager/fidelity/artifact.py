@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from packager.fidelity import Score, compare
-from packager.gates import Behaviour, Fidelity
+from packager.metrics.distributions import Score, compare
+from packager.metrics.thresholds import Behaviour, Fidelity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from packager.core.store import Cost, Step
+    from packager.fidelity.source import Samples
     from packager.recipe import Job
-    from packager.reference import Samples
-    from packager.store import Cost, Step
 
 
 @dataclass(frozen=True)
 class Scored:
     """What the runtime answered. distributions: token -> log-probability (natural) a position. tokenized: the ids of
     the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages. vocabulary:
-    what an engine that reads tokens out of the artifact does with them (runtimes/logits.py), None for others. run,
+    what an engine that reads tokens out of the artifact does with them (runtimes/engines/llamacpp/logits.py), None for others. run,
     inputs, max_rss_bytes: how it was run and what identifies it, to ask it more.
     """
 
@@ -52,9 +52,9 @@ def score(
     run: the manifest's ``run`` table with absolute paths. what: the artifact, in a sentence. inputs: what identifies
     it. max_rss_bytes: resident memory above which the engine drops what it has mapped. Raises ToolError.
     """
-    from packager.fidelity import positions_of
-    from packager.reference import TOP
-    from packager.tools import follow
+    from packager.core.processes import follow
+    from packager.fidelity.source import TOP
+    from packager.metrics.distributions import positions_of
 
     runtime = runtime_copy(job, str(run["engine"]))
     positions = sum(len(sequence["positions"]) for sequence in samples.sequences)
@@ -112,9 +112,9 @@ def score(
 
 def runtime_copy(job: Job, engine: str) -> Step:
     """A folder with the copy of runtimes/ that a bundle for this engine carries."""
-    from packager.bundle.assemble import runtime_files
-    from packager.catalog import runtimes_folder
-    from packager.digests import hash_file
+    from packager.bundle.engines import runtime_files
+    from packager.core.hashing import hash_file
+    from packager.planning.catalog import runtimes_folder
 
     source = runtimes_folder()
     names = runtime_files(engine)
@@ -134,7 +134,7 @@ def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) 
     (named as in a sentence) and in what the server renders. Gives notes on what an engine's own tokenizer makes of
     special tokens that users type: our server sends ids, so only those who use the artifact without it meet that.
     """
-    from packager.contract import TYPED, first_difference, require_one_bos, require_same, shown, token_names
+    from packager.prompts.contract import TYPED, first_difference, require_one_bos, require_same, shown, token_names
 
     name = token_names(job.checkpoint)
     notes: list[str] = []

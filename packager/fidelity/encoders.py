@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.calibration import DATA, Calibration
-from packager.encoder_fidelity import Score, compare_labels, compare_vectors
-from packager.errors import GateFailed, InputError
-from packager.scoring import runtime_copy
-from packager.store import code_digest, digest_of
-from packager.tools import CHILDREN, follow, version_of
+from packager.core.errors import GateFailed, InputError
+from packager.core.processes import WORKERS, follow, version_of
+from packager.core.store import code_digest, digest_of
+from packager.fidelity.artifact import runtime_copy
+from packager.metrics.encoders import Score, compare_labels, compare_vectors
+from packager.prompts.calibration import DATA, Calibration
 
 if TYPE_CHECKING:
-    from packager.encoder_facts import EncoderFacts
+    from packager.checkpoint.encoder import EncoderFacts
+    from packager.core.store import Cost, Step
     from packager.recipe import Job
-    from packager.store import Cost, Step
 
-CHILD = CHILDREN / "encode.py"
+CHILD = WORKERS / "encode.py"
 OWN_TEXTS = 256  # of the user's file, evenly spaced
 
 
@@ -105,7 +105,7 @@ def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded
         count = float(len(texts.all))
         name = "the source's answers (float32)"
         follow(CHILD, asked, name, job.progress, cost, work=folder, total=count, unit="texts",
-               path=[CHILDREN.parent.parent])  # fmt: skip
+               path=[WORKERS.parent.parent])  # fmt: skip
 
     inputs = {
         "checkpoint": job.checkpoint.digest,
@@ -113,7 +113,7 @@ def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded
         "settings": {**facts.settings(), "max_length": facts.max_length},
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
-        "code": code_digest(CHILD, CHILDREN / "source_encoder.py"),
+        "code": code_digest(CHILD, WORKERS / "source_encoder.py"),
     }
     step = job.store.step("encoded-source", inputs, make, progress=job.progress)
     return Encoded(**step.read_json("encoded.json")), step

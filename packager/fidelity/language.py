@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import GateFailed
+from packager.core.errors import GateFailed
 
 if TYPE_CHECKING:
+    from packager.fidelity.samples import Samples
     from packager.recipe import Job
-    from packager.samples import Samples
 
 WORST = 1.0
 FEW = 100  # characters; a shorter text says nothing

@@ -1,7 +1,7 @@
 """What a model is asked, rendered once: the contract's prompts, the scored conversations, the calibration.
 
 Everything is rendered and tokenized by transformers with the checkpoint's own tokenizer, in a child
-(children/samples.py); where the training template is known, conversations are rendered by that too, as training did.
+(workers/samples.py); where the training template is known, conversations are rendered by that too, as training did.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packager import calibration, training
-from packager.calibration import DATA, Calibration, Conversation, Message, general, split, spread
-from packager.errors import InputError
+from packager.core.errors import InputError
+from packager.core.processes import WORKERS, follow, version_of
+from packager.core.store import Cost, Step, code_digest
+from packager.prompts import calibration, training_template
+from packager.prompts.calibration import DATA, Calibration, Conversation, Message, general, split, spread
 from packager.recipe import Job
-from packager.store import Cost, Step, code_digest
-from packager.tools import CHILDREN, follow, version_of
 
 POSITIONS = 256
 HELD_OUT_AT_LEAST = 8
@@ -118,8 +118,8 @@ def make_samples(job: Job) -> Samples:
     Raises GateFailed when the training template and the checkpoint's tokenizer disagree, before anything is converted;
     InputError when the chat template refuses everything.
     """
-    from packager.contract import require_one_bos, require_training
-    from packager.modelfile import require_agreement
+    from packager.prompts.contract import require_one_bos, require_training
+    from packager.prompts.ollama_modelfile import require_agreement
 
     checkpoint, own, trained = job.checkpoint, job.calibration, job.training
     builtin = general()
@@ -136,14 +136,14 @@ def make_samples(job: Job) -> Samples:
         "transformers": version_of("transformers"),
         "templated": templated,
         "code": code_digest(
-            Path(__file__), CHILDREN / "samples.py", Path(calibration.__file__), Path(training.__file__)
+            Path(__file__), WORKERS / "samples.py", Path(calibration.__file__), Path(training_template.__file__)
         ),
     }
 
     def make(folder: Path, cost: Cost) -> None:
         talks = [*taught, *builtin.conversations]
         follow(
-            CHILDREN / "samples.py",
+            WORKERS / "samples.py",
             {
                 "checkpoint": str(checkpoint.path),
                 "output": str(folder / "samples.json"),
@@ -158,7 +158,7 @@ def make_samples(job: Job) -> Samples:
             job.progress,
             cost,
             work=folder,
-            path=[CHILDREN.parent.parent],
+            path=[WORKERS.parent.parent],
         )
 
     step = job.store.step("samples", inputs, make, progress=job.progress)

@@ -1,6 +1,6 @@
 """The source's side of every comparison: its next-token distributions, its input statistics.
 
-Owner of torch, which runs in a child (children/reference.py), so that its memory is gone when the step is. Nothing here
+Owner of torch, which runs in a child (workers/reference.py), so that its memory is gone when the step is. Nothing here
 depends on the artifact's format.
 """
 
@@ -10,12 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from packager.language import Known, require_known
+from packager.core.processes import WORKERS, follow, version_of
+from packager.core.store import Cost, Step, code_digest
+from packager.fidelity.language import Known, require_known
+from packager.fidelity.samples import Samples as Samples
+from packager.fidelity.samples import make_samples as make_samples
 from packager.recipe import Job
-from packager.samples import Samples as Samples
-from packager.samples import make_samples as make_samples
-from packager.store import Cost, Step, code_digest
-from packager.tools import CHILDREN, follow, version_of
 
 TOP = 64  # tokens compared a position; the rest of the vocabulary is one bucket
 
@@ -31,7 +31,7 @@ def _run(
 ) -> None:
     layers = float(job.checkpoint.shape.layers)
     follow(
-        CHILDREN / "reference.py",
+        WORKERS / "reference.py",
         {
             "checkpoint": str(job.checkpoint.path),
             "sequences": [*samples.sequences, *extra],
@@ -56,7 +56,7 @@ def _inputs(job: Job, samples: Samples) -> dict[str, object]:
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
         "threads": os.cpu_count() or 1,
-        "code": code_digest(CHILDREN / "reference.py"),
+        "code": code_digest(WORKERS / "reference.py"),
     }
 
 

@@ -10,20 +10,20 @@ a box without a network.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
-from packager.gates import Thresholds
-from packager.gguf_sizes import kv_cache_bytes
-from packager.recipe import Artifact, Estimate, Job, Need, Recipe, provenance
-from packager.store import RECORD, code_digest
+from packager.checkpoint.families import kv_cache_bytes
+from packager.core.store import RECORD, code_digest
+from packager.metrics.thresholds import Thresholds
+from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
-    from packager.int4_folder import Form
-    from packager.reference import Samples
-    from packager.store import Cost, Step
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Cost, Step
+    from packager.fidelity.source import Samples
+    from packager.formats.int4.folder import Form
     from packager.target import Software, Target
 
 VERSION = "0.11.0"  # whose documents, flags and loaders were read; the lock pins it
@@ -41,18 +41,13 @@ ARCHITECTURES = {"sm_87": ("8.7", "7.2"), "sm_110": ("11.0", "7.0")}
 WHERE = "Jetson Orin with JetPack 7.2 and Thor with JetPack 7"
 
 
-@dataclass(frozen=True)
-class Options:
-    quant: Literal["fp16", "int4"] = field(
-        default="fp16", metadata={"doc": "weights: 16 bits, or tuned int4 in groups of 128 (Edge-LLM's only size)"}
-    )
-    tune: Literal["quick", "full", "none"] = field(
-        default="quick", metadata={"doc": "int4: iterations a layer: 20 (quick), 200 (full), or plain rounding (none)"}
-    )
-    context: int = field(
-        default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 1}
-    )
-    slots: int = field(default=1, metadata={"doc": "conversations answered at the same time", "min": 1})
+class Options(ServingOptions, Protocol):
+    """The recipe's options that are read here."""
+
+    @property
+    def quant(self) -> str: ...
+    @property
+    def tune(self) -> str: ...
 
 
 def thresholds(options: Options) -> Thresholds:
@@ -77,7 +72,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
     """None, or one sentence."""
-    from packager.tuning import linear_modules, ragged
+    from packager.formats.int4.tuning import linear_modules, ragged
 
     other = "use the gguf recipe for this model"
     if checkpoint.family.kind != "decoder":
@@ -104,19 +99,19 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
 
 def _form() -> Form:
-    from packager.gptq import FORM
+    from packager.formats.int4.gptq import FORM
 
     return FORM
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
     """Sizes from the headers."""
-    from packager.tuning import costs
+    from packager.formats.int4.tuning import costs
 
     shape = checkpoint.shape
     size, ram, seconds = 2 * checkpoint.parameters, 900 << 20, 60 + checkpoint.weight_bytes / 1.2e8
     if options.quant == "int4":
-        from packager.int4_recipe import weight_bytes
+        from packager.formats.int4.build import weight_bytes
 
         size = weight_bytes(_form(), checkpoint, GROUP)
         ram, longer = costs(checkpoint, options.tune)
@@ -144,9 +139,9 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 def build(job: Job, options: Options) -> Artifact:
     """The folder that Edge-LLM builds from, proven against its source. Raises GateFailed."""
-    from packager.gates import require_kept
-    from packager.reference import make_samples, source_scores
-    from packager.scoring import measure
+    from packager.fidelity.artifact import measure
+    from packager.fidelity.source import make_samples, source_scores
+    from packager.metrics.thresholds import require_kept
 
     steps: list[Step] = []
     samples = make_samples(job) if job.verify or (options.quant == "int4" and options.tune != "none") else None
@@ -200,8 +195,9 @@ def _int4(
     job: Job, samples: Samples | None, options: Options, steps: list[Step], report: dict[str, Any]
 ) -> tuple[Step, str]:
     """The tuned integers as GPTQ; read back, so that nothing that was to be int4 is not."""
-    from packager import int4_recipe, tuning
-    from packager.int4_folder import read_back
+    from packager.formats.int4 import build as int4_recipe
+    from packager.formats.int4 import tuning
+    from packager.formats.int4.folder import read_back
 
     tuned = tuning.tune(job, samples, budget=options.tune, group=GROUP)
     folder = int4_recipe.packed(_form(), job, tuned)
@@ -212,7 +208,8 @@ def _int4(
 
 def _half(job: Job) -> Step:
     """All tensors in float16: what Edge-LLM makes of them on the device, made where an overflow is told."""
-    from packager import int4_folder, tokenizer_files
+    from packager.formats import tokenizer_files
+    from packager.formats.int4 import folder as int4_folder
 
     checkpoint = job.checkpoint
     beside = tokenizer_files.tokenizer_files(job, tokenizer_files.TRANSFORMERS)
@@ -230,17 +227,17 @@ def _scored(
 ) -> list[dict[int, float]]:
     """Distributions of the folder that ships, at the samples' positions."""
     if options.quant == "int4":
-        from packager import int4_recipe
-        from packager.scoring import require_contract
+        from packager.fidelity.artifact import require_contract
+        from packager.formats.int4 import build as int4_recipe
 
         run = {**_run(job, options, {path.name: path for path in folder.path.iterdir()}), "dtype": "float16"}
         found = int4_recipe.score_folder(_form(), job, run, folder, samples, steps)
         said = require_contract(job, samples, found, "the tokenizer beside the weights")
         report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
         return found.distributions
-    from packager.checkpoint import open_checkpoint
-    from packager.reference import source_scores
-    from packager.store import cache_root
+    from packager.checkpoint.checkpoint import open_checkpoint
+    from packager.core.store import cache_root
+    from packager.fidelity.source import source_scores
 
     halved = open_checkpoint(str(folder.path), progress=job.progress, cache=cache_root(), name=job.checkpoint.name)
     rows, step = source_scores(replace(job, checkpoint=halved), samples)
@@ -249,7 +246,7 @@ def _scored(
 
 
 def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
-    from packager.tokenizer_files import tokenizer_paths
+    from packager.formats.tokenizer_files import tokenizer_paths
 
     weights = sorted(name for name in files if name.endswith(".safetensors"))
     return {
@@ -270,16 +267,3 @@ def _reasoning(checkpoint: Checkpoint) -> str:
     """Which of its parsers takes the thought apart from the answer; "none" where the template knows no thought."""
     template = checkpoint.tokenizer.chat_template or ""
     return "deepseek_r1" if "<think>" in template or "</think>" in template else "none"
-
-
-RECIPE = Recipe(
-    name="edge_llm",
-    summary="TensorRT Edge-LLM on Jetson Orin (JetPack 7.2) and Thor: float16 or tuned int4, engine built on the box",
-    format="safetensors",
-    options=Options,
-    needs=(Need("torch", "packager"), Need("transformers", "packager")),
-    why_not=why_not,
-    estimate=estimate,
-    build=build,
-    thresholds=thresholds,
-)

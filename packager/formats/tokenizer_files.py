@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.store import RECORD
-from packager.tokenizer_facts import read_json
+from packager.checkpoint.tokenizer import read_json
+from packager.core.store import RECORD
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Cost
     from packager.recipe import Job
-    from packager.store import Cost
 
 BOX = ("tokenizer.json", "tokenizer_config.json")  # what our own server and its tools read
 GENERATION = "generation_config.json"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from packager.errors import GateFailed
+from packager.core.errors import GateFailed
 
 DRAWS = 1000
 FEW_GROUPS = 5  # texts; with fewer, resampling texts says nothing

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import GateFailed, UsageError
-from packager.fidelity import DRAWS, interval
+from packager.core.errors import GateFailed, UsageError
+from packager.metrics.distributions import DRAWS, interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from packager.errors import GateFailed
-from packager.fidelity import Score
+from packager.core.errors import GateFailed
+from packager.metrics.distributions import Score
 
 
 @dataclass(frozen=True)

@@ -13,38 +13,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import UsageError, closest
+from packager.core.errors import UsageError, closest
+from packager.core.folders import folder
 
 if TYPE_CHECKING:
     from packager.recipe import Recipe
     from packager.target import Target
 
 
-def _folder(kind: str) -> Path:
-    package = Path(__file__).resolve().parent
-    for place in (package / kind, package.parent / kind):
-        if place.is_dir():
-            return place
-    raise FileNotFoundError(
-        f"neither {package / kind} nor {package.parent / kind} exists: the installation is incomplete"
-    )
-
-
 def recipes_folder() -> Path:
-    return _folder("recipes")
+    return folder("recipes")
 
 
 def runtimes_folder() -> Path:
-    return _folder("runtimes")
+    return folder("runtimes")
 
 
 def targets_folder() -> Path:
-    return _folder("targets")
+    return folder("targets")
 
 
-def _names(folder: Path, suffix: str) -> tuple[str, ...]:
+def _names(place: Path, suffix: str) -> tuple[str, ...]:
     """File names without suffix, sorted; those with a leading "_" or "." are not for users."""
-    return tuple(sorted(file.stem for file in folder.glob(f"*{suffix}") if not file.name.startswith(("_", "."))))
+    return tuple(sorted(file.stem for file in place.glob(f"*{suffix}") if not file.name.startswith(("_", "."))))
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -55,7 +46,7 @@ def target_names() -> tuple[str, ...]:
     return _names(targets_folder(), ".toml")
 
 
-def _find(kind: str, wanted: str, names: tuple[str, ...], folder: Path, suffix: str) -> Path:
+def _find(kind: str, wanted: str, names: tuple[str, ...], place: Path, suffix: str) -> Path:
     """The file for a name, or a user's own file when ``wanted`` ends in the suffix or has a path separator in it."""
     if wanted.endswith(suffix) or "/" in wanted or "\\" in wanted:
         path = Path(wanted).expanduser()
@@ -69,7 +60,7 @@ def _find(kind: str, wanted: str, names: tuple[str, ...], folder: Path, suffix: 
             f'There is no {kind} "{wanted}".{closest(wanted, names)}',
             fix=f"Known {kind}s: {', '.join(names)}; or the path of your own {suffix} file.",
         )
-    return folder / f"{wanted}{suffix}"
+    return place / f"{wanted}{suffix}"
 
 
 def load_target(name_or_path: str) -> Target:

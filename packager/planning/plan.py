@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from packager.errors import UsageError, closest
+from packager.core.errors import UsageError
+from packager.planning.options import parse_options
 from packager.recipe import Estimate, Need, Recipe
 from packager.target import GIB, Target
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 # runtimes/ is written for this and newer; xllamacpp's wheels begin there too.
 RUNTIME_PYTHON = (3, 10)
 # Above this share of the free memory a plan says that it is tight.
 TIGHT = 0.9
 SMALLEST_CONTEXT = 512
-_MISSING = dataclasses.MISSING
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def make_plan(
 
 def fit_all(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """For every target, whether the checkpoint fits with its default recipe: target, title, recipe, fits, line."""
-    from packager import catalog
+    from packager.planning import catalog
 
     rows = []
     for name in catalog.target_names():
@@ -143,7 +141,7 @@ def _gib(size: float) -> str:
 
 
 def _unsupported(target: Target, recipe: Recipe[Any]) -> Iterator[str]:
-    from packager.catalog import recipe_names
+    from packager.planning.catalog import recipe_names
 
     # A recipe of the user's own is in no target's list; whether it works there is its own why_not to say.
     if recipe.name not in target.recipes.supported and recipe.name in recipe_names():
@@ -274,91 +272,3 @@ def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
-def parse_options(recipe: Recipe[Any], target: Target, sets: Sequence[str]) -> Any:
-    """An instance of ``recipe.options``: its defaults, then the target's, then ``key=value`` texts; the last wins.
-
-    Raises UsageError for an unknown key (with the nearest one), a value of the wrong type or a missing value.
-    """
-    fields = {field.name: field for field in dataclasses.fields(recipe.options)}
-    hints = typing.get_type_hints(recipe.options)
-    values: dict[str, Any] = {}
-    for key, value in target.options.get(recipe.name, {}).items():
-        origin = f"target {target.name}, [options.{recipe.name}]"
-        _known(key, fields, recipe, origin)
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        values[key] = _read(hints[key], text, f"{key} in {origin}")
-    for entry in sets:
-        key, equals, text = entry.partition("=")
-        key = key.strip()
-        if not equals:
-            raise UsageError(f'--set {entry} has no "=".', fix=f"Write --set {key}=VALUE.")
-        _known(key, fields, recipe, f"--set {entry}")
-        values[key] = _read(hints[key], text.strip(), f"--set {key}")
-    for name, field in fields.items():
-        if name not in values and field.default is _MISSING and field.default_factory is _MISSING:
-            raise UsageError(
-                f"the recipe {recipe.name} needs a value for {name}.", fix=f"Add --set {name}={_type(hints[name])}."
-            )
-        least = field.metadata.get("min")
-        if least is not None and name in values and values[name] is not None and values[name] < least:
-            raise UsageError(f"{name}={values[name]} is too small.", fix=f"Set {name} to {least} or more.")
-    return recipe.options(**values)
-
-
-def options_keys(recipe: Recipe[Any]) -> list[tuple[str, str, Any, str]]:
-    """Key, type, default and meaning of every option, for ``recipes show`` and the reference."""
-    hints = typing.get_type_hints(recipe.options)
-    rows = []
-    for field in dataclasses.fields(recipe.options):
-        default = field.default if field.default is not _MISSING else None
-        if field.default_factory is not _MISSING:
-            default = field.default_factory()
-        rows.append((field.name, _type(hints[field.name]), default, str(field.metadata.get("doc", ""))))
-    return rows
-
-
-def _known(key: str, fields: Mapping[str, Any], recipe: Recipe[Any], origin: str) -> None:
-    if key not in fields:
-        raise UsageError(
-            f'{origin}: the recipe {recipe.name} has no option "{key}".{closest(key, list(fields))}',
-            fix=f"Its options are {', '.join(fields) or 'none'}.",
-        )
-
-
-def _split(kind: Any) -> tuple[Any, bool]:
-    """The type without ``| None``, and whether None is allowed."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        parts = [part for part in typing.get_args(kind) if part is not type(None)]
-        return parts[0], True
-    return kind, False
-
-
-def _type(kind: Any) -> str:
-    plain, optional = _split(kind)
-    names = {str: "text", int: "integer", float: "number", bool: "true|false"}
-    text = (
-        "|".join(map(str, typing.get_args(plain)))
-        if typing.get_origin(plain) is Literal
-        else names.get(plain, str(plain))
-    )
-    return text + ("|none" if optional else "")
-
-
-def _read(kind: Any, text: str, where: str) -> Any:
-    plain, optional = _split(kind)
-    if optional and text.lower() == "none":
-        return None
-    if typing.get_origin(plain) is Literal:
-        for choice in typing.get_args(plain):
-            if str(choice).lower() == text.lower():
-                return choice
-    elif plain is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    elif plain is str:
-        return text
-    elif plain is int and re.fullmatch(r"[+-]?\d{1,18}", text):
-        return int(text)
-    elif plain is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text):
-        return float(text)
-    choices = [str(choice) for choice in typing.get_args(plain)]
-    raise UsageError(f'{where} is "{text}".{closest(text, choices)}', fix=f"It can be: {_type(kind)}.")

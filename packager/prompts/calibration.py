@@ -1,6 +1,6 @@
 """Calibration data: text and fine-tuning pairs, and the token samples that come of them.
 
-Pairs are rendered with the checkpoint's own chat template, as training did (children/samples.py). Formats read: alpaca
+Pairs are rendered with the checkpoint's own chat template, as training did (workers/samples.py). Formats read: alpaca
 JSON or JSONL (instruction, input, output, system, history), messages or ShareGPT conversations, and plain text. Texts
 with labels, for classifiers: JSON or JSONL records {"text", "label"}, or a .csv or .tsv with these columns.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packager.errors import InputError
+from packager.core.errors import InputError
 
 DATA = Path(__file__).parent / "data"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import GateFailed
+from packager.core.errors import GateFailed
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
-    from packager.training import Training
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.prompts.training_template import Training
 
 Naming = Callable[[int], str]
 
@@ -107,7 +107,7 @@ def require_training(
     """Raise GateFailed when the checkpoint's tokenizer renders a prompt otherwise than training did, or training ended
     answers with a token that does not end them on the box. Gives notes for what is allowed to differ.
 
-    prompts: {"ids", "trained", "kind", "messages"}; trained may be None. rendered: children/samples.py's answer, for
+    prompts: {"ids", "trained", "kind", "messages"}; trained may be None. rendered: workers/samples.py's answer, for
     the ids of a thought's opening and of an answer's end.
     """
     who = f"the training template {training.name}"

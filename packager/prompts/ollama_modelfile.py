@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.contract import EDGES, require_same, token_names
-from packager.errors import GateFailed
-from packager.go_template import NotUnderstood, render
+from packager.core.errors import GateFailed
+from packager.prompts.contract import EDGES, require_same, token_names
+from packager.prompts.go_template import NotUnderstood, render
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 NAME = "Modelfile"
 BLOCK = r'(?im)^{}\s+(?:"""(.*?)"""|"(.*?)"|(\S.*?)$)'

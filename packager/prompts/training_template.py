@@ -2,7 +2,7 @@
 
 LLaMA-Factory's formats are data (data/training_templates.toml, with their source). It encodes a conversation piece by
 piece and joins the ids, so that is what happens here too: a tokenizer may merge over a border that training kept apart.
-A Jinja file is rendered by transformers' own apply_chat_template (children/samples.py). Sole owner of yaml.
+A Jinja file is rendered by transformers' own apply_chat_template (workers/samples.py). Sole owner of yaml.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from packager.errors import InputError, UsageError, closest
+from packager.core.errors import InputError, UsageError, closest
 
 DATA = Path(__file__).parent / "data" / "training_templates.toml"
 THOUGHT = ("<think>\n", "\n</think>\n\n")
@@ -120,7 +120,7 @@ class Training:
         return hashlib.sha256(json.dumps(self.as_job(), sort_keys=True).encode()).hexdigest()
 
     def as_job(self) -> dict[str, Any]:
-        """The form that children/samples.py reads back with ``from_job``."""
+        """The form that workers/samples.py reads back with ``from_job``."""
         slots = None if self.slots is None else {**self.slots.__dict__, "stops": list(self.slots.stops)}
         return {"name": self.name, "slots": slots, "jinja": self.jinja}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from packager.children.source_encoder import Source
+from packager.workers.source_encoder import Source
 
 
 @torch.inference_mode()

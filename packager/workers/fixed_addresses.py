@@ -6,7 +6,7 @@ arena of its own, at a multiple of 64 MiB. So all address space above a fixed ad
 stored in it), holes between libraries as well; what is mapped afterwards lies below it, one after the other. One thread
 loads the library and another, whose arena is still empty, calls it. The library has threads of its own, which take
 memory of their own and give back some of the caller's: small pieces stay with the thread that gives them back
-(packager/tensorrt.py's ENVIRONMENT), and on one processor, where a thread that wakes does not take it from the one that
+(packager/formats/tensorrt/compiler.py's ENVIRONMENT), and on one processor, where a thread that wakes does not take it from the one that
 runs (SCHED_BATCH), the rest has an order. This takes no right and no outside program, unlike a process without random
 addresses (personality(2)), which a container may not start.
 """
@@ -110,7 +110,7 @@ def call(load: Callable[[], Library], work: Callable[[Library], Result]) -> tupl
     """What ``work`` gives for what ``load`` gives, and whether addresses were settled for it. Raises what they raise.
 
     ``work`` must not name a path whose length is another on another machine: names are allocated like all else. The
-    process began with packager/tensorrt.py's ENVIRONMENT.
+    process began with packager/formats/tensorrt/compiler.py's ENVIRONMENT.
     """
     reserved = reserve()
     if reserved:

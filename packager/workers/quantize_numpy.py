@@ -3,7 +3,7 @@
 JOB.json: {"source", "output", "type": "F16"|"BF16"|"Q8_0"|"Q4_0", "head_type", "file_type": int, "threads": int,
 "pairs": [[first byte, end], …] of the key-value pairs to keep, "tensors": [{"name", "shape" (fastest first), "type",
 "start", "bytes"}, …]}; bytes and starts are those of the source file. "tuned" (may be missing): tensor name ->
-{"file", "module", "group", "heads"}: where children/tune.py put integers and scales that this tensor's Q4_0 blocks are
+{"file", "module", "group", "heads"}: where workers/tune.py put integers and scales that this tensor's Q4_0 blocks are
 to hold; heads is 0 where a converter never reorders the rows.
 The layout (key order, tensor order by layer then name) is llama-quantize's, so that equal tensors make equal files.
 Pairs are copied as they stand: decoding a vocabulary of 150 000 tokens to write it again takes gguf-py half a minute.

@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from packager.training import THOUGHT, Piece, Training, encode, from_job
+from packager.prompts.training_template import THOUGHT, Piece, Training, encode, from_job
 
 Messages = list[dict[str, str]]
 DAY = datetime(2026, 1, 1)

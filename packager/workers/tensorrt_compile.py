@@ -1,8 +1,8 @@
 """Compiles an ONNX file with TensorRT-RTX, without a GPU and without a driver: ``tensorrt_compile.py JOB.json``.
 
 JOB.json: {"onnx", "profile": {input: {"min", "opt", "max"}}, "sm": ["7.5", …], "output", "told"}. Writes the engine,
-and into "told" {"settled"}: whether it was compiled where the same file gives the same engine (settled_memory.py). The
-module tensorrt_rtx_bindings is on the module search path (packager/tensorrt.py). A process of its own: the library is
+and into "told" {"settled"}: whether it was compiled where the same file gives the same engine (fixed_addresses.py). The
+module tensorrt_rtx_bindings is on the module search path (packager/formats/tensorrt/compiler.py). A process of its own: the library is
 large, and a library that fails to load must not take the build with it.
 """
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from packager.children.settled_memory import call, one_thread
+from packager.workers.fixed_addresses import call, one_thread
 
 
 def load() -> Any:

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from packager.children.source_encoder import Source
+from packager.workers.source_encoder import Source
 
-LIMIT, LEAST_SCALE = 127, 1e-6  # packager/onnx_typed.py's
+LIMIT, LEAST_SCALE = 127, 1e-6  # packager/formats/tensorrt/encoder_graph.py's
 TOKENS, PER_TEXT = 256, 16  # kept of each activation
 CLIPS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)
 STRENGTHS = (None, 0.5, 0.7)  # of evening out: 0 leaves all to the activation, 1 to the weights

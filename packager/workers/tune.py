@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from packager.children.reference import Streamed, batches, free_memory_back, pad
-from packager.children.rounding import Linear
+from packager.workers.reference import Streamed, batches, free_memory_back, pad
+from packager.workers.rounding import Linear
 
 SHRINK = 0.5, 1.25  # bounds of a
 SLOW = 0.15  # a scale's rate, in shifts' rates: its one step moves all weights of its group (at 1: 40 % more error)

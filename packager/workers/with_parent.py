@@ -1,4 +1,4 @@
-"""Runs a script or module here and ends it when the parent dies: ``shim.py PARENT SCRIPT ARGUMENTS``, ``shim.py PARENT
+"""Runs a script or module here and ends it when the parent dies: ``with_parent.py PARENT SCRIPT ARGUMENTS``, ``with_parent.py PARENT
 -m MODULE ARGUMENTS``; PARENT is the parent's process id.
 
 A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next

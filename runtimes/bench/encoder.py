@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes import bench_machine as box
-from runtimes.bench_load import BenchError, Client, percentiles, spread
-from runtimes.bench_server import busy, head, load_since, say, server
-from runtimes.check import read_manifest, size
+from runtimes.bench import machine as box
+from runtimes.bench.client import BenchError, Client, percentiles, spread
+from runtimes.bench.server import busy, head, load_since, say, server
+from runtimes.preflight.check import read_manifest, size
 
 PATHS = {"embed": "/v1/embeddings", "classify": "/classify"}
 TEXTS = (1, 8)  # of one request

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes import bench_machine as box
-from runtimes.bench_load import BenchError, Client, measure, roofline, spread, table
-from runtimes.bench_server import busy, head, load_since, say, server
-from runtimes.check import read_manifest, size
+from runtimes.bench import machine as box
+from runtimes.bench.client import BenchError, Client, measure, roofline, spread, table
+from runtimes.bench.server import busy, head, load_since, say, server
+from runtimes.preflight.check import read_manifest, size
 
 FAILED = 9
 STREAMS = (1, 4, 8)
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is ended, no report is written
     try:
         if read_manifest(given.bundle)["run"].get("task", "generate") != "generate":
-            encoders = importlib.import_module("runtimes.bench_encoder")
+            encoders = importlib.import_module("runtimes.bench.encoder")
             report, said = encoders.measured(given), encoders.summary
         else:
             report, said = measured(given), summary

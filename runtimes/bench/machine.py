@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from runtimes.check import read_facts
+from runtimes.preflight.check import read_facts
 
 MIB = 1 << 20
 METHOD = (

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +14,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from runtimes import bench_machine as box
-from runtimes.bench_load import BenchError, Client
-from runtimes.check import read_manifest
+from runtimes.bench import machine as box
+from runtimes.bench.client import BenchError, Client
+from runtimes.preflight.check import read_manifest
+from runtimes.process import die_with_parent
 
 SCHEMA_VERSION = 1
 LOAD_PER_CORE = 0.5  # a machine that was busier than this before the run is named in the notes
@@ -45,7 +44,7 @@ def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes],
     """
     port = free_port()
     command = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle.absolute()), "--port", str(port)]
-    runtime = str(Path(__file__).resolve().parent.parent)  # also where it runs: -m looks there first
+    runtime = str(Path(__file__).resolve().parent.parent.parent)  # also where it runs: -m looks there first
     env = {**os.environ, "PYTHONPATH": runtime, "PYTHONDONTWRITEBYTECODE": "1"}
     avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
     with tempfile.TemporaryFile() as log:
@@ -70,12 +69,6 @@ def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes],
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-
-
-def die_with_parent() -> None:
-    """In the child, before it becomes the server: end when the benchmark is killed, else it would hold the memory."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def head(manifest: Mapping[str, Any], url: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:

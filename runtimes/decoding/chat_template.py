@@ -7,7 +7,6 @@ plain JSON values only.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -101,20 +100,6 @@ def compile_template(source: str, now: Callable[[], datetime] = datetime.now) ->
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ManifestError(f"The chat template does not compile: {error}.") from None
-
-
-@functools.lru_cache(maxsize=1)  # the server and its engine share one: a vocabulary of 49,000 takes 25 MB
-def open_tokenizer(path: Path) -> Any:
-    """A tokenizer.json that neither pads nor cuts. Raises ManifestError."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ManifestError(f"{path.name} cannot be read: {error}.") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 class Prompts:

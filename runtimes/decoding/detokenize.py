@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runtimes.chat import open_tokenizer
+from runtimes.decoding.tokenizer import open_tokenizer
 
 
 class Detokenizer:

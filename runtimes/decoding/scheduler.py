@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runtimes.detokenize import Detokenizer
+from runtimes.decoding.detokenize import Detokenizer
+from runtimes.decoding.stream import Stream, check_prompt, pieces_to_score
 from runtimes.engine import Emit, EngineError, Piece, Sampling, iterate
 from runtimes.manifest import Run
-from runtimes.memory import give_back, resident_bytes
-from runtimes.stream import Stream, check_prompt, pieces_to_score
+from runtimes.process import give_back, resident_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from runtimes.guidance import Guide
-    from runtimes.sampling import Sampler
+    from runtimes.decoding.json_schema import Guide
+    from runtimes.decoding.sampling import Sampler
 
 PIECE = 128  # prompt tokens read at once: between two chances to cancel, and between two tokens of the others
 SCORE_PIECE = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
@@ -88,7 +88,7 @@ class Slots:
     """One loaded model. Each of ``slots`` requests has ``context`` tokens of its own. Raises EngineError."""
 
     def __init__(self, run: Run, model: Model) -> None:
-        from runtimes.guidance import Guides
+        from runtimes.decoding.json_schema import Guides
 
         self.context, self.slots = run.context, run.slots
         self._model = model
@@ -108,7 +108,7 @@ class Slots:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
         """Generate; ``emit`` is called on the model's thread for every piece and cancels by returning True."""
-        from runtimes.sampling import Sampler
+        from runtimes.decoding.sampling import Sampler
 
         check_prompt(prompt, self.context, self._model.vocabulary)
         room = self.context - len(prompt)
@@ -139,7 +139,7 @@ class Slots:
         """The distribution after every prefix of ``tokens``, cut to the ``top`` likeliest tokens. Each takes a slot
         as a request does.
         """
-        from runtimes.sampling import Sampler
+        from runtimes.decoding.sampling import Sampler
 
         greedy = Sampling(max_tokens=1, temperature=0.0, logprobs=top)
         for end in range(1, len(tokens) + 1):
@@ -228,7 +228,7 @@ class Slots:
         """Choose the next token and tell of it; the answer may be over with it."""
         import numpy as np
 
-        from runtimes.sampling import logprob, top_logprobs
+        from runtimes.decoding.sampling import logprob, top_logprobs
 
         guide = request.guide
         token = request.sampler.choose(logits if guide is None else np.where(guide.forbidden(), -np.inf, logits))
@@ -266,7 +266,7 @@ class Scorer:
         """For each position p, ascending: p and the ``top`` likeliest tokens after ids[:p], with log-probabilities."""
         import numpy as np
 
-        from runtimes.sampling import top_logprobs
+        from runtimes.decoding.sampling import top_logprobs
 
         for begin, part, rows in pieces_to_score(ids, positions, self._model.vocabulary, SCORE_PIECE):
             kept = len(part) - rows[0] if rows else 1

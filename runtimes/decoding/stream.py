@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from runtimes.detokenize import Detokenizer
+from runtimes.decoding.detokenize import Detokenizer
 from runtimes.engine import Emit, Logprob, Piece, RequestRefused, Sampling, StopScanner, check_length
 
 

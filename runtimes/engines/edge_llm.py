@@ -15,8 +15,8 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from runtimes.engines.vllm import OFFLINE, OURS, free_port
 from runtimes.manifest import ManifestError, Run
-from runtimes.vllm_ import OFFLINE, OURS, free_port
 
 REFUSED = 4
 SETTING = "PACKAGER_TENSORRT"  # a folder with the package tensorrt, for one that was installed elsewhere

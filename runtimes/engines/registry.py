@@ -1,7 +1,7 @@
 """The engine that a manifest names: one module of this folder, of which a bundle carries only its own.
 
 A module that serves in this process offers ``load(run, verbose=...)`` (an Engine) and ``open_scorer(run, ...)`` (a
-Scorer). ``FACE`` names the module of its HTTP face where that is not ``app`` (chat): it has ``open_service`` and
+Scorer). ``APP`` names the module of runtimes/server/ that serves it, where that is not ``chat_app``: it has ``open_service`` and
 ``make_app``. One that starts an outside server instead offers ``serve(run, options)``, which gives the exit code.
 """
 
@@ -16,15 +16,15 @@ from typing import Protocol
 from runtimes.manifest import ManifestError, Run
 
 MODULES = {
-    "llamacpp": "llamacpp",
-    "ort": "ort",
-    "ort_cuda": "ort_cuda",
-    "transformers": "transformers_",
-    "vllm": "vllm_",
-    "edgellm": "edgellm_",
-    "ort_encoder": "ort_encoder",
-    "tensorrt": "tensorrt_",
-    "tensorrt_decoder": "tensorrt_decoder",
+    "llamacpp": "llamacpp.engine",
+    "ort": "onnxruntime.cpu",
+    "ort_cuda": "onnxruntime.cuda",
+    "transformers": "transformers.engine",
+    "vllm": "vllm",
+    "edgellm": "edge_llm",
+    "ort_encoder": "onnxruntime.encoder",
+    "tensorrt": "tensorrt.encoder",
+    "tensorrt_decoder": "tensorrt.decoder",
 }
 
 
@@ -59,10 +59,12 @@ class OpenScorer(Protocol):
 def module(name: str) -> ModuleType:
     """The module of an engine. Raises ManifestError with one sentence for one that this bundle does not carry."""
     if name in MODULES:
+        path = f"runtimes.engines.{MODULES[name]}"
         try:
-            return importlib.import_module(f"runtimes.{MODULES[name]}")
+            return importlib.import_module(path)
         except ModuleNotFoundError as error:
-            if error.name != f"runtimes.{MODULES[name]}":
+            # the engine's module or its folder is not in this bundle; anything else that is missing is another fault
+            if error.name is None or not f"{path}.".startswith(f"{error.name}."):
                 raise
     raise ManifestError(f"This runtime has no engine {name!r}; it knows {', '.join(MODULES)}.")
 
@@ -74,3 +76,5 @@ def scorer(name: str) -> OpenScorer:
         raise ManifestError(f"The engine {name!r} cannot be scored here.")
     opened: OpenScorer = found
     return opened
+
+COMPILED = ("tensorrt", "tensorrt_decoder")  # engines that bin/engine tells of and makes again

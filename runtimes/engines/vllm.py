@@ -15,10 +15,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtimes.box_facts import read_facts
-from runtimes.box_fit_gpu import lacking, vllm
-from runtimes.box_vllm import find_vllm
 from runtimes.manifest import ManifestError, Run
+from runtimes.preflight.facts import read_facts
+from runtimes.preflight.fit_gpu import lacking, vllm
+from runtimes.preflight.vllm import find_vllm
 
 REFUSED = 4
 # Nothing is fetched and nobody is told; Ray counts too.

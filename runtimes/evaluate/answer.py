@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtimes.engine import Engine, Sampling
-from runtimes.engines import module
-from runtimes.exchange import exchange, progress
+from runtimes.engines.registry import module
+from runtimes.evaluate.json_files import exchange, progress
 from runtimes.manifest import Run
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from runtimes.encoding import Encoder
-from runtimes.engines import module
-from runtimes.exchange import exchange, progress
+from runtimes.engines.encoder import Encoder
+from runtimes.engines.registry import module
+from runtimes.evaluate.json_files import exchange, progress
 from runtimes.manifest import Run
 
 

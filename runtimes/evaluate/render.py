@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from runtimes.exchange import exchange
+from runtimes.evaluate.json_files import exchange
 from runtimes.manifest import Run
 
 
@@ -19,7 +19,7 @@ def render(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[st
     """Each conversation's text and ids, exactly as the server would feed them on the first day of 2026: a template that
     writes the date must not make two builds differ.
     """
-    from runtimes.chat import Prompts, TemplateRefused
+    from runtimes.decoding.chat_template import Prompts, TemplateRefused
 
     prompts = Prompts(run, now=lambda: datetime(2026, 1, 1))
     try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtimes.engines import scorer
-from runtimes.exchange import exchange, progress
+from runtimes.engines.registry import scorer
+from runtimes.evaluate.json_files import exchange, progress
 from runtimes.manifest import Run
 
 

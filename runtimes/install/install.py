@@ -22,8 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runtimes import check
-from runtimes.wrappers import make_engine, verbs, write_units, write_wrappers
+from runtimes.install.launchers import make_engine, verbs, write_units, write_wrappers
+from runtimes.preflight import check
 
 BIN = "Scripts" if os.name == "nt" else "bin"
 EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)

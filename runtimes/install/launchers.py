@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtimes.engines.registry import COMPILED
+
 VERBS = ("check", "serve", "bench")
-COMPILED = ("tensorrt", "tensorrt_decoder")  # engines that bin/engine tells of and makes again
 
 # -m looks into the working directory first, where a folder may be called runtimes too, and -P begins with Python 3.11.
 START = (

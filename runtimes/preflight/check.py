@@ -2,7 +2,7 @@
 
 A fact that cannot be read stays unknown: it is shown as such and never guessed. ``--facts FILE`` compares the facts
 recorded in a JSON file instead of this box's (``--facts-only`` prints this box's, to record them). Needs no install: as
-a file, python3 runtime/runtimes/check.py --bundle ., also with Python 3.8. Exit codes: 0 fits (warnings included), 2
+a file, python3 runtime/runtimes/preflight/check.py --bundle ., also with Python 3.8. Exit codes: 0 fits (warnings included), 2
 usage, 4 the box does not fit, 5 the files are damaged.
 """
 
@@ -17,12 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: the package lies in the folder above
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file: the package lies two folders above
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from runtimes.box_facts import read_facts as read_box
-from runtimes.box_facts import recorded_facts
-from runtimes.box_fit import (
+from runtimes.preflight.facts import read_facts as read_box
+from runtimes.preflight.facts import recorded_facts
+from runtimes.preflight.fit import (
     DAMAGED,
     FITS,
     MACHINE,
@@ -34,7 +34,7 @@ from runtimes.box_fit import (
     refusal,
     warnings,
 )
-from runtimes.box_fit_gpu import size
+from runtimes.preflight.fit_gpu import size
 
 __all__ = ["DAMAGED", "FITS", "MACHINE", "REFUSED", "Finding", "compare", "exit_code", "refusal", "size", "warnings"]
 

@@ -18,8 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runtimes import box_jetson, box_nvidia, box_vllm
-from runtimes.box_files import Box
+from runtimes.preflight import jetson as box_jetson
+from runtimes.preflight import nvidia, vllm
+from runtimes.preflight.sources import Box
 
 VERSION = 1
 MACHINES = {"amd64": "x86_64", "x64": "x86_64"}
@@ -38,15 +39,15 @@ def read_facts(prefix: Path | None = None, *, programs: bool = True, box: Box | 
     facts["os"] = os_name(box)
     total, available = memory(box)
     facts.update(ram_bytes=total, ram_available_bytes=available, container=container(box), wsl=wsl(box))
-    packages = box_nvidia.installed(box)
+    packages = nvidia.installed(box)
     jetson = box_jetson.read_facts(box, packages, programs=programs)
     facts.update(jetson)
-    facts.update(tensorrt=box_nvidia.tensorrt(box, packages), cuda_toolkit=box_nvidia.toolkit(box, packages))
+    facts.update(tensorrt=nvidia.tensorrt(box, packages), cuda_toolkit=nvidia.toolkit(box, packages))
     if programs:
-        facts.update(box_nvidia.read_facts(box, jetson, (total, available)))
+        facts.update(nvidia.read_facts(box, jetson, (total, available)))
         if not box.recorded:
-            program = box_vllm.find_vllm()
-            facts["vllm"] = "" if program is None else box_vllm.vllm_version(program)
+            program = vllm.find_vllm()
+            facts["vllm"] = "" if program is None else vllm.vllm_version(program)
     return facts
 
 

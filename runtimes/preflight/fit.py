@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtimes import box_fit_gpu
-from runtimes.box_facts import MACHINES, NEEDED_MODULES
-from runtimes.box_fit_gpu import UNKNOWN, numbers, size
+from runtimes.preflight import fit_gpu
+from runtimes.preflight.facts import MACHINES, NEEDED_MODULES
+from runtimes.preflight.fit_gpu import UNKNOWN, numbers, size
 
 FITS, REFUSED, DAMAGED, MACHINE = 0, 4, 5, 9
 SYSTEMS = {"linux": "Linux", "windows": "Windows", "macos": "macOS"}
@@ -50,16 +50,16 @@ def compare(needs: Mapping[str, Any], facts: Mapping[str, Any], *, installing: b
     gpu = needs.get("gpu")
     found = [*_system(needs, facts)]
     if gpu:
-        found += [Finding(*row) for row in box_fit_gpu.lacking(gpu, facts)]
+        found += [Finding(*row) for row in fit_gpu.lacking(gpu, facts)]
     found += [*_python(needs, facts), *_memory(needs, facts)]
     if gpu and "vllm" in gpu:
-        found.append(Finding(*box_fit_gpu.vllm(str(gpu["vllm"]), facts)))
+        found.append(Finding(*fit_gpu.vllm(str(gpu["vllm"]), facts)))
     if installing:
         found.append(_look(
             facts, "disk", "disk_free_bytes", f"{size(needs['disk_bytes'])} free where it is installed",
             lambda value: value >= needs["disk_bytes"], "free some space or choose another place with --prefix", size,
         ))  # fmt: skip
-    return found + [Finding(*row, severity=WARNS) for row in box_fit_gpu.slow(needs, facts)]
+    return found + [Finding(*row, severity=WARNS) for row in fit_gpu.slow(needs, facts)]
 
 
 def _look(facts: Mapping[str, Any], name: str, fact: str, expected: str, test: Callable[[Any], bool], fix: str,

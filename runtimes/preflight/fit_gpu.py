@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from runtimes.box_vllm import SETTING
+from runtimes.preflight.vllm import SETTING
 
 UNKNOWN = "unknown (it could not be read)"
 OTHER_BUNDLE = "use a bundle that was built for this box"

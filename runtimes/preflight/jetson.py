@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from runtimes.box_files import Box
+from runtimes.preflight.sources import Box
 
 # "NVIDIA CUDA GPUs", by the processor that the device tree names.
 CAPABILITIES = {"tegra210": "5.3", "tegra186": "6.2", "tegra194": "7.2", "tegra234": "8.7", "tegra264": "11.0"}

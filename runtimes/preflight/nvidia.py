@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from runtimes.box_files import Box
-from runtimes.box_jetson import CAPABILITIES, GPUS
+from runtimes.preflight.jetson import CAPABILITIES, GPUS
+from runtimes.preflight.sources import Box
 
 SMI = "nvidia-smi|/usr/lib/wsl/lib/nvidia-smi|/usr/sbin/nvidia-smi"
 FIELDS = ("name", "compute_cap", "memory.total", "memory.free", "driver_version", "mig.mode.current")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LIMIT = 1 << 20  # characters of a file, bytes of a program's output: more than any of them has to say
-PROBE = Path(__file__).with_name("box_probe.py")
+PROBE = Path(__file__).with_name("driver_probe.py")
 
 
 class Said(NamedTuple):

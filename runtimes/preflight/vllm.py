@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtimes.box_files import run
+from runtimes.preflight.sources import run
 
 SETTING = "PACKAGER_VLLM"  # the path of another vllm than the one on PATH
 

@@ -21,9 +21,9 @@ from starlette.types import Receive
 
 from runtimes.engine import Busy, RequestRefused
 from runtimes.manifest import Run
-from runtimes.metrics import BaseMetrics
-from runtimes.outer import Outer
-from runtimes.replies import error_body
+from runtimes.server.metrics import BaseMetrics
+from runtimes.server.middleware import Outer
+from runtimes.server.openai_responses import error_body
 
 T = TypeVar("T")
 AnyWork = TypeVar("AnyWork", bound="Work")

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtimes.encoding import Encoder, Text
 from runtimes.engine import Busy, EngineError
-from runtimes.metrics import EncoderMetrics
+from runtimes.engines.encoder import Encoder, Text
+from runtimes.server.metrics import EncoderMetrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

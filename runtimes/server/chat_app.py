@@ -10,15 +10,21 @@ from typing import Any
 from fastapi import FastAPI, Query, Request
 from starlette.responses import JSONResponse, Response
 
-from runtimes.api import AnswerResponse, ChatRequest, CompletionRequest, PredictRequest, PredictResponse
-from runtimes.chat import Prompts, TemplateRefused
+from runtimes.decoding.chat_template import Prompts, TemplateRefused
 from runtimes.engine import Engine, Piece, RequestRefused, Sampling
-from runtimes.face import BaseService, make_face, require_model
-from runtimes.generation import Streamed, Whole
 from runtimes.manifest import Run
-from runtimes.metrics import Metrics
-from runtimes.pump import Pump
-from runtimes.replies import Reply, error_body
+from runtimes.server.base_app import BaseService, make_face, require_model
+from runtimes.server.dispatcher import Pump
+from runtimes.server.metrics import Metrics
+from runtimes.server.openai_requests import (
+    AnswerResponse,
+    ChatRequest,
+    CompletionRequest,
+    PredictRequest,
+    PredictResponse,
+)
+from runtimes.server.openai_responses import Reply, error_body
+from runtimes.server.responses import Streamed, Whole
 
 
 class Service(BaseService[Pump]):

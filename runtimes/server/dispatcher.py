@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from runtimes.engine import Busy, Engine, EngineError, Piece, Sampling
-from runtimes.metrics import Metrics
+from runtimes.server.metrics import Metrics
 
 MAX_WAITING = 256
 

@@ -18,12 +18,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from runtimes.batches import Batches
-from runtimes.encoding import Encoder, Text, labelled
 from runtimes.engine import Busy, EngineError, RequestRefused
-from runtimes.face import BaseService, make_face, refused, require_model, while_connected
+from runtimes.engines.encoder import Encoder, Text, labelled
 from runtimes.manifest import Run
-from runtimes.metrics import EncoderMetrics
+from runtimes.server.base_app import BaseService, make_face, refused, require_model, while_connected
+from runtimes.server.batcher import Batches
+from runtimes.server.metrics import EncoderMetrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtimes.metrics import BaseMetrics
-from runtimes.replies import error_body
+from runtimes.server.metrics import BaseMetrics
+from runtimes.server.openai_responses import error_body
 
 PATHS = frozenset(
     ["/v1/chat/completions", "/v1/completions", "/v1/models", "/predict", "/answer", "/health", "/metrics", "/docs",

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from runtimes.engine import Busy, EngineError, Piece, Sampling
-from runtimes.face import refused, while_connected
-from runtimes.pump import Answer, Pump, Stopwatch
-from runtimes.replies import Reply, error_body
+from runtimes.server.base_app import refused, while_connected
+from runtimes.server.dispatcher import Answer, Pump, Stopwatch
+from runtimes.server.openai_responses import Reply, error_body
 
 CUT_OFF = "The server is stopping; the answer was cut off."
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from runtimes.engines import module
+from runtimes.engines.registry import module
 from runtimes.manifest import ManifestError, Run, read_bundle
 
 USAGE, UNUSABLE, FAILED = 2, 3, 1
@@ -92,10 +92,10 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
     import uvicorn
 
     from runtimes.engine import EngineError
-    from runtimes.loading import answering
-    from runtimes.protocol import Http
+    from runtimes.server.http_protocol import Http
+    from runtimes.server.loading import answering
 
-    face = importlib.import_module(f"runtimes.{getattr(source, 'FACE', 'app')}")
+    face = importlib.import_module(f"runtimes.server.{getattr(source, 'APP', 'chat_app')}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

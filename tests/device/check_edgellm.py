@@ -22,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from packager.edgellm import ARCHITECTURES, GROUP, MODELS, VERSION  # noqa: E402 - after the path
-from runtimes.edgellm_ import START, command  # noqa: E402
+from packager.formats.edge_llm import ARCHITECTURES, GROUP, MODELS, VERSION  # noqa: E402 - after the path
+from runtimes.engines.edge_llm import START, command  # noqa: E402
 from runtimes.manifest import Run  # noqa: E402
 
 

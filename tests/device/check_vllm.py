@@ -20,9 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from packager import awq, gptq  # noqa: E402 - after the path
+from packager.formats.int4 import awq, gptq  # noqa: E402 - after the path
+from runtimes.engines.vllm import command  # noqa: E402
 from runtimes.manifest import Run  # noqa: E402
-from runtimes.vllm_ import command  # noqa: E402
 
 LOADERS = "vllm/model_executor/layers/quantization"
 SETTINGS = {"quantization": "gptq", "dtype": "half", "tensor_parallel": 2, "gpu_share": 0.9, "enforce_eager": True,

@@ -24,9 +24,9 @@ def main() -> int:
                          help="the folder that holds runtimes/")  # fmt: skip
     given = options.parse_args()
     sys.path.insert(0, str(given.runtimes))
-    from runtimes.box_facts import process_facts, read_facts
-    from runtimes.box_files import Box, Said
-    from runtimes.box_nvidia import PACKAGES
+    from runtimes.preflight.facts import process_facts, read_facts
+    from runtimes.preflight.nvidia import PACKAGES
+    from runtimes.preflight.sources import Box, Said
 
     class Recorder(Box):
         """This box, with a copy of whatever is asked of it."""

@@ -86,7 +86,7 @@ class Install:
     def tried(self, engine: Path, profile: int, home: Path | None = None) -> tuple[int, dict[str, Any]]:
         """An engine run on the reference texts, in a process of its own: {"cosine_min", …} or {"error"}."""
         plan = (home or self.prefix) / "model" / "plan.json"
-        words = [self.python, "-m", "runtimes.engine_check", plan, profile, engine]
+        words = [self.python, "-m", "runtimes.engines.tensorrt.check", plan, profile, engine]
         try:
             return document(words, env=self.env)
         except Failed as error:

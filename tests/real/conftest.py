@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from packager.build import Request, build
-from packager.console import Console
-from packager.store import Store, cache_root
+from packager.cli.console import Console
+from packager.core.store import Store, cache_root
 from tests.conftest import ROOT
 
 TARGET = "desktop_linux_x86_64"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from packager.adapter import merge, open_adapter
-from packager.checkpoint import open_checkpoint
-from packager.errors import InputError
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.checkpoint.merge import merge, open_adapter
+from packager.core.errors import InputError
+from packager.core.progress import Silent
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -16,7 +16,6 @@ import pytest
 
 from packager.bundle.verify import verify
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = ["unshare", "--net", "--map-root-user"]  # a namespace whose only interface, loopback, is still down
 
 # Runs inside the namespace: bring loopback up, serve, ask, and print the answer.

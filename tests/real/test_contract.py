@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from packager import training
-from packager.calibration import load
-from packager.catalog import load_target
-from packager.checkpoint import open_checkpoint
-from packager.errors import GateFailed
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.core.errors import GateFailed
+from packager.core.progress import Silent
+from packager.core.store import Store
+from packager.fidelity.samples import contract_talks, make_samples
+from packager.planning.catalog import load_target
+from packager.prompts import training_template
+from packager.prompts.calibration import load
+from packager.prompts.training_template import Training, as_jinja, known
 from packager.recipe import Job
-from packager.samples import contract_talks, make_samples
-from packager.store import Store
-from packager.training import Training, as_jinja, known
 from tests.real.conftest import TARGET
 from tests.real.serving import rendered
 
@@ -39,7 +39,7 @@ def test_the_template_that_training_used_is_the_checkpoints(
     taught, with an empty one; what differs by habit is told.
     """
     pairs = load(persona_file)
-    asked = job(store, random_qwen2, tmp_path, calibration=pairs, training=training.load("deepseekr1"))
+    asked = job(store, random_qwen2, tmp_path, calibration=pairs, training=training_template.load("deepseekr1"))
     samples = make_samples(asked)
     same = [prompt for prompt in samples.prompts if prompt["ids"] == prompt["trained"]]
     assert len(same) == len(samples.prompts) - 1  # the earlier thought: the template leaves two newlines, training none
@@ -63,18 +63,18 @@ def test_a_model_trained_with_another_template_stops_the_build(
     named with its text. A Qwen template on an R1 tokenizer differs from the first token on.
     """
     with pytest.raises(GateFailed, match=r"smollm2 differs from the checkpoint's at token 19: 30 '\.'") as caught:
-        make_samples(job(store, smollm2, tmp_path, training=training.load("smollm2")))
+        make_samples(job(store, smollm2, tmp_path, training=training_template.load("smollm2")))
     assert "2 '<|im_end|>'" in caught.value.what
     assert "packager templates show smollm2" in caught.value.fix
     with pytest.raises(GateFailed, match=r"qwen differs from the checkpoint's at token 0"):
-        make_samples(job(store, random_qwen2, tmp_path, training=training.load("qwen")))
+        make_samples(job(store, random_qwen2, tmp_path, training=training_template.load("qwen")))
 
 
 def test_the_fix_that_is_named_mends_it(store: Store, smollm2: Path, tmp_path: Path) -> None:
     """The template that `packager templates show` prints, saved in the checkpoint, gives training's ids."""
     folder = Path(shutil.copytree(smollm2, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(as_jinja(known()["smollm2"]) + "\n", encoding="utf-8")
-    samples = make_samples(job(store, folder, tmp_path, training=training.load("smollm2")))
+    samples = make_samples(job(store, folder, tmp_path, training=training_template.load("smollm2")))
     assert all(prompt["ids"] == prompt["trained"] for prompt in samples.prompts)
 
 
@@ -103,7 +103,7 @@ def test_a_modelfile_that_contradicts_the_tokenizer_stops_the_build(
     with pytest.raises(GateFailed, match="the checkpoint's own Modelfile differs") as caught:
         make_samples(job(store, folder, tmp_path))
     assert "--template" in caught.value.fix
-    samples = make_samples(job(store, folder, tmp_path, training=training.load("deepseekr1")))
+    samples = make_samples(job(store, folder, tmp_path, training=training_template.load("deepseekr1")))
     assert any("Modelfile renders prompts otherwise" in note for note in samples.notes)
 
 

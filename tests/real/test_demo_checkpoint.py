@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from packager.adapter import check_fit, merge, open_adapter
-from packager.checkpoint import check_weights, folder_digest, open_checkpoint
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import check_weights, folder_digest, open_checkpoint
+from packager.checkpoint.merge import check_fit, merge, open_adapter
+from packager.core.progress import Silent
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -6,24 +6,23 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from packager import edgellm
-from packager.catalog import load_target
-from packager.checkpoint import open_checkpoint
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.core.progress import Silent
+from packager.core.store import Store, cache_root
+from packager.planning.catalog import load_recipe, load_target
 from packager.recipe import Job
-from packager.safetensors_io import read_header
-from packager.store import Store, cache_root
+from packager.tensors.safetensors import read_header
 from tests.real.test_onnx import opened
 from tests.real.test_reference import random_checkpoint
 from tests.unit.runtimes.serving import write_tokenizer
 
-AGX = load_target("jetson_agx_orin_64gb")
+RECIPE, AGX = load_recipe("edge_llm"), load_target("jetson_agx_orin_64gb")
 
 
 def test_float16_is_the_source_and_says_what_the_box_must_be(store: Store, random_qwen2: Path) -> None:
     """Every tensor in 16 bits, scored by the reference; for JetPack 7.2 and compute capability 8.7 alone."""
     checkpoint = open_checkpoint(str(random_qwen2), progress=Silent(), cache=cache_root())
-    made = edgellm.build(Job(checkpoint, AGX, store, Silent()), edgellm.Options(context=256))
+    made = RECIPE.build(Job(checkpoint, AGX, store, Silent()), RECIPE.options(context=256))
     weights = {name: info for path in made.files.values() if path.suffix == ".safetensors"
                for name, info in read_header(path).items()}  # fmt: skip
     assert set(weights) == set(checkpoint.tensors)
@@ -45,7 +44,7 @@ def test_int4_is_gptq_in_groups_of_128_and_read_back(tmp_path: Path) -> None:
     write_tokenizer(source)
     tokenizer = open_checkpoint(str(source), progress=Silent(), cache=tmp_path / "cache").tokenizer
     job = Job(replace(opened(source), tokenizer=tokenizer), AGX, Store(tmp_path / "store"), Silent(), verify=False)
-    made = edgellm.build(job, edgellm.Options(quant="int4", tune="none", context=64))
+    made = RECIPE.build(job, RECIPE.options(quant="int4", tune="none", context=64))
     config = json.loads(made.files["config.json"].read_text(encoding="utf-8"))["quantization_config"]
     assert (config["quant_method"], config["bits"], config["group_size"]) == ("gptq", 4, 128)
     assert (config["sym"], config["desc_act"]) == (True, False)

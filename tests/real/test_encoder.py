@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from packager.build import Request, build
+from packager.bundle.benchmark import bench
 from packager.bundle.verify import verify
-from packager.console import Console
-from packager.errors import GateFailed, UsageError
-from packager.report import bench
-from packager.store import Store
+from packager.cli.console import Console
+from packager.core.errors import GateFailed, UsageError
+from packager.core.store import Store
 from tests.real.conftest import LABELS, TARGET, TEXTS, built
 from tests.real.serving import call, served
 from tests.real.test_bundle import alone as alone

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from packager import awq, onnx_graph, onnx_weights
-from packager.checkpoint import open_checkpoint
-from packager.progress import Silent
-from packager.store import Store, cache_root
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.core.progress import Silent
+from packager.core.store import Store, cache_root
+from packager.formats.int4 import awq
+from packager.formats.onnx import decoder_graph, matrices
 from runtimes.engine import Engine, Piece, RequestRefused, Sampling
-from runtimes.engines import module
+from runtimes.engines.registry import module
 from runtimes.manifest import Run
 from tests.real.conftest import built
 from tests.real.test_int4_engine import dequantized, packed
@@ -79,11 +80,11 @@ def ort(request: pytest.FixtureRequest, folder: Path) -> Case:
     exact, eight = folder / "exact", folder / "eight"
     exact.mkdir()
     eight.mkdir()
-    onnx_weights.link(source / "model.safetensors", exact)
-    with (eight / onnx_weights.DATA).open("wb") as file:
-        packed_weights = onnx_weights.Packed(checkpoint, file, 32, None, lambda _: None)
-        for place, weights in ((eight, packed_weights), (exact, onnx_weights.Exact(checkpoint))):
-            model = onnx_graph.Decoder(checkpoint, weights, 256).model()
+    matrices.link(source / "model.safetensors", exact)
+    with (eight / matrices.DATA).open("wb") as file:
+        packed_weights = matrices.Packed(checkpoint, file, 32, None, lambda _: None)
+        for place, weights in ((eight, packed_weights), (exact, matrices.Exact(checkpoint))):
+            model = decoder_graph.Decoder(checkpoint, weights, 256).model()
             (place / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     run = Run("ort", eight / "model.onnx", source / "tokenizer.json", None, context=256, slots=3, threads=2)
     whole = Run("ort", exact / "model.onnx", source / "tokenizer.json", None, context=256, slots=1, threads=2,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import gguf_files, llamacpp
-from packager.errors import GateFailed, InputError, PackagerError
-from packager.gguf_header import read_header
-from packager.store import Store
+from packager.core.errors import GateFailed, InputError, PackagerError
+from packager.core.store import Store
+from packager.formats.gguf import llamacpp, steps
+from packager.tensors.gguf_header import read_header
 from tests.real.conftest import built
 from tests.unit.tiny import tiny_checkpoint
 
@@ -45,7 +45,7 @@ def spoiled_build(
             return result
 
         monkeypatch.setattr(llamacpp, tool, wrong)
-        monkeypatch.setattr(gguf_files, "_code", lambda: f"{tool} {change.__name__}")  # nothing good is kept for these
+        monkeypatch.setattr(steps, "_code", lambda: f"{tool} {change.__name__}")  # nothing good is kept for these
         return built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
     return spoil
@@ -105,9 +105,9 @@ def test_an_extra_bos_from_the_server_is_found(
     q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A box whose template puts one more BOS than the checkpoint's stops the build at the first token."""
-    from packager import scoring
+    from packager.fidelity import artifact
 
-    real = scoring.score
+    real = artifact.score
 
     def doubled(job: Any, run: Any, samples: Any, **named: Any) -> Any:
         other = tmp_path / "chat_template.jinja"
@@ -116,7 +116,7 @@ def test_an_extra_bos_from_the_server_is_found(
         named["inputs"] = {**named["inputs"], "template": "doubled"}
         return real(job, {**run, "chat_template": str(other)}, samples, **named)
 
-    monkeypatch.setattr(scoring, "score", doubled)
+    monkeypatch.setattr(artifact, "score", doubled)
     with pytest.raises(GateFailed, match=r"the server on the box differs from the checkpoint's at token 1: 1 '"):
         built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
@@ -171,7 +171,7 @@ def test_an_int8_that_was_not_quantized_is_found(
         return "a lazy quantizer"
 
     monkeypatch.setattr(llamacpp, "quantize", lazy)
-    monkeypatch.setattr(gguf_files, "_code", lambda: "lazy")
+    monkeypatch.setattr(steps, "_code", lambda: "lazy")
     with pytest.raises(GateFailed, match="no tensor of it is quantized"):
         built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
@@ -180,9 +180,9 @@ def test_another_chat_template_on_the_box_is_found(
     q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right in training, wrong after the export: the server would render a prompt that nobody trained on."""
-    from packager import scoring
+    from packager.fidelity import artifact
 
-    real = scoring.score
+    real = artifact.score
 
     def swapped(job: Any, run: Any, samples: Any, **named: Any) -> Any:
         text = Path(run["chat_template"]).read_text(encoding="utf-8")
@@ -191,7 +191,7 @@ def test_another_chat_template_on_the_box_is_found(
         named["inputs"] = {**named["inputs"], "template": "swapped"}
         return real(job, {**run, "chat_template": str(other)}, samples, **named)
 
-    monkeypatch.setattr(scoring, "score", swapped)
+    monkeypatch.setattr(artifact, "score", swapped)
     with pytest.raises(GateFailed, match="the prompt of the server on the box differs from the checkpoint's at token"):
         built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 

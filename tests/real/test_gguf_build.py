@@ -20,11 +20,11 @@ import pytest
 
 from packager.build import Request, build
 from packager.bundle.verify import verify
-from packager.console import Console
-from packager.errors import InputError, PlanRefused
-from packager.llamacpp import compiled
-from packager.progress import Silent
-from packager.store import Store
+from packager.cli.console import Console
+from packager.core.errors import InputError, PlanRefused
+from packager.core.progress import Silent
+from packager.core.store import Store
+from packager.formats.gguf.llamacpp import compiled
 from tests.conftest import ROOT
 from tests.real.conftest import TARGET
 from tests.real.serving import ask, served
@@ -49,7 +49,7 @@ def manifest(bundle: Path) -> dict[str, Any]:
 
 
 def packager(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "packager.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "packager", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import llamacpp
-from packager.checkpoint import open_checkpoint
-from packager.gguf_sizes import IMATRIX_QUANTS, QUANTS, plan_tensors, predict
-from packager.progress import Silent
-from packager.store import Cost
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.core.progress import Silent
+from packager.core.store import Cost
+from packager.formats.gguf import llamacpp
+from packager.formats.gguf.sizes import IMATRIX_QUANTS, QUANTS, plan_tensors, predict
 
 needs_compiled = pytest.mark.skipif(not llamacpp.compiled(), reason="the extra packager[llamacpp] is not installed")
 
@@ -88,7 +88,7 @@ def test_every_tensor_gets_the_predicted_type(
     """Type and bytes of each tensor are those that llama.cpp wrote."""
     import gguf
 
-    from packager.children.quantize_llama import main as quantize
+    from packager.workers.quantize_llama import main as quantize
 
     path, size = unquantized
     expected = _plan(size, quant, imatrix=imatrix)

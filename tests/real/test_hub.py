@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from packager.checkpoint import open_checkpoint
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.core.progress import Silent
 from tests.real.hub_server import COMMIT, Hub, serving
 from tests.unit.tiny import tiny_checkpoint
 
@@ -23,9 +23,9 @@ SHARD = "model-00002-of-00003.safetensors"
 CHILD = """
 import json, sys
 from pathlib import Path
-from packager.checkpoint import open_checkpoint
-from packager.errors import PackagerError
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.core.errors import PackagerError
+from packager.core.progress import Silent
 ref, revision, cache = sys.argv[1:]
 try:
     found = open_checkpoint(ref, revision=revision or None, progress=Silent(), cache=Path(cache))

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import awq, gptq, int4_folder
-from packager.int4_folder import Form
-from packager.tuning import Tuned
+from packager.formats.int4 import awq, gptq
+from packager.formats.int4 import folder as int4_folder
+from packager.formats.int4.folder import Form
+from packager.formats.int4.tuning import Tuned
 from runtimes.engine import EngineError, Piece, RequestRefused, Sampling
+from runtimes.engines.transformers.engine import Transformers, load, open_scorer
 from runtimes.manifest import Run
-from runtimes.transformers_ import Transformers, load, open_scorer
 from tests.real.test_reference import DECODERS, random_checkpoint
 from tests.real.test_tune import headers, tuned
 from tests.unit.runtimes.serving import write_tokenizer
@@ -217,7 +218,7 @@ def test_a_folder_that_is_not_understood_is_refused_in_a_sentence(
 
 def test_zero_points_other_than_eight_are_read() -> None:
     """AWQ files of others are asymmetric."""
-    from runtimes.int4 import Int4Linear, integers
+    from runtimes.engines.transformers.int4 import Int4Linear, integers
 
     random = np.random.default_rng(3)
     q, zeros = random.integers(0, 16, (16, 64), np.uint8), random.integers(0, 16, (16, 2), np.uint8)

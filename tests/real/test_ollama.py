@@ -11,9 +11,9 @@ import pytest
 
 from packager.build import Request, build
 from packager.bundle.verify import verify
-from packager.console import Console
-from packager.progress import Silent
-from packager.store import Store
+from packager.cli.console import Console
+from packager.core.progress import Silent
+from packager.core.store import Store
 
 
 @pytest.fixture(scope="module", params=["smollm2", "random_qwen2"])

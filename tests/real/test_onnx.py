@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from packager import onnx_graph, onnx_weights
-from packager.checkpoint import Checkpoint
-from packager.errors import GateFailed
-from packager.onnx_decoder import require_packed
-from packager.store import Store
-from packager.tuning import Tuned
-from runtimes.ort_model import Model
+from packager.checkpoint.checkpoint import Checkpoint
+from packager.core.errors import GateFailed
+from packager.core.store import Store
+from packager.formats.int4.tuning import Tuned
+from packager.formats.onnx import decoder_graph, matrices
+from packager.formats.onnx.decoder import require_packed
+from runtimes.engines.onnxruntime.decoder import Model
 from tests.real.conftest import built
 from tests.real.serving import call, served
 from tests.real.test_reference import DECODERS, random_checkpoint
@@ -36,18 +36,18 @@ def opened(source: Path) -> Checkpoint:
 
 def exact(checkpoint: Checkpoint, folder: Path, context: int = 128) -> Model:
     folder.mkdir()
-    graph = onnx_graph.Decoder(checkpoint, onnx_weights.Exact(checkpoint), context)
+    graph = decoder_graph.Decoder(checkpoint, matrices.Exact(checkpoint), context)
     (folder / "model.onnx").write_bytes(graph.model().SerializeToString(deterministic=True))
     for name in {info.file for info in checkpoint.tensors.values()}:
-        onnx_weights.link(checkpoint.path / name, folder)
+        matrices.link(checkpoint.path / name, folder)
     return Model(folder / "model.onnx", context=context, slots=2, threads=1, optimized=False)
 
 
 def packed(checkpoint: Checkpoint, folder: Path, found: Tuned | None) -> Path:
     folder.mkdir()
-    with (folder / onnx_weights.DATA).open("wb") as file:
-        weights = onnx_weights.Packed(checkpoint, file, 32, found, lambda _: None)
-        graph = onnx_graph.Decoder(checkpoint, weights, 128).model()
+    with (folder / matrices.DATA).open("wb") as file:
+        weights = matrices.Packed(checkpoint, file, 32, found, lambda _: None)
+        graph = decoder_graph.Decoder(checkpoint, weights, 128).model()
     (folder / "model.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     return folder / "model.onnx"
 
@@ -98,8 +98,8 @@ def test_int8_is_within_half_a_step_and_int4_is_the_tuned_integers(small: Path, 
     for integers, name in ((None, "eight"), (found, "four")):
         path = packed(checkpoint, tmp_path / name, integers)
         assert path.read_bytes() == packed(checkpoint, tmp_path / f"{name}-again", integers).read_bytes()
-        data = path.with_name(onnx_weights.DATA).read_bytes()
-        assert data == (tmp_path / f"{name}-again" / onnx_weights.DATA).read_bytes()
+        data = path.with_name(matrices.DATA).read_bytes()
+        assert data == (tmp_path / f"{name}-again" / matrices.DATA).read_bytes()
         stored = {}
         for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
             if tensor.external_data:
@@ -107,7 +107,7 @@ def test_int8_is_within_half_a_step_and_int4_is_the_tuned_integers(small: Path, 
                 begin, length = int(place["offset"]), int(place["length"])
                 kind = np.uint8 if tensor.data_type == onnx.TensorProto.UINT8 else np.float16
                 stored[tensor.name] = np.frombuffer(data[begin : begin + length], kind).reshape(tensor.dims)
-        weights = onnx_weights.Exact(checkpoint)
+        weights = matrices.Exact(checkpoint)
         module = "model.layers.1.mlp.down_proj"
         source = weights.vector(f"{module}.weight")
         scales = stored[f"{module}.scales"].astype(np.float32)

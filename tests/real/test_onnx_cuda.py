@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from packager import calibration, onnx_cuda, onnx_weights
 from packager.build import Request, open_merged
-from packager.catalog import load_recipe, load_target
-from packager.checkpoint import Checkpoint
-from packager.onnx_decoder import MODEL, require_packed
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import Checkpoint
+from packager.core.progress import Silent
+from packager.core.store import Store
+from packager.formats.onnx import decoder_cuda, matrices
+from packager.formats.onnx.decoder import MODEL, require_packed
+from packager.planning.catalog import load_recipe, load_target
+from packager.prompts import calibration
 from packager.recipe import Job
-from packager.store import Store
 from runtimes.engine import EngineError
+from runtimes.engines.onnxruntime.cuda import Cuda, open_model
+from runtimes.engines.onnxruntime.decoder import Model
 from runtimes.manifest import Run
-from runtimes.ort_cuda import Cuda, open_model
-from runtimes.ort_model import Model
 from tests.real.test_onnx import HEADS, LENGTH, log_softmax, opened, packed
 from tests.real.test_reference import DECODERS, random_checkpoint
 from tests.real.test_tune import tuned
@@ -34,9 +35,9 @@ def halved(checkpoint: Checkpoint, folder: Path, *, four: bool = False) -> Model
     """The graph and its data, opened as a build opens them to score them."""
     folder.mkdir()
     found = tuned(checkpoint.path, folder / "tuned", iterations=0) if four else None
-    with (folder / onnx_weights.DATA).open("wb") as file:
-        weights = onnx_cuda.HalfPacked(checkpoint, file, 32, found, lambda _: None)
-        made = onnx_cuda.HalfDecoder(checkpoint, weights, 128).model()
+    with (folder / matrices.DATA).open("wb") as file:
+        weights = decoder_cuda.HalfPacked(checkpoint, file, 32, found, lambda _: None)
+        made = decoder_cuda.HalfDecoder(checkpoint, weights, 128).model()
     (folder / MODEL).write_bytes(made.SerializeToString(deterministic=True))
     run = Run("ort_cuda", folder / MODEL, folder, None, settings={"device": "cpu"}, threads=1)
     return open_model(run, context=128, slots=2, verbose=False)
@@ -90,7 +91,7 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
     checkpoint = opened(random_checkpoint(tmp_path / "model", "Qwen2ForCausalLM", **HEADS))
     for name in ("first", "second"):
         halved(checkpoint, tmp_path / name)
-    for name in (MODEL, onnx_weights.DATA):
+    for name in (MODEL, matrices.DATA):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from packager import llamacpp
-from packager.errors import InputError, PackagerError
-from packager.progress import Silent
-from packager.store import Cost
+from packager.core.errors import InputError, PackagerError
+from packager.core.progress import Silent
+from packager.core.store import Cost
+from packager.formats.gguf import llamacpp
 
 pytestmark = pytest.mark.skipif(
     not llamacpp.compiled(), reason="llama-cpp-python is not installed: `make test` compiles it"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from packager.bundle.verify import verify
-from packager.progress import Silent
+from packager.core.progress import Silent
 from tests.real.serving import ask, chat, rendered, served
 
 transformers = pytest.importorskip("transformers")

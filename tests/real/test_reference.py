@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager.architectures import FAMILIES
-from packager.progress import Silent
-from packager.store import Cost
-from packager.tools import CHILDREN, follow
+from packager.checkpoint.families import FAMILIES
+from packager.core.processes import WORKERS, follow
+from packager.core.progress import Silent
+from packager.core.store import Cost
 from tests.conftest import ROOT
 
 torch = pytest.importorskip("torch")
@@ -132,7 +132,7 @@ def test_every_family_is_streamed_as_transformers_runs_it(
     statistics.
     """
     folder = random_checkpoint(tmp_path / "model", architecture)
-    spec = importlib.util.spec_from_file_location("reference_child", CHILDREN / "reference.py")
+    spec = importlib.util.spec_from_file_location("reference_child", WORKERS / "reference.py")
     assert spec is not None
     assert spec.loader is not None
     child = importlib.util.module_from_spec(spec)
@@ -152,7 +152,7 @@ def test_smollm2_is_streamed_with_a_layers_memory(smollm2: Path, tmp_path: Path)
     """The real model in its own child: equal to the whole model, with less memory than its float32 weights."""
     job = job_for(smollm2, tmp_path, 49152, (9, 120, 40))
     cost = Cost()
-    follow(CHILDREN / "reference.py", job, "reference", Silent(), cost, work=tmp_path)
+    follow(WORKERS / "reference.py", job, "reference", Silent(), cost, work=tmp_path)
     require_equal(job, smollm2, 1e-3)
     bare = Cost()
     (tmp_path / "bare.py").write_text(
@@ -177,7 +177,7 @@ def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tm
         "vocabulary": 151665,
         "output": str(output),
     }
-    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path, path=[ROOT])
+    follow(WORKERS / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path, path=[ROOT])
     found = json.loads(output.read_text(encoding="utf-8"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(r1_tokenizer_folder)
     for talk, prompt in zip(talks, found["prompts"], strict=True):
@@ -201,7 +201,7 @@ def test_a_template_that_refuses_a_role_keeps_the_other_talks(r1_tokenizer_folde
     output = tmp_path / "samples.json"
     same = {"conversations": talks, "prompts": talks, "pairs": []}
     job = {"checkpoint": str(folder), **same, "texts": [], "vocabulary": 151665, "output": str(output)}
-    follow(CHILDREN / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path, path=[ROOT])
+    follow(WORKERS / "samples.py", job, "samples", Silent(), Cost(), work=tmp_path, path=[ROOT])
     found = json.loads(output.read_text(encoding="utf-8"))
     assert found["refusal"] == "System role not supported"
     assert [bool(ids) for ids in found["conversations"]] == [False, True]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from runtimes.chat import Prompts, TemplateRefused
+from runtimes.decoding.chat_template import Prompts, TemplateRefused
 from runtimes.manifest import Run, read_bundle
 from tests.conftest import ROOT
 
@@ -305,7 +305,7 @@ def test_a_signal_ends_it_in_order(q8_bundle: Path, number: int) -> None:
 
 def test_scores_are_those_the_server_reports(q8_bundle: Path, tmp_path: Path) -> None:
     """The C interface and the Server agree on the distribution, and the same input gives the same numbers."""
-    from runtimes.llamacpp import LlamaCpp
+    from runtimes.engines.llamacpp.engine import LlamaCpp
 
     bundle = read_bundle(q8_bundle)
     ids = Prompts(bundle).chat(CONVERSATIONS[2])

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager.checkpoint import Checkpoint, open_checkpoint
-from packager.errors import InputError
-from packager.progress import Silent
+from packager.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packager.core.errors import InputError
+from packager.core.progress import Silent
 from tests.unit.tiny import CONFIG, tiny_checkpoint, tiny_values, write_json
 
 torch = pytest.importorskip("torch")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from packager.bundle.verify import verify
-from packager.progress import Silent
+from packager.core.progress import Silent
 from tests.conftest import ROOT
 from tests.real.conftest import TARGET
 
@@ -25,7 +25,7 @@ def start(store: Path, out: Path, checkpoint: Path, *more: str) -> subprocess.Po
     command = [
         sys.executable,
         "-m",
-        "packager.cli",
+        "packager.cli.main",
         "build",
         checkpoint,
         "--target",

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from packager import tensorrt, tensorrt_int8
 from packager.build import Request, build
 from packager.bundle.verify import verify
-from packager.console import Console
-from packager.errors import GateFailed, ToolError
-from packager.store import Store
+from packager.cli.console import Console
+from packager.core.errors import GateFailed, ToolError
+from packager.core.store import Store
+from packager.formats.tensorrt import compiler, int8
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.real
 
-if tensorrt.why_not_here() is not None:
+if compiler.why_not_here() is not None:
     pytest.skip("TensorRT-RTX has no wheels for this machine", allow_module_level=True)
 
 
@@ -69,7 +69,7 @@ def test_minilm_for_a_t4_brings_an_engine_and_keeps_its_vectors(t4_bundle: Path)
 
 def test_the_box_reads_the_plan(t4_bundle: Path) -> None:
     """The reader that the bundle carries takes what the packager wrote, every file by its digest."""
-    from runtimes.tensorrt_plan import file_sha256, read_plan
+    from runtimes.engines.tensorrt.plan import file_sha256, read_plan
 
     found = read_plan(t4_bundle / "model" / "plan.json")
     assert found.compiled is not None and file_sha256(found.compiled.file) == found.compiled.sha256
@@ -114,7 +114,7 @@ def initializers(bundle: Path) -> list[str]:
 
 def test_an_orin_gets_a_plan_and_no_engine(store: Store, minilm: Path, tmp_path: Path) -> None:
     """What it builds for itself: types, shapes, the versions of its JetPacks; no file of another architecture."""
-    from runtimes.tensorrt_plan import read_plan, trtexec_arguments
+    from runtimes.engines.tensorrt.plan import read_plan, trtexec_arguments
 
     bundle = made(store, tmp_path, minilm, "jetson_orin_nano_8gb", name="minilm", sets=("context=128", "slots=4"))
     own = plan(bundle)
@@ -148,7 +148,7 @@ def test_a_classifier_keeps_its_labels(store: Store, classifier: Path, labelled_
     assert (whole["precision"], half["precision"]) == ("fp16", "int8")
     assert half["int8_matrices"] > 0 == whole["int8_matrices"]
     assert half["fidelity"]["general"]["max_error"] > whole["fidelity"]["general"]["max_error"]
-    monkeypatch.setattr(tensorrt_int8, "LOGITS", 1.01)
+    monkeypatch.setattr(int8, "LOGITS", 1.01)
     assert asked("auto", "strict")["precision"] == "fp16"
     with pytest.raises(GateFailed, match="only 0 of 12 layers"):
         asked("int8", "stopped")
@@ -165,13 +165,13 @@ def test_a_model_that_float16_ruins_is_stopped(store: Store, minilm: Path, tmp_p
 def test_a_broken_library_is_told_in_one_sentence(t4_bundle: Path, minilm: Path, store: Store, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that does not load, and one that is missing: exit code 7, and what to remove."""
-    broken = tmp_path / "broken" / tensorrt.MODULE
+    broken = tmp_path / "broken" / compiler.MODULE
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('libtensorrt_rtx.so.1: cannot open shared object file')\n")
     empty = tmp_path / "empty"
     empty.mkdir()
     for place, says in ((broken.parent, "libtensorrt_rtx.so.1"), (empty, "tensorrt_rtx_bindings")):
-        monkeypatch.setattr(tensorrt, "compiler", lambda _progress, place=place: place)
+        monkeypatch.setattr(compiler, "compiler", lambda _progress, place=place: place)
         request = Request(str(minilm), "t4", recipe="tensorrt_engine", name="minilm", sets=("slots=3",))
         with pytest.raises(ToolError, match="cannot be loaded") as caught:
             build(request, tmp_path / "out", Console(quiet=True), store)
@@ -192,7 +192,7 @@ def test_the_parser_s_refusal_names_the_node(tmp_path: Path) -> None:
     job = {"onnx": str(tmp_path / "model.onnx"), "sm": ["7.5"], "output": str(tmp_path / "out.rtx"),
            "profile": {"input_ids": {"min": [1, 1], "opt": [1, 1], "max": [1, 1]}}}  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    place = tensorrt.compiler(Console(quiet=True))
-    ran = subprocess.run([sys.executable, ROOT / "packager/children/tensorrt_compile.py", tmp_path / "job.json"],
+    place = compiler.compiler(Console(quiet=True))
+    ran = subprocess.run([sys.executable, ROOT / "packager/workers/tensorrt_compile.py", tmp_path / "job.json"],
                          env={"PYTHONPATH": str(place)}, capture_output=True, text=True, check=False)  # fmt: skip
     assert ran.returncode == 1 and "Unheard" in ran.stdout and not (tmp_path / "out.rtx").exists()

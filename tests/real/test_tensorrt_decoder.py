@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from packager import onnx_half, onnx_typed_decoder, onnx_weights
-from packager import tensorrt_decoder as decoder
-from packager import tensorrt_plan as plans
 from packager.build import Request, build
 from packager.bundle.verify import verify
-from packager.catalog import load_target
-from packager.checkpoint import Checkpoint
-from packager.console import Console
-from packager.store import Store
+from packager.checkpoint.checkpoint import Checkpoint
+from packager.cli.console import Console
+from packager.core.store import Store
+from packager.formats.onnx import matrices as onnx_weights
+from packager.formats.tensorrt import decoder, decoder_graph, matrices
+from packager.formats.tensorrt import plan as plans
+from packager.planning.catalog import load_target
+from runtimes.engines.tensorrt.decoder import Model, open_model
 from runtimes.manifest import Run
-from runtimes.tensorrt_decoder import Model, open_model
 from tests.real.test_onnx import HEADS, log_softmax, opened
 from tests.real.test_reference import DECODERS, random_checkpoint
 
@@ -31,8 +31,8 @@ def typed(checkpoint: Checkpoint, folder: Path, *, rows: int = 2, context: int =
     """A folder with the graph and a plan without an engine; the plan."""
     folder.mkdir()
     with (folder / onnx_weights.DATA).open("wb") as file:
-        weights = onnx_half.Half(checkpoint, file, bits, lambda _: None)
-        model = onnx_typed_decoder.TypedDecoder(checkpoint, weights, context).model()
+        weights = matrices.Half(checkpoint, file, bits, lambda _: None)
+        model = decoder_graph.TypedDecoder(checkpoint, weights, context).model()
     (folder / decoder.MODEL).write_bytes(model.SerializeToString(deterministic=True))
     shapes = decoder.profile(checkpoint, rows, context)
     plan = decoder.plain_plan(checkpoint, load_target("t4"), folder, "fp16" if bits == 16 else "int8", shapes, None)

@@ -22,9 +22,9 @@ import pytest
 from packager.bundle.assemble import Contents, assemble
 from packager.bundle.manifest import Needs
 from packager.bundle.wheels import fetch_wheels
-from packager.catalog import load_target, runtimes_folder
-from packager.console import Console
-from packager.store import Store, cache_root
+from packager.cli.console import Console
+from packager.core.store import Store, cache_root
+from packager.planning.catalog import load_target, runtimes_folder
 from tests.conftest import ROOT
 from tests.real.serving import call, served
 from tests.real.test_bundle import ALONE, pythons

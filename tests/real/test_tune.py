@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import awq, gptq, int4_folder, llamacpp
-from packager.gguf_sizes import gguf_name
-from packager.int4_folder import dequantize
-from packager.progress import Silent
-from packager.safetensors_io import read_header
-from packager.store import Cost, Step
-from packager.tools import CHILDREN
-from packager.tuning import Tuned, gguf_parts, linear_modules, open_tuned
+from packager.core.processes import WORKERS
+from packager.core.progress import Silent
+from packager.core.store import Cost, Step
+from packager.formats.gguf import llamacpp
+from packager.formats.gguf.sizes import gguf_name
+from packager.formats.gguf.steps import gguf_parts
+from packager.formats.int4 import awq, gptq
+from packager.formats.int4 import folder as int4_folder
+from packager.formats.int4.folder import dequantize
+from packager.formats.int4.tuning import Tuned, linear_modules, open_tuned
+from packager.tensors.safetensors import read_header
 from tests.conftest import ROOT
 from tests.real.test_reference import DECODERS, random_checkpoint
 from tests.unit.sketch import sketch
@@ -30,7 +33,7 @@ from tests.unit.sketch import sketch
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from packager.children import tune as child  # noqa: E402 - it imports torch at once, as scripts may
+from packager.workers import tune as child  # noqa: E402 - it imports torch at once, as scripts may
 
 GROUP = 32
 FORMS = (gptq.FORM, awq.FORM)
@@ -134,7 +137,7 @@ def test_a_killed_process_leaves_what_the_next_goes_on_from(tmp_path: Path) -> N
     job = tmp_path / "job.json"
     job.write_text(json.dumps(job_for(folder, tmp_path / "killed", iterations=40)), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, CHILDREN / "tune.py", job], stdout=subprocess.PIPE, env=environment) as ran:
+    with subprocess.Popen([sys.executable, WORKERS / "tune.py", job], stdout=subprocess.PIPE, env=environment) as ran:
         assert ran.stdout is not None
         for line in ran.stdout:
             if json.loads(line)["done"] == 60:  # of 126, in the second layer
@@ -187,7 +190,7 @@ def test_gptq_awq_and_gguf_hold_the_same_numbers(group: int, tmp_path: Path) -> 
     import gguf
     from safetensors.torch import load_file
 
-    from runtimes.int4 import Int4Linear, integers
+    from runtimes.engines.transformers.int4 import Int4Linear, integers
 
     folder = random_checkpoint(tmp_path / "model", "Qwen2ForCausalLM", intermediate_size=192)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from packager import awq, gptq
 from packager.bundle.verify import verify
-from packager.catalog import load_recipe, load_target
-from packager.checkpoint import open_checkpoint
-from packager.errors import GateFailed
-from packager.gguf_sizes import gguf_name
-from packager.int4_folder import dequantize
-from packager.progress import Silent
-from packager.store import Store
-from packager.tuning import linear_modules
+from packager.checkpoint.checkpoint import open_checkpoint
+from packager.core.errors import GateFailed
+from packager.core.progress import Silent
+from packager.core.store import Store
+from packager.formats.gguf.sizes import gguf_name
+from packager.formats.int4 import awq, gptq
+from packager.formats.int4.folder import dequantize
+from packager.formats.int4.tuning import linear_modules
+from packager.planning.catalog import load_recipe, load_target
 from tests.real.conftest import TARGET, built
 from tests.real.serving import ask, served
 

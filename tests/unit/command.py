@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from packager import cli
+from packager.cli import main
 
 
 def packager(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -23,7 +23,7 @@ def packager(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         mock.patch.object(sys, "argv", words),
     ):
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             code = end.code
     assert isinstance(code, int)

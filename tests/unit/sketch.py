@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from packager.architectures import expected_tensors, find_family, read_shape
-from packager.checkpoint import Checkpoint, Origin
-from packager.safetensors_io import TensorInfo
+from packager.checkpoint.checkpoint import Checkpoint, Origin
+from packager.checkpoint.families import expected_tensors, find_family, read_shape
+from packager.tensors.safetensors import TensorInfo
 
 SMOLLM2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,

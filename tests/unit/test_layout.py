@@ -19,28 +19,28 @@ from tests.unit.syntax import dotted, imports, nodes, parsed, statements
 LONGEST = 400
 LONG_FOR_A_REASON: dict[str, str] = {}
 MAY_WRITE = {
-    "packager/console.py",
-    "packager/cli.py",
+    "packager/cli/console.py",
+    "packager/cli/main.py",
 }  # cli.py: the last line of an interrupt, when no console is there
 OWNERS = {
-    "subprocess": {"packager/tools.py"},
-    "torch": {"packager/state_dict.py"},
+    "subprocess": {"packager/core/processes.py"},
+    "torch": {"packager/checkpoint/state_dict.py"},
     "transformers": set[str](),
-    "rich": {"packager/console.py"},
-    "click": {"packager/cli.py", "packager/flags.py"},
+    "rich": {"packager/cli/console.py"},
+    "click": {"packager/cli/main.py", "packager/cli/flags.py"},
 }
 LIGHT = {
-    "packager/cli.py",
-    "packager/views.py",
-    "packager/flags.py",
-    "packager/errors.py",
-    "packager/console.py",
-    "packager/progress.py",
+    "packager/cli/main.py",
+    "packager/cli/show.py",
+    "packager/cli/flags.py",
+    "packager/core/errors.py",
+    "packager/cli/console.py",
+    "packager/core/progress.py",
     "packager/recipe.py",
-    "packager/catalog.py",
+    "packager/planning/catalog.py",
     "packager/target.py",
-    "packager/store.py",
-    "packager/tools.py",
+    "packager/core/store.py",
+    "packager/core/processes.py",
     "packager/build.py",
 }
 HEAVY = {
@@ -143,7 +143,7 @@ def test_an_outside_library_has_one_owner(library: str) -> None:
     found = {
         name
         for name in sources("packager")
-        if library in {module.split(".")[0] for module in imports(name)} and not name.startswith("packager/children/")
+        if library in {module.split(".")[0] for module in imports(name)} and not name.startswith("packager/workers/")
     }
     assert found <= OWNERS[library]
 
@@ -157,7 +157,7 @@ def test_heavy_libraries_are_imported_where_they_are_needed(name: str) -> None:
 @pytest.mark.parametrize("name", sources("packager"))
 def test_only_the_console_writes_to_the_terminal(name: str) -> None:
     """No print and no sys.stdout elsewhere; children speak to their parent through a pipe."""
-    if name in MAY_WRITE or name.startswith("packager/children/"):
+    if name in MAY_WRITE or name.startswith("packager/workers/"):
         return
     for node in nodes(name):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -171,7 +171,7 @@ def test_nothing_runs_what_a_file_says() -> None:
     for name in [name for folder in ("packager", "recipes", "runtimes", "scripts", "demo") for name in sources(folder)]:
         banned = {"pickle", "dill", "marshal", "shelve", "jinja2.Environment"} & imports(name)
         # state_dict.py takes the name of an error from pickle, nothing else
-        assert banned <= ({"pickle"} if name == "packager/state_dict.py" else set()), name
+        assert banned <= ({"pickle"} if name == "packager/checkpoint/state_dict.py" else set()), name
         for node in nodes(name):
             if not isinstance(node, ast.Call):
                 continue

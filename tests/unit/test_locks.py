@@ -97,7 +97,7 @@ def test_the_locks_hold_what_setup_cfg_asks_for() -> None:
 
 def test_converter_and_quantizer_are_of_one_source() -> None:
     """The sdist that the converter comes from is the one that the quantizer is compiled from."""
-    from packager.llamacpp import SDIST_SHA256, VERSION
+    from packager.formats.gguf.llamacpp import SDIST_SHA256, VERSION
 
     [(wanted, hashes)] = entries("llama-cpp-python.lock")
     assert str(wanted.specifier) == f"=={VERSION}"

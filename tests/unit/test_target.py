@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from packager.errors import UsageError
+from packager.core.errors import UsageError
 from packager.target import GIB, load_target, target_keys, wheel_platforms
+from tests.conftest import ROOT
 
-TARGETS = Path(__file__).resolve().parents[2] / "targets"
+TARGETS = ROOT / "targets"
 GOOD = """
 title = "A box"
 [platform]

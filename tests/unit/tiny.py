@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from packager.architectures import expected_tensors, find_family, read_shape
-from packager.safetensors_io import Spec, from_float32, plan_shards, shard_names, write_file, write_index
+from packager.checkpoint.families import expected_tensors, find_family, read_shape
+from packager.tensors.safetensors import Spec, from_float32, plan_shards, shard_names, write_file, write_index
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,

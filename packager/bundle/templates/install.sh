@@ -102,7 +102,7 @@ try:
             with open(os.path.join(home, *path.split("/")), "rb") as stream:
                 if hashlib.sha256(stream.read()).hexdigest() != digest:
                     raise ValueError("its sha256 differs")
-    damaged = None if any(path == "runtime/runtimes/install.py" for _, _, path in sums) else "runtime/runtimes/install.py"
+    damaged = None if any(path == "runtime/runtimes/install/install.py" for _, _, path in sums) else "runtime/runtimes/install/install.py"
     reason = "it is not listed"
 except (OSError, ValueError) as error:
     damaged, reason = damaged or "SHA256SUMS", str(error)
@@ -112,8 +112,8 @@ if damaged:
     sys.exit(5)
 sys.path.insert(0, os.path.join(home, "runtime"))
 if verb == "install":
-    from runtimes.install import main
+    from runtimes.install.install import main
 else:
-    from runtimes.check import main
+    from runtimes.preflight.check import main
 sys.exit(main(sys.argv[1:] + ["--facts-only"] * (verb == "facts")))
 ' "$here" "$verb" --bundle "$here" --prefix "$prefix" ${skip:+"$skip"}

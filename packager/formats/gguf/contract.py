@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.contract import require_same, token_names
-from packager.errors import GateFailed
-from packager.gguf_header import read_header
+from packager.core.errors import GateFailed
+from packager.prompts.contract import require_same, token_names
+from packager.tensors.gguf_header import read_header
 
 if TYPE_CHECKING:
+    from packager.fidelity.samples import Samples
     from packager.recipe import Job
-    from packager.samples import Samples
 
 TEMPLATE = "tokenizer.chat_template"
 
@@ -21,7 +21,7 @@ def require_carried(job: Job, samples: Samples, model: Path, vocabulary: Mapping
     """Raise GateFailed unless the file's own chat template renders every conversation as the checkpoint's does, and its
     end token is the checkpoint's. Gives notes on what llama.cpp does by itself and our server does not.
 
-    vocabulary: what the engine said of the file's tokens (runtimes/logits.py).
+    vocabulary: what the engine said of the file's tokens (runtimes/engines/llamacpp/logits.py).
     """
     tokenizer = job.checkpoint.tokenizer
     values = read_header(model).values
@@ -69,7 +69,7 @@ def _rendered(job: Job, prompts: Sequence[Mapping[str, Any]], template: str) -> 
     """Ids of every prompt as a chat template renders it, in the sandbox that the contract always uses."""
     from tokenizers import Tokenizer
 
-    from packager.template_probe import renderer
+    from packager.checkpoint.chat_template import renderer
 
     tokenizer = Tokenizer.from_file(str(job.checkpoint.path / "tokenizer.json"))
     try:

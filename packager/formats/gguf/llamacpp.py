@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from packager.errors import InputError, PackagerError, ToolError
-from packager.gguf_header import BadHeader, Header, read_header
-from packager.pinned import pip
-from packager.progress import Progress
-from packager.store import Cost, cache_root, fetched_once
-from packager.tools import CHILDREN, ChildFailed, follow, has_module, last_words, run_python, version_of
+from packager.core.errors import InputError, PackagerError, ToolError
+from packager.core.pip import pip
+from packager.core.processes import WORKERS, ChildFailed, follow, has_module, last_words, run_python, version_of
+from packager.core.progress import Progress
+from packager.core.store import Cost, cache_root, fetched_once
+from packager.tensors.gguf_header import BadHeader, Header, read_header
 
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -107,7 +107,7 @@ def convert(checkpoint: Path, name: str, kind: str, output: Path, progress: Prog
                     task.advance(done - seen)
                     seen = done
 
-            ran = run_python(CHILDREN / "convert.py", arguments, name="the llama.cpp converter", on_line=on_line)
+            ran = run_python(WORKERS / "convert.py", arguments, name="the llama.cpp converter", on_line=on_line)
     except ChildFailed as error:
         raise _conversion_error(error) from error
     cost.saw(ran.peak_rss_bytes)
@@ -145,7 +145,7 @@ def quantize(
     """Write ``source`` (an unquantized GGUF) as type ``kind``; returns the name of the quantizer that did it.
 
     tuned: GGUF tensor name -> {"file", "module", "group", "heads"} of integers that a Q4_0 tensor is to hold (see
-    children/quantize_numpy.py); only gguf-py's side can take them. Raises ToolError when the quantizer fails or the
+    workers/quantize_numpy.py); only gguf-py's side can take them. Raises ToolError when the quantizer fails or the
     type needs the compiled one.
     """
     threads = os.cpu_count() or 1
@@ -157,7 +157,7 @@ def quantize(
     }
     if use_compiled:
         job["imatrix"] = str(imatrix) if imatrix else None
-        follow(CHILDREN / "quantize_llama.py", job, f"quantizing to {kind}", progress, cost, work=output.parent)
+        follow(WORKERS / "quantize_llama.py", job, f"quantizing to {kind}", progress, cost, work=output.parent)
         return f"llama.cpp ({CONVERTER})"
     if kind not in NUMPY_TYPES:
         raise ToolError(
@@ -175,7 +175,7 @@ def quantize(
     job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind, "tuned": dict(tuned or {})}
     total = 4.0 * source.stat().st_size / 2
     follow(
-        CHILDREN / "quantize_numpy.py",
+        WORKERS / "quantize_numpy.py",
         job,
         f"packing tuned integers as {kind}" if tuned else f"quantizing to {kind}",
         progress,

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packager import go_template
-from packager.contract import EDGES
-from packager.errors import GateFailed
-from packager.gguf_contract import adds_bos
-from packager.go_template import render as render_go
+from packager.core.errors import GateFailed
+from packager.core.store import Cost, Step, code_digest
+from packager.formats.gguf.contract import adds_bos
+from packager.prompts import go_template
+from packager.prompts.contract import EDGES
+from packager.prompts.go_template import render as render_go
 from packager.recipe import Job
-from packager.store import Cost, Step, code_digest
 
 MARK = "\u2045{}\u2046"  # quill brackets: no chat template has them
 PARAMETERS = {
@@ -166,9 +166,9 @@ def proven_template(job: Job, bos_first: bool) -> tuple[str, list[str]]:
     Ollama puts BOS before what it yields, because the GGUF says so. Raises GateFailed naming the first character that
     differs.
     """
-    from packager.calibration import general
-    from packager.samples import contract_prompts
-    from packager.template_probe import renderer
+    from packager.checkpoint.chat_template import renderer
+    from packager.fidelity.samples import contract_prompts
+    from packager.prompts.calibration import general
 
     tokenizer = job.checkpoint.tokenizer
     render = renderer(tokenizer.chat_template or "", tokenizer.special_tokens)

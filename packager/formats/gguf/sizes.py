@@ -16,27 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packager.checkpoint.families import kv_cache_bytes
+from packager.tensors.ggml_types import BLOCKS
+
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
     from packager.recipe import Estimate
     from packager.target import Target
-
-# Elements and bytes of one block (ggml-common.h).
-BLOCKS: dict[str, tuple[int, int]] = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "IQ4_NL": (32, 18),
-    "IQ4_XS": (256, 136),
-}
 
 # What ``quant`` may be, best first, and the type that most tensors get.
 QUANTS: dict[str, str] = {
@@ -280,13 +266,6 @@ def _tokenizer_bytes(file: Path, _mtime: int, vocab: int) -> int:
     return text + 4 * max(vocab, len(tokens))
 
 
-def kv_cache_bytes(layers: int, kv_heads: int, head_dim: int, context: int, slots: int, kv_type: str) -> int:
-    """Keys and values of ``slots`` conversations of ``context`` tokens each; llama.cpp rounds the context up to 256."""
-    elements, size = BLOCKS[kv_type.upper()]
-    cells = -(-context // 256) * 256 * slots
-    return 2 * layers * kv_heads * head_dim * cells * size // elements
-
-
 # -- what a build of it costs and what the box needs ------------------------------------------------------------------
 
 MIB = 1024**2
@@ -294,7 +273,7 @@ MIB = 1024**2
 RUNTIME_BASE_BYTES = 70 * MIB
 # The vocabulary, in tokenizers and in llama.cpp: 59 MiB for SmolLM2's 49152 tokens, 152 MiB for Qwen2's 152064.
 RUNTIME_BYTES_PER_TOKEN = 1050
-# Prompts are read 512 tokens at a time (runtimes/llamacpp.py); llama.cpp then holds about this many float32 rows.
+# Prompts are read 512 tokens at a time (runtimes/engines/llamacpp/engine.py); llama.cpp then holds about this many float32 rows.
 PROMPT_BATCH = 512
 ROWS_OF_HIDDEN, ROWS_OF_INTERMEDIATE = 4, 3
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager import llamacpp
-from packager.llamacpp import compiled
+from packager.core.store import Cost, Step, code_digest
+from packager.formats.gguf import llamacpp
+from packager.formats.gguf.llamacpp import compiled
+from packager.formats.gguf.sizes import gguf_name
 from packager.recipe import Job
-from packager.store import Cost, Step, code_digest
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
-    from packager.reference import Samples
-    from packager.tuning import Tuned
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.fidelity.source import Samples
+    from packager.formats.int4.tuning import Tuned
 
 
 def base_type(checkpoint: Checkpoint) -> str:
@@ -51,8 +52,6 @@ def as_type(
     job: Job, whole: Path, kind: str, matrix: Path | None, steps: list[Step], tuned: Tuned | None = None
 ) -> Path:
     """The folder of ``whole`` written as another type; tuned: the integers that its Q4_0 tensors are to hold."""
-    from packager.tuning import gguf_parts
-
     # F16 goes through gguf-py, which sees a weight that F16 cannot hold; else the compiled one, where it is there, is
     # faster
     use_compiled = compiled() and kind != "F16" and not tuned
@@ -97,7 +96,7 @@ def exact_form(job: Job, whole: Path, steps: list[Step]) -> Path:
     20 times that of the same weights in F16 (docs/explanation), enough to hide a small fault. So a BF16 file is run in
     F16, unless F16 cannot hold its weights.
     """
-    from packager.tools import ChildFailed
+    from packager.core.processes import ChildFailed
 
     if base_type(job.checkpoint) != "BF16":
         return whole
@@ -112,7 +111,7 @@ def exact_form(job: Job, whole: Path, steps: list[Step]) -> Path:
 
 def imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
     """The .npz of mean squared inputs per channel, by GGUF tensor name."""
-    from packager.reference import input_squares
+    from packager.fidelity.source import input_squares
 
     squares, source = input_squares(job, samples)
     steps += [samples.step, source] if not job.verify else [source]
@@ -132,7 +131,21 @@ def imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
 
 def _code() -> str:
     """Changes with the programs that write GGUF files."""
-    from packager.tools import CHILDREN
+    from packager.core.processes import WORKERS
 
     names = ("convert.py", "quantize_numpy.py", "quantize_llama.py")
-    return code_digest(Path(llamacpp.__file__), *(CHILDREN / name for name in names))
+    return code_digest(Path(llamacpp.__file__), *(WORKERS / name for name in names))
+
+
+def gguf_parts(tuned: Tuned, checkpoint: Checkpoint) -> dict[str, dict[str, object]]:
+    """What a GGUF is packed from: tensor name -> file, module, group, and heads where a converter reorders rows."""
+    heads = {"q_proj": checkpoint.shape.heads, "k_proj": checkpoint.shape.kv_heads}
+    return {
+        str(gguf_name(f"{module}.weight")): {
+            "file": str(file),
+            "module": module,
+            "group": tuned.group,
+            "heads": heads.get(module.rpartition(".")[2], 0),
+        }
+        for module, file in tuned.modules.items()
+    }

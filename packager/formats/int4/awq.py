@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from packager.int4_folder import WORD, Form, Shapes, integers, words
-from packager.tuning import ZERO
+from packager.formats.int4.folder import WORD, Form, Shapes, integers, words
+from packager.formats.int4.tuning import ZERO
 
 if TYPE_CHECKING:
     import numpy as np

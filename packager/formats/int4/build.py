@@ -12,30 +12,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.gates import Thresholds
-from packager.gguf_sizes import kv_cache_bytes
+from packager.checkpoint.families import kv_cache_bytes
+from packager.core.store import RECORD, code_digest
+from packager.metrics.thresholds import Thresholds
 from packager.recipe import Artifact, Estimate, Job, Need, Recipe, provenance
-from packager.store import RECORD, code_digest
 
 if TYPE_CHECKING:
-    from packager.architectures import ModelShape
-    from packager.checkpoint import Checkpoint
-    from packager.int4_folder import Form
-    from packager.reference import Samples
-    from packager.scoring import Scored
-    from packager.store import Cost, Step
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.checkpoint.families import ModelShape
+    from packager.core.store import Cost, Step
+    from packager.fidelity.artifact import Scored
+    from packager.fidelity.source import Samples
+    from packager.formats.int4.folder import Form
     from packager.target import Target
 
 MIB = 1 << 20
 # Python with torch, transformers and FastAPI, measured after the ten answers of the demo's persona; the tokenizer takes
-# about 1 kB a token of the vocabulary. Prompts are read 256 tokens at a time (runtimes/transformers_.py).
+# about 1 kB a token of the vocabulary. Prompts are read 256 tokens at a time (runtimes/engines/transformers/engine.py).
 TRANSFORMERS_BYTES, BYTES_PER_TOKEN, PROMPT_CHUNK = 460 * MIB, 1000, 256
 # What vLLM takes on the GPU beside weights and KV cache: CUDA's context and the activations of its profiling run. An
 # assumption. On the host: an assumption too, after vLLM's own advice of a few GB a GPU.
 VLLM_BYTES, VLLM_HOST_BYTES = 3 << 29, 4 << 30
 VLLM_VERSION = "0.33"  # whose flags and loaders were read; older ones call the kernels otherwise
 VLLM_CAPABILITY = "7.5"  # its Marlin and AWQ kernels begin there
-OTHERS_SCORE = "by runtimes/transformers_.py in float32, not by vLLM"
+OTHERS_SCORE = "by runtimes/engines/transformers/engine.py in float32, not by vLLM"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def engine_for(form: Form, target: Target) -> str | None:
 
 
 def why_not(form: Form, checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    from packager.tuning import linear_modules, ragged
+    from packager.formats.int4.tuning import linear_modules, ragged
 
     name = f"{form.name}_int4"
     if checkpoint.family.kind != "decoder":
@@ -137,8 +137,8 @@ def _why_not_parallel(checkpoint: Checkpoint, options: Options, engine: str) -> 
 
 def weight_bytes(form: Form, checkpoint: Checkpoint, group: int) -> int:
     """Bytes of all tensors that will be written."""
-    from packager.int4_folder import specs
-    from packager.tuning import linear_modules
+    from packager.formats.int4.folder import specs
+    from packager.formats.int4.tuning import linear_modules
 
     modules = linear_modules(checkpoint)
     if any(inputs % group or rows % 8 for rows, inputs in modules.values()):  # refused; a figure is shown all the same
@@ -147,7 +147,7 @@ def weight_bytes(form: Form, checkpoint: Checkpoint, group: int) -> int:
 
 
 def estimate(form: Form, checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    from packager.tuning import costs
+    from packager.formats.int4.tuning import costs
 
     shape = checkpoint.shape
     size = weight_bytes(form, checkpoint, options.group)
@@ -191,10 +191,10 @@ def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:
 
 
 def build(form: Form, job: Job, options: Options) -> Artifact:
-    from packager import tuning
-    from packager.gates import require_kept
-    from packager.reference import make_samples, source_scores
-    from packager.scoring import measure, require_contract
+    from packager.fidelity.artifact import measure, require_contract
+    from packager.fidelity.source import make_samples, source_scores
+    from packager.formats.int4 import tuning
+    from packager.metrics.thresholds import require_kept
 
     engine = engine_for(form, job.target) or "transformers"
     steps: list[Step] = []
@@ -207,7 +207,7 @@ def build(form: Form, job: Job, options: Options) -> Artifact:
     steps.append(packed_step)
     files = {path.name: path for path in sorted(packed_step.path.iterdir()) if path.name != RECORD}
     run = _run(form, job, options, files, engine)
-    from packager.int4_folder import read_back
+    from packager.formats.int4.folder import read_back
 
     report: dict[str, Any] = {"int4": {**tuned.as_dict(), **read_back(form, packed_step.path, job.checkpoint)}}
     if job.verify and samples:
@@ -238,7 +238,9 @@ def packed(form: Form, job: Job, tuned: Any) -> Step:
     """The folder that loaders read."""
     import importlib
 
-    from packager import int4_folder, tokenizer_files, tuning
+    from packager.formats import tokenizer_files
+    from packager.formats.int4 import folder as int4_folder
+    from packager.formats.int4 import tuning
 
     beside = tokenizer_files.tokenizer_files(job, tokenizer_files.TRANSFORMERS)
 
@@ -256,8 +258,8 @@ def score_folder(
     form: Form, job: Job, run: Mapping[str, Any], folder: Step, samples: Samples, steps: list[Step]
 ) -> Scored:
     """Score the folder with the engine that runs on the build machine as well."""
-    from packager.scoring import score
-    from packager.tools import version_of
+    from packager.core.processes import version_of
+    from packager.fidelity.artifact import score
 
     absolute = {key: str(folder.path / Path(value).name) for key, value in run.items()
                 if isinstance(value, str) and value.startswith("model/")}  # fmt: skip
@@ -274,7 +276,7 @@ def score_folder(
 
 
 def _run(form: Form, job: Job, options: Options, files: Mapping[str, Path], engine: str) -> dict[str, Any]:
-    from packager.tokenizer_files import tokenizer_paths
+    from packager.formats.tokenizer_files import tokenizer_paths
 
     weights = [name for name in files if name.endswith(".safetensors")]
     size = estimate(form, job.checkpoint, job.target, options)
@@ -294,7 +296,7 @@ def _run(form: Form, job: Job, options: Options, files: Mapping[str, Path], engi
 
 
 def _vllm_settings(form: Form, target: Target, options: Options) -> dict[str, Any]:
-    """What runtimes/vllm_.py makes its command line of."""
+    """What runtimes/engines/vllm.py makes its command line of."""
     architecture = target.gpu.architecture if target.gpu else ""
     return {
         "quantization": form.name,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import GateFailed, InputError
-from packager.safetensors_io import (
+from packager.core.errors import GateFailed, InputError
+from packager.formats.int4.tuning import linear_modules
+from packager.tensors.safetensors import (
     Spec,
     from_float32,
     plan_shards,
@@ -26,7 +27,6 @@ from packager.safetensors_io import (
     write_file,
     write_index,
 )
-from packager.tuning import linear_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
-    from packager.tuning import Tuned
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.formats.int4.tuning import Tuned
 
 SHARD_BYTES = 4 << 30
 WORD = 8  # integers in one int32

@@ -1,6 +1,6 @@
 """int4 integers and scales, tuned once and packed into every container that can hold them.
 
-The tuning itself is children/tune.py: SignRound (Cheng et al. 2023, arXiv 2309.05516), our own, because it streams a
+The tuning itself is workers/tune.py: SignRound (Cheng et al. 2023, arXiv 2309.05516), our own, because it streams a
 layer at a time and goes on at a layer's end after a kill. A container (GGUF Q4_0, GPTQ) takes the very same integers:
 weight = scale · (q - 8), q in 0…15, one float16 scale for ``group`` inputs.
 """
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.store import Cost, Step, code_digest, digest_of
-from packager.tools import CHILDREN, follow, version_of
+from packager.core.processes import WORKERS, follow, version_of
+from packager.core.store import Cost, Step, code_digest, digest_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.fidelity.source import Samples
     from packager.recipe import Job
-    from packager.reference import Samples
 
 ITERATIONS = {"none": 0, "quick": 20, "full": 200}
 AUTO_SECONDS = 3600.0  # the longest tuning that tune=auto starts by itself
@@ -31,7 +31,7 @@ ZERO = 8  # the stored integer that stands for zero
 # in float32; hidden states of the calibration, and what one batch leaves for the backward pass.
 BASE_BYTES = 900 << 20
 BYTES_PER_WEIGHT = 24
-TOKENS, BATCH_TOKENS = 8192, 1024  # packager/reference.py's calibration, children/tune.py's batches
+TOKENS, BATCH_TOKENS = 8192, 1024  # packager/fidelity/source.py's calibration, workers/tune.py's batches
 FLOPS = 4e10  # a second on two shared cores with AVX2, measured: SmolLM2 4.1e10, two layers of a 1.5B 3.6e10
 
 
@@ -129,28 +129,12 @@ def affordable(checkpoint: Checkpoint, whose: str) -> tuple[Literal["none", "qui
     )
 
 
-def gguf_parts(tuned: Tuned, checkpoint: Checkpoint) -> dict[str, dict[str, object]]:
-    """What a GGUF is packed from: tensor name -> file, module, group, and heads where a converter reorders rows."""
-    from packager.gguf_sizes import gguf_name
-
-    heads = {"q_proj": checkpoint.shape.heads, "k_proj": checkpoint.shape.kv_heads}
-    return {
-        str(gguf_name(f"{module}.weight")): {
-            "file": str(file),
-            "module": module,
-            "group": tuned.group,
-            "heads": heads.get(module.rpartition(".")[2], 0),
-        }
-        for module, file in tuned.modules.items()
-    }
-
-
 def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned:
     """The integers of a checkpoint, tuned on ``samples.calibration`` (samples may be None for the budget "none").
 
     budget: a key of ITERATIONS. Raises ChildFailed (a ToolError); a killed tuning goes on at the next call.
     """
-    from packager.reference import source_scores
+    from packager.fidelity.source import source_scores
 
     iterations = ITERATIONS[budget]
     if samples and iterations and job.verify:
@@ -163,7 +147,7 @@ def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned
         for left in (*folder.glob(".job-*.json"), *folder.glob("*.part")):  # of a run that was killed
             left.unlink()
         follow(
-            CHILDREN / "tune.py",
+            WORKERS / "tune.py",
             {
                 "checkpoint": str(job.checkpoint.path),
                 "calibration": calibration,
@@ -179,7 +163,7 @@ def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned
             work=folder,
             total=float(layers),
             unit="layers",
-            path=[CHILDREN.parent.parent],
+            path=[WORKERS.parent.parent],
         )
 
     inputs = {
@@ -191,7 +175,7 @@ def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned
         "threads": threads if iterations else None,  # the order of float32 sums
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
-        "code": code_digest(*(CHILDREN / name for name in ("tune.py", "rounding.py", "reference.py"))),
+        "code": code_digest(*(WORKERS / name for name in ("tune.py", "rounding.py", "reference.py"))),
     }
     return open_tuned(job.store.step("tune", inputs, make, progress=job.progress, resumable=True))
 
@@ -210,7 +194,7 @@ def open_tuned(step: Step) -> Tuned:
 
 
 def _modules(file: Path) -> Iterator[str]:
-    from packager.safetensors_io import read_header
+    from packager.tensors.safetensors import read_header
 
     for name in sorted(read_header(file)):
         if name.endswith(".q"):

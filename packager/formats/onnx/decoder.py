@@ -7,22 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from packager import onnx_cuda, onnx_graph, onnx_half, onnx_weights, rope
-from packager.errors import GateFailed
-from packager.gates import Thresholds
-from packager.recipe import Artifact, Estimate, Job, Spans, provenance
-from packager.store import code_digest
-from packager.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.core.errors import GateFailed
+from packager.core.store import code_digest
+from packager.formats.onnx import decoder_cuda, decoder_graph, matrices, rope
+from packager.formats.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.metrics.thresholds import Thresholds
+from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.tensors import rounding
 
 if TYPE_CHECKING:
     import onnx
 
-    from packager.checkpoint import Checkpoint
-    from packager.reference import Samples
-    from packager.scoring import Scored
-    from packager.store import Cost, Step
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Cost, Step
+    from packager.fidelity.artifact import Scored
+    from packager.fidelity.source import Samples
+    from packager.formats.int4.tuning import Tuned
     from packager.target import Target
-    from packager.tuning import Tuned
 
 BLOCK = 32  # inputs that share a scale: int8 at 32 has half the KL of 64, and int4 shares its tuning with Q4_0 and GPTQ
 MODEL = "model.onnx"
@@ -32,7 +33,7 @@ OVERHEAD = 150 << 20
 METHOD = "int8, rounded to nearest, symmetric, blocks of {block}"
 
 
-class Options(Spans, Protocol):
+class Options(ServingOptions, Protocol):
     """What is read of the recipe's options."""
 
     @property
@@ -46,11 +47,11 @@ class Options(Spans, Protocol):
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
     """None, or one sentence."""
     other = "use the gguf recipe for this model"
-    if reason := onnx_graph.why_not(checkpoint):
+    if reason := decoder_graph.why_not(checkpoint):
         return f"{reason}; {other}."
     config = checkpoint.config
     act = config.get("hidden_activation") or config.get("hidden_act") or ACTIVATIONS[0]
-    if act not in ACTIVATIONS and checkpoint.family.model_type not in onnx_graph.GEMMAS:
+    if act not in ACTIVATIONS and checkpoint.family.model_type not in decoder_graph.GEMMAS:
         return f"its activation {act} has no ONNX graph here (known: {', '.join(ACTIVATIONS)}); {other}."
     for name, info in checkpoint.tensors.items():
         if len(info.shape) == 2 and info.shape[1] % BLOCK:
@@ -61,7 +62,7 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
             f"for; set context={checkpoint.shape.context} or less."
         )
     if options.provider == "cuda":
-        return onnx_cuda.why_not(checkpoint, target)
+        return decoder_cuda.why_not(checkpoint, target)
     return None
 
 
@@ -88,13 +89,13 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     seconds = 20 + checkpoint.weight_bytes / (5e6 if cuda else 1.2e8)  # float16 is slow to score on a processor
     ram = 900 << 20
     if options.bits == 4:
-        from packager.tuning import costs
+        from packager.formats.int4.tuning import costs
 
         more, longer = costs(checkpoint, options.tune if options.tune != "auto" else "none")
         ram, seconds = max(ram, more), seconds + longer
     if cuda:
         middle = shape.vocab * shape.hidden // BLOCK
-        return onnx_cuda.estimate(checkpoint, target, options, weights=packed + middle, read=packed - embedding,
+        return decoder_cuda.estimate(checkpoint, target, options, weights=packed + middle, read=packed - embedding,
                                   ram=ram, seconds=seconds)  # fmt: skip
     return Estimate(
         artifact_bytes=packed + graph,
@@ -117,17 +118,17 @@ def thresholds(options: Options) -> Thresholds:
 
 def build(job: Job, options: Options) -> Artifact:
     """Prove the graph, pack the weights, score what ships. Raises GateFailed."""
-    from packager import behaviour
-    from packager.fidelity import compare, require_equal
-    from packager.gates import require_kept
-    from packager.reference import make_samples, source_scores
-    from packager.scoring import measure, require_contract
+    from packager.fidelity import answers
+    from packager.fidelity.artifact import measure, require_contract
+    from packager.fidelity.source import make_samples, source_scores
+    from packager.metrics.distributions import compare, require_equal
+    from packager.metrics.thresholds import require_kept
 
     steps: list[Step] = []
     four = options.bits == 4
     samples = make_samples(job) if job.verify or four else None
     cuda = options.provider == "cuda"
-    report: dict[str, Any] = {"provider": onnx_cuda.facts()} if cuda else {}
+    report: dict[str, Any] = {"provider": decoder_cuda.facts()} if cuda else {}
     source = None
     if job.verify and samples:
         source, step = source_scores(job, samples)
@@ -143,7 +144,7 @@ def build(job: Job, options: Options) -> Artifact:
         report["prompts_equal"] = len(samples.prompts)
     tuned = None
     if four:
-        from packager.tuning import tune
+        from packager.formats.int4.tuning import tune
 
         tuned = tune(job, samples, budget=options.tune, group=BLOCK)
         steps.append(tuned.step)
@@ -156,14 +157,14 @@ def build(job: Job, options: Options) -> Artifact:
         found = _score(job, packed, "the ONNX model", samples, steps, settings, _engine(options))
         fidelity = measure(samples, source, found.distributions)
         limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = {**fidelity.as_dict(limits), **({"scored": onnx_cuda.SCORED_BY} if cuda else {})}
+        report["fidelity"] = {**fidelity.as_dict(limits), **({"scored": decoder_cuda.SCORED_BY} if cuda else {})}
         advice = "Give the fine-tuning pairs with --calibration." if four else "Report the model: eight bits lost it."
         require_kept(fidelity, limits, f"the INT{options.bits} ONNX model", advice)
         if cuda:  # a token takes seconds there: the answers' own scores say whether they are kept
-            report["fidelity"]["answers_not_asked"] = onnx_cuda.NOT_ASKED
+            report["fidelity"]["answers_not_asked"] = decoder_cuda.NOT_ASKED
         else:
-            report["fidelity"]["answers"] = behaviour.report(job, found, samples, "the ONNX model", steps)
-    files = {name: packed.path / name for name in (MODEL, onnx_weights.DATA)}
+            report["fidelity"]["answers"] = answers.report(job, found, samples, "the ONNX model", steps)
+    files = {name: packed.path / name for name in (MODEL, matrices.DATA)}
     method = METHOD.format(block=BLOCK)
     return Artifact(
         format="onnx",
@@ -174,7 +175,7 @@ def build(job: Job, options: Options) -> Artifact:
             job, options, steps, quantizer=f"{tuned.method}; embedding and head {method}" if tuned else method
         ),
         costs=tuple(step.cost() for step in steps),
-        gpu=onnx_cuda.gpu_needs(estimate(job.checkpoint, job.target, options)) if cuda else None,
+        gpu=decoder_cuda.gpu_needs(estimate(job.checkpoint, job.target, options)) if cuda else None,
     )
 
 
@@ -183,12 +184,12 @@ def _engine(options: Options) -> str:
 
 
 def _code() -> str:
-    return code_digest(*(Path(str(module.__file__)) for module in (onnx_graph, onnx_weights, rope)),
+    return code_digest(*(Path(str(module.__file__)) for module in (decoder_graph, matrices, rope)),
                        Path(__file__))
 
 
 def _inputs(job: Job, options: Options) -> dict[str, object]:
-    from packager.tools import version_of
+    from packager.core.processes import version_of
 
     return {
         "checkpoint": job.checkpoint.digest,
@@ -203,10 +204,10 @@ def _exact(job: Job, options: Options) -> Step:
 
     def make(folder: Path, cost: Cost) -> None:
         with job.progress.step("writing the ONNX graph"):
-            weights = onnx_weights.Exact(job.checkpoint)
-            _save(onnx_graph.Decoder(job.checkpoint, weights, options.context).model(), folder / MODEL)
+            weights = matrices.Exact(job.checkpoint)
+            _save(decoder_graph.Decoder(job.checkpoint, weights, options.context).model(), folder / MODEL)
             for name in sorted({info.file for info in job.checkpoint.tensors.values()}):
-                onnx_weights.link(job.checkpoint.path / name, folder)
+                matrices.link(job.checkpoint.path / name, folder)
 
     return job.store.step("onnx-exact", _inputs(job, options), make, progress=job.progress)
 
@@ -217,21 +218,21 @@ def _packed(job: Job, options: Options, tuned: Tuned | None) -> Step:
 
     def make(folder: Path, cost: Cost) -> None:
         with (
-            (folder / onnx_weights.DATA).open("wb") as file,
+            (folder / matrices.DATA).open("wb") as file,
             job.progress.step(f"packing INT{options.bits} ONNX", float(checkpoint.weight_bytes), "B") as task,
         ):
-            graph: onnx_graph.Decoder
+            graph: decoder_graph.Decoder
             if options.provider == "cuda":
-                halves = onnx_cuda.HalfPacked(checkpoint, file, BLOCK, tuned, task.advance)
-                graph = onnx_cuda.HalfDecoder(checkpoint, halves, options.context)
+                halves = decoder_cuda.HalfPacked(checkpoint, file, BLOCK, tuned, task.advance)
+                graph = decoder_cuda.HalfDecoder(checkpoint, halves, options.context)
             else:
-                weights = onnx_weights.Packed(checkpoint, file, BLOCK, tuned, task.advance)
-                graph = onnx_graph.Decoder(checkpoint, weights, options.context)
+                weights = matrices.Packed(checkpoint, file, BLOCK, tuned, task.advance)
+                graph = decoder_graph.Decoder(checkpoint, weights, options.context)
             _save(graph.model(), folder / MODEL)
 
     inputs = {**_inputs(job, options), "bits": options.bits, "block": BLOCK, "tuned": tuned.step.key if tuned else None}
     if options.provider == "cuda":
-        inputs["cuda"] = code_digest(*(Path(str(module.__file__)) for module in (onnx_cuda, onnx_half)))
+        inputs["cuda"] = code_digest(*(Path(str(module.__file__)) for module in (decoder_cuda, rounding)))
     return job.store.step("onnx-packed", inputs, make, progress=job.progress)
 
 
@@ -276,8 +277,8 @@ def _run(job: Job, options: Options, folder: Path) -> dict[str, Any]:
         "slots": options.slots,
         "threads": 0,
         "read_per_token_bytes": size.read_per_token_bytes,
-        "model_bytes": sum((folder / name).stat().st_size for name in (MODEL, onnx_weights.DATA)),
-        **({"settings": {"host_bytes": onnx_cuda.HOST_BYTES}} if options.provider == "cuda" else {}),
+        "model_bytes": sum((folder / name).stat().st_size for name in (MODEL, matrices.DATA)),
+        **({"settings": {"host_bytes": decoder_cuda.HOST_BYTES}} if options.provider == "cuda" else {}),
     }
 
 
@@ -288,8 +289,8 @@ def _score(
     """Score a folder through the engine that serves it. settings: of the engine; where they say that the graph is not
     optimized, weights are cast while they are used: folding would hold all of them in float32.
     """
-    from packager.scoring import score
-    from packager.tools import version_of
+    from packager.core.processes import version_of
+    from packager.fidelity.artifact import score
 
     run: Mapping[str, Any] = {
         "engine": engine,

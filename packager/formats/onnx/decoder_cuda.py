@@ -3,7 +3,7 @@
 Which types have CUDA kernels decides it (docs/OperatorKernels.md there): GroupQueryAttention has float16 and bfloat16
 alone, and a T4 has no bfloat16. MatMulNBits and GatherBlockQuantized take uint8 with scales in float16, norms,
 QuickGelu and the rest take float16. Every node has a kernel there, so a session can be told to refuse any other
-provider (runtimes/ort_cuda.py). The graph runs on the processor too, which is how it is scored on the build machine.
+provider (runtimes/engines/onnxruntime/cuda.py). The graph runs on the processor too, which is how it is scored on the build machine.
 
 Inputs as in onnx_graph, but for ``wanted`` (kept,), which of the tokens get logits: a Gather stays on the GPU, where a
 Slice would read its bounds from main memory. Caches and logits are float16.
@@ -15,17 +15,18 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from packager import rope
-from packager.gguf_sizes import kv_cache_bytes
-from packager.onnx_graph import GEMMAS, IR_VERSION, MICROSOFT, OPSET, PAST, PRESENT, Decoder, Graph, value_info
-from packager.onnx_weights import DATA, EMBEDDING, Packed, Place
+from packager.checkpoint.families import kv_cache_bytes
+from packager.formats.onnx import rope
+from packager.formats.onnx.decoder_graph import GEMMAS, IR_VERSION, MICROSOFT, OPSET, PAST, PRESENT, Decoder
+from packager.formats.onnx.graph import Graph, value_info
+from packager.formats.onnx.matrices import DATA, EMBEDDING, Packed, Place
 from packager.recipe import Estimate
 
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
     from packager.target import Target
 
 CAPABILITY = (7, 5)  # the oldest GPU that the wheel's libonnxruntime_providers_cuda.so has machine code for
@@ -152,7 +153,7 @@ class HalfGraph(Graph):
 
         if value.dtype != np.float32:
             return super().constant(name, value)
-        from packager.onnx_half import half
+        from packager.tensors.rounding import half
 
         return super().constant(name, half(value, name))
 

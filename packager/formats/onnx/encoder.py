@@ -8,18 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from packager.encoder_facts import EncoderFacts, Pooling, read_encoder
-from packager.errors import GateFailed, InputError
-from packager.onnx_encoder_graph import SMALL, Form, block_for, fill, linear_inputs, read_back
-from packager.onnx_parts import DATA, MODEL
-from packager.recipe import Artifact, Estimate, Job, Spans, provenance
-from packager.store import RECORD, code_digest
-from packager.tools import CHILDREN, follow, version_of
+from packager.checkpoint.encoder import EncoderFacts, Pooling, read_encoder
+from packager.core.errors import GateFailed, InputError
+from packager.core.processes import WORKERS, follow, version_of
+from packager.core.store import RECORD, code_digest
+from packager.formats.onnx.encoder_graph import SMALL, Form, block_for, fill, linear_inputs, read_back
+from packager.formats.onnx.external_data import DATA, MODEL
+from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
-    from packager.encoder_source import Encoded, Texts
-    from packager.store import Cost, Step
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Cost, Step
+    from packager.fidelity.encoders import Encoded, Texts
     from packager.target import Target
 
 OPSET = 21
@@ -39,7 +39,7 @@ KEPT_FILES = (
 )
 
 
-class Options(Spans, Protocol):
+class Options(ServingOptions, Protocol):
     """What is read of the recipe's options."""
 
     @property
@@ -114,8 +114,8 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def build(job: Job, options: Options) -> Artifact:
-    from packager.encoder_fidelity import EncoderThresholds, as_dict, require_exact, require_kept
-    from packager.encoder_source import compare, make_texts, require_same_ids, source_outputs
+    from packager.fidelity.encoders import compare, make_texts, require_same_ids, source_outputs
+    from packager.metrics.encoders import EncoderThresholds, as_dict, require_exact, require_kept
 
     facts = facts_of(job.checkpoint, options)
     limits = EncoderThresholds().changed(
@@ -167,7 +167,7 @@ def build(job: Job, options: Options) -> Artifact:
 
 def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
     """The graph without weights."""
-    child = CHILDREN / "export_encoder.py"
+    child = WORKERS / "export_encoder.py"
 
     def make(folder: Path, cost: Cost) -> None:
         asked = {
@@ -188,7 +188,7 @@ def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
 
 def filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
     """The ONNX file in one form."""
-    from packager import onnx_encoder_graph, onnx_parts
+    from packager.formats.onnx import encoder_graph, external_data
 
     def make(folder: Path, cost: Cost) -> None:
         with job.progress.step(f"writing the weights ({form})"):
@@ -199,7 +199,7 @@ def filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
         "graph": graph.key,
         "form": form,
         "onnx": version_of("onnx"),
-        "code": code_digest(Path(onnx_encoder_graph.__file__), Path(onnx_parts.__file__)),
+        "code": code_digest(Path(encoder_graph.__file__), Path(external_data.__file__)),
     }
     step = job.store.step("encoder-onnx", inputs, make, progress=job.progress)
     steps.append(step)
@@ -210,7 +210,7 @@ def _asked(
     job: Job, facts: EncoderFacts, options: Options, model: Step, texts: Texts, what: str, steps: list[Step]
 ) -> Encoded:
     """The texts through the runtime that ships."""
-    from packager.encoder_source import shipped_outputs
+    from packager.fidelity.encoders import shipped_outputs
 
     files = {MODEL: model.path / MODEL, "tokenizer.json": job.checkpoint.path / "tokenizer.json"}
     run = {

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.onnx_parts import (
+from packager.formats.onnx.external_data import (
     DATA,
     MODEL,
     Part,
@@ -40,7 +40,7 @@ from packager.onnx_parts import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 Form = Literal["float32", "speed", "fidelity"]
 

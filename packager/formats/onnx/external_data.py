@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import InputError
-from packager.safetensors_io import TensorInfo, read_rows, row_chunks, to_float32
+from packager.core.errors import InputError
+from packager.tensors.safetensors import TensorInfo, read_rows, row_chunks, to_float32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 ALIGN = 4096  # of each tensor in the file, so that it can be mapped by itself

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from packager.onnx_graph import MICROSOFT, Graph
-from packager.safetensors_io import TensorInfo, read_rows, row_chunks, to_float32
+from packager.formats.onnx.decoder_graph import MICROSOFT
+from packager.formats.onnx.graph import Graph
+from packager.tensors.rounding import eight_bits
+from packager.tensors.safetensors import TensorInfo, read_rows, row_chunks, to_float32
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
-    from packager.tuning import Tuned
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.formats.int4.tuning import Tuned
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 DATA = "model.onnx.data"
@@ -189,25 +191,6 @@ class Packed(Base):
         assert self.tuned is not None
         integers, scales = self.tuned.read(module)
         yield integers[:, 0::2] | integers[:, 1::2] << 4, scales  # element 2j in the low half of byte j
-
-
-def eight_bits(values: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Rows rounded to nearest: integers 1…255 around 128, (rows, inputs), and scales (rows, inputs / block).
-
-    The scale is a block's largest magnitude / 127, rounded to float16 before the integers are chosen by it. Raises
-    ValueError for a weight that is no number or beyond what float16 scales reach.
-    """
-    import numpy as np
-
-    rows, inputs = values.shape
-    blocks = values.reshape(rows, inputs // block, block)
-    scales = (np.abs(blocks).max(axis=2) / 127).astype(np.float16)
-    if not np.isfinite(scales).all():
-        raise ValueError("a weight is too large for a float16 scale")
-    wide = scales.astype(np.float32)
-    wide[wide == 0] = 1  # all of them are zero, or too small to tell
-    integers = np.clip(np.rint(blocks / wide[:, :, None]), -127, 127) + 128
-    return integers.astype(np.uint8).reshape(rows, inputs), scales
 
 
 def link(source: Path, folder: Path) -> None:

@@ -15,21 +15,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import ToolError
-from packager.pinned import pip
-from packager.store import cache_root, code_digest, fetched_once
-from packager.tools import CHILDREN, ChildFailed, follow, last_words
+from packager.core.errors import ToolError
+from packager.core.folders import lock_file
+from packager.core.pip import pip
+from packager.core.processes import WORKERS, ChildFailed, follow, last_words
+from packager.core.store import cache_root, code_digest, fetched_once
 
 if TYPE_CHECKING:
-    from packager.progress import Progress
+    from packager.core.progress import Progress
+    from packager.core.store import Cost, Step
     from packager.recipe import Job
-    from packager.store import Cost, Step
 
 VERSION = "1.7.1"
 BUILD = "1.7.1.116"  # the wheels' own number
 LIBRARY = "tensorrt-rtx"
 MODULE = "tensorrt_rtx_bindings"
-LOCK = "tensorrt.lock"
 DOWNLOAD_MB = 91
 # Compute capabilities that 1.7.1 compiles for ("TensorRT-RTX Support Matrix"): no Jetson is among them.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
@@ -37,9 +37,9 @@ CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
 FLOAT_ONLY = ("7.5",)
 ENGINE = "engine.rtx"
 TOLD = "told.json"  # beside the engine, by the child
-CHILD, MEMORY = CHILDREN / "tensorrt_compile.py", CHILDREN / "settled_memory.py"
-OURS = CHILDREN.parent.parent  # the child takes this install's own modules
-# What glibc reads when a process begins, for children/settled_memory.py: its limit of arenas hangs on the number of
+CHILD, MEMORY = WORKERS / "tensorrt_compile.py", WORKERS / "fixed_addresses.py"
+OURS = WORKERS.parent.parent  # the child takes this install's own modules
+# What glibc reads when a process begins, for workers/fixed_addresses.py: its limit of arenas hangs on the number of
 # processors; and a thread that gives back small pieces of another's memory keeps them all for itself, so that the other
 # does not find them sooner or later, as the processor was shared.
 ENVIRONMENT = {
@@ -49,16 +49,14 @@ ENVIRONMENT = {
 SYSTEMS = ("Linux x86_64", "Windows AMD64")
 
 
-def lock_file() -> Path:
-    """The lock of the two wheels: in the checkout, or inside the wheel."""
-    here = Path(__file__).parent
-    places = [here.parent / "locks" / LOCK, here / "locks" / LOCK]
-    return next((place for place in places if place.is_file()), places[0])
+def lock() -> Path:
+    """The lock of the two wheels."""
+    return lock_file("tensorrt")
 
 
 def folder() -> Path:
     """Where the unpacked wheels lie once they are fetched; named after the lock and this Python."""
-    pin = hashlib.sha256(lock_file().read_bytes()).hexdigest()[:12]
+    pin = hashlib.sha256(lock().read_bytes()).hexdigest()[:12]
     return cache_root() / "tools" / f"tensorrt-rtx-{VERSION}-cp{sys.version_info.major}{sys.version_info.minor}-{pin}"
 
 
@@ -104,10 +102,10 @@ def compiler(progress: Progress) -> Path:
 
 def _install(goal: Path) -> None:
     pip(
-        ["install", "--only-binary", ":all:", "--target", goal, "-r", lock_file()],
+        ["install", "--only-binary", ":all:", "--target", goal, "-r", lock()],
         what=f"TensorRT-RTX {VERSION}",
         wrong="the TensorRT-RTX wheels of the package index are not the pinned ones.",
-        by_hand=f"the wheels that {lock_file().name} names",
+        by_hand=f"the wheels that {lock().name} names",
     )
 
 
@@ -139,7 +137,7 @@ def compile_engine(
         "profile": dict(profile),
         "sm": list(sm),
         "version": BUILD,
-        "lock": hashlib.sha256(lock_file().read_bytes()).hexdigest()[:16],
+        "lock": hashlib.sha256(lock().read_bytes()).hexdigest()[:16],
         "code": code_digest(CHILD, MEMORY),
         "environment": dict(ENVIRONMENT),
     }

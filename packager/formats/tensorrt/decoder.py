@@ -2,7 +2,7 @@
 
 TensorRT-RTX reads the graph's TensorScatter as its KVCacheUpdate, which writes the cache in place; the rest are
 products, norms and a softmax. What ships is scored against the source by onnxruntime on this machine's processor, with
-float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packager/edgellm.py): no plan is made for one.
+float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packager/formats/edge_llm.py): no plan is made for one.
 """
 
 from __future__ import annotations
@@ -10,35 +10,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from packager import onnx_graph, onnx_half, onnx_typed_decoder, onnx_weights, rope
-from packager import tensorrt_plan as plans
-from packager.gates import Thresholds
-from packager.gguf_sizes import kv_cache_bytes
-from packager.recipe import Artifact, Estimate, Job, Spans, provenance
-from packager.store import code_digest
-from packager.tensorrt import ENGINE, LIBRARY, VERSION, compile_engine, same_bytes, to_fetch, unlisted, why_not_here
-from packager.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.checkpoint.families import kv_cache_bytes
+from packager.core.store import code_digest
+from packager.formats.onnx import decoder_graph, rope
+from packager.formats.onnx import matrices as onnx_weights
+from packager.formats.tensorrt import decoder_graph as onnx_typed_decoder
+from packager.formats.tensorrt import matrices
+from packager.formats.tensorrt import plan as plans
+from packager.formats.tensorrt.compiler import (
+    ENGINE,
+    LIBRARY,
+    VERSION,
+    compile_engine,
+    same_bytes,
+    to_fetch,
+    unlisted,
+    why_not_here,
+)
+from packager.formats.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.metrics.thresholds import Thresholds
+from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from packager.checkpoint import Checkpoint
-    from packager.reference import Samples
-    from packager.scoring import Scored
-    from packager.store import Cost, Step
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Cost, Step
+    from packager.fidelity.artifact import Scored
+    from packager.fidelity.source import Samples
     from packager.target import Target
 
 MODEL, DATA = "model.onnx", onnx_weights.DATA
-PIECE, KEPT, LEAST_SPAN = 128, 64, 64  # runtimes/slots.py's pieces of a prompt and of what is scored; places looked at
+PIECE, KEPT, LEAST_SPAN = 128, 64, 64  # runtimes/decoding/scheduler.py's pieces of a prompt and of what is scored; places looked at
 # CUDA's context, what TensorRT-RTX compiles at run time and activations. An assumption: nobody here has a T4.
 DEVICE_BYTES = 1 << 30
-# children/settled_memory.py. SmolLM2's engine was the same in 15 of 15 compilations, 10 of them under load.
+# workers/fixed_addresses.py. SmolLM2's engine was the same in 15 of 15 compilations, 10 of them under load.
 SAME = "all, as far as was seen: TensorRT-RTX numbers lengths by their addresses, and these were settled"
 NOT_SAME = "all but the engine: TensorRT-RTX numbers lengths by their addresses, which differ where it was compiled"
 SCORED_BY = "onnxruntime on the build machine's processor, not by TensorRT"
 
 
-class Options(Spans, Protocol):
+class Options(ServingOptions, Protocol):
     """What is read of the recipe's options."""
 
     @property
@@ -75,8 +87,8 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
 def _served(checkpoint: Checkpoint, target: Target) -> str:
     """The recipes that take the model for the target, its own default first, as the end of a sentence."""
-    from packager.catalog import load_recipe
-    from packager.plan import parse_options
+    from packager.planning.catalog import load_recipe
+    from packager.planning.options import parse_options
 
     names = []
     for name in sorted(target.recipes.supported, key=lambda name: name != target.recipe):
@@ -143,7 +155,7 @@ def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
     }
     for index in range(shape.layers):
         for part in ("key", "value"):
-            found[onnx_graph.PAST.format(index, part)] = {
+            found[decoder_graph.PAST.format(index, part)] = {
                 "min": [1, *cache], "opt": [rows, *cache], "max": [rows, *cache]
             }  # fmt: skip
     return found
@@ -151,9 +163,9 @@ def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
 
 def build(job: Job, options: Options) -> Artifact:
     """Write the typed graph, score it, compile it. Raises GateFailed or ToolError."""
-    from packager.gates import require_kept
-    from packager.reference import make_samples, source_scores
-    from packager.scoring import measure, require_contract
+    from packager.fidelity.artifact import measure, require_contract
+    from packager.fidelity.source import make_samples, source_scores
+    from packager.metrics.thresholds import require_kept
 
     steps: list[Step] = []
     samples = make_samples(job) if job.verify else None
@@ -189,7 +201,7 @@ def build(job: Job, options: Options) -> Artifact:
             job,
             options,
             steps,
-            quantizer=onnx_half.METHOD if bits(options) == 8 else "none: the source's weights, rounded to float16",
+            quantizer=matrices.METHOD if bits(options) == 8 else "none: the source's weights, rounded to float16",
         ),
         costs=tuple(step.cost() for step in steps),
         gpu=plans.gpu_needs(job.target, size.load_bytes + size.kv_bytes + size.overhead_bytes),
@@ -202,7 +214,7 @@ def _precision(options: Options) -> str:
 
 def _written(job: Job, options: Options) -> Step:
     """The graph, its weights, and the plan without an engine, by which it is scored."""
-    from packager.tools import version_of
+    from packager.core.processes import version_of
 
     checkpoint = job.checkpoint
 
@@ -211,14 +223,14 @@ def _written(job: Job, options: Options) -> Step:
             (folder / DATA).open("wb") as file,
             job.progress.step("writing the typed ONNX", float(checkpoint.weight_bytes), "B") as task,
         ):
-            weights = onnx_half.Half(checkpoint, file, bits(options), task.advance)
+            weights = matrices.Half(checkpoint, file, bits(options), task.advance)
             made = onnx_typed_decoder.TypedDecoder(checkpoint, weights, options.context).model()
         (folder / MODEL).write_bytes(made.SerializeToString(deterministic=True))
         shapes = profile(checkpoint, 1, options.context)
         plain = plain_plan(checkpoint, job.target, folder, _precision(options), shapes, None)
         (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
 
-    modules = (onnx_graph, onnx_half, onnx_typed_decoder, onnx_weights, rope, plans)
+    modules = (decoder_graph, matrices, onnx_typed_decoder, onnx_weights, rope, plans)
     inputs = {
         "checkpoint": checkpoint.digest,
         "context": options.context,
@@ -245,7 +257,7 @@ def plain_plan(
     checkpoint: Checkpoint, target: Target, folder: Path, precision: str, shapes: plans.Profile, engine: Path | None
 ) -> Mapping[str, Any]:
     """plan.json of the graph in ``folder``. engine: compiled here, or None."""
-    names = [onnx_graph.PRESENT.format(index, part) for index in range(checkpoint.shape.layers)
+    names = [decoder_graph.PRESENT.format(index, part) for index in range(checkpoint.shape.layers)
              for part in ("key", "value")]  # fmt: skip
     outputs = [{"name": "logits", "dtype": "float32"}, *({"name": name, "dtype": "float16"} for name in names)]
     kinds = {name: "float16" for name in shapes if name.startswith("past_key_values.")}
@@ -271,8 +283,8 @@ def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any
 
 def _score(job: Job, written: Step, samples: Samples, steps: list[Step]) -> Scored:
     """Score the graph through the engine that serves it, on the processor."""
-    from packager.scoring import score
-    from packager.tools import version_of
+    from packager.core.processes import version_of
+    from packager.fidelity.artifact import score
 
     own = tokenizer_files(job)
     run = {

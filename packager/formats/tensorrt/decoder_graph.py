@@ -17,14 +17,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from packager import rope
-from packager.onnx_graph import GEMMAS, PAST, PRESENT, Decoder, Layer, value_info
-from packager.onnx_graph import why_not as why_no_graph
+from packager.formats.onnx import rope
+from packager.formats.onnx.decoder_graph import GEMMAS, PAST, PRESENT, Decoder, Layer
+from packager.formats.onnx.decoder_graph import why_not as why_no_graph
+from packager.formats.onnx.graph import value_info
 
 if TYPE_CHECKING:
     import onnx
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 OPSET, IR_VERSION = 24, 11
 MASKED = -1.0e9  # added to scores in float32, before a softmax in float32

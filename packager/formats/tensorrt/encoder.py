@@ -1,6 +1,6 @@
 """TensorRT for an encoder: a strongly typed ONNX, compared with its source, and its engine or the plan for one.
 
-The graph comes from onnx_int8's export (packager/onnx_encoder.py) and is proven in float32 as there; what is made of it
+The graph comes from onnx_int8's export (packager/formats/onnx/encoder.py) and is proven in float32 as there; what is made of it
 here is float16, or float16 with INT8 layers. The comparison runs the very file that ships, on onnxruntime's CPU
 provider, with the box's own tokenizing and pooling: an engine itself cannot be run without its GPU.
 """
@@ -13,23 +13,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from packager import onnx_encoder, onnx_typed, tensorrt, tensorrt_plan
-from packager.encoder_facts import EncoderFacts
-from packager.encoder_fidelity import EncoderThresholds, as_dict, require_exact, require_kept
-from packager.errors import GateFailed, InputError
-from packager.onnx_encoder_graph import linear_inputs
-from packager.onnx_parts import DATA, MODEL
-from packager.recipe import Artifact, Estimate, Job, Spans, provenance
-from packager.store import code_digest
-from packager.tools import version_of
+from packager.checkpoint.encoder import EncoderFacts
+from packager.core.errors import GateFailed, InputError
+from packager.core.processes import version_of
+from packager.core.store import code_digest
+from packager.formats.onnx import encoder
+from packager.formats.onnx.encoder_graph import linear_inputs
+from packager.formats.onnx.external_data import DATA, MODEL
+from packager.formats.tensorrt import compiler, encoder_graph
+from packager.formats.tensorrt import plan as tensorrt_plan
+from packager.metrics.encoders import EncoderThresholds, as_dict, require_exact, require_kept
+from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
 
 if TYPE_CHECKING:
-    from packager.checkpoint import Checkpoint
-    from packager.encoder_fidelity import Score
-    from packager.encoder_source import Encoded, Texts
-    from packager.store import Cost, Step
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Cost, Step
+    from packager.fidelity.encoders import Encoded, Texts
+    from packager.formats.tensorrt.int8 import Choice
+    from packager.metrics.encoders import Score
     from packager.target import Target
-    from packager.tensorrt_int8 import Choice
 
 # What each precision has to keep of the source's vectors, unless the user says otherwise.
 COSINES = {"fp16": 0.999, "int8": 0.99}
@@ -44,7 +46,7 @@ COMPILE_SECONDS = 10
 LAYERS_RAM, FP16_PACE, INT8_PACE = 13, 0.6, 3.5
 
 
-class Options(Spans, Protocol):
+class Options(ServingOptions, Protocol):
     """What is read of the recipe's options."""
 
     @property
@@ -65,13 +67,13 @@ class _Exported:
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    refused = onnx_encoder.why_not(checkpoint, target, _Exported(options.context, options.slots, options.pooling))
+    refused = encoder.why_not(checkpoint, target, _Exported(options.context, options.slots, options.pooling))
     if refused is not None:
         return refused
     if (why := tensorrt_plan.why_not(target)) is not None:
         others = [name for name in target.recipes.supported if name == "onnx_int8"]
         return f"{why} {others[0]} serves this model on its processor." if others else why
-    return tensorrt.why_not_here() if tensorrt_plan.compiled_here(target) else None
+    return compiler.why_not_here() if tensorrt_plan.compiled_here(target) else None
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
@@ -82,7 +84,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     shape = checkpoint.shape
     length, notes = min(options.context, shape.context), []
     try:
-        facts = onnx_encoder.facts_of(checkpoint, _Exported(options.context, options.slots, options.pooling))
+        facts = encoder.facts_of(checkpoint, _Exported(options.context, options.slots, options.pooling))
         length = facts.max_length
         notes.append(facts.origin)
         if facts.prompt:
@@ -90,11 +92,11 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     except InputError as error:
         notes.append(str(error))  # it is refused; a figure is shown all the same
     here = tensorrt_plan.compiled_here(target)
-    if here and (fetched := tensorrt.to_fetch()):
+    if here and (fetched := compiler.to_fetch()):
         notes.append(fetched)
     if not here and tensorrt_plan.why_not(target) is None:
         notes.append("The box builds its engine itself when it is installed: no engine is compiled here.")
-    if here and (warned := tensorrt.unlisted(tensorrt_plan.capability(target), options.precision)):
+    if here and (warned := compiler.unlisted(tensorrt_plan.capability(target), options.precision)):
         notes.append(warned)
     if options.precision != "fp16":
         notes.append("Layers that 8 bits would cost too much stay in fp16: the size is the least it can be.")
@@ -103,7 +105,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     pace = FP16_PACE if options.precision == "fp16" else INT8_PACE
     return Estimate(
         artifact_bytes=(2 if here else 1) * size,
-        build_ram_bytes=onnx_encoder.EXPORT_RAM + (options.precision != "fp16") * LAYERS_RAM * checkpoint.parameters,
+        build_ram_bytes=encoder.EXPORT_RAM + (options.precision != "fp16") * LAYERS_RAM * checkpoint.parameters,
         build_disk_bytes=3 * size + 4 * checkpoint.parameters,
         load_bytes=size,
         kv_bytes=0,
@@ -111,7 +113,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         read_per_token_bytes=(1 if options.precision == "int8" else 2) * linear,
         context=length,
         slots=options.slots,
-        seconds=onnx_encoder.EXPORT_SECONDS + COMPILE_SECONDS * here + round(checkpoint.parameters / 1e6 * pace, 1),
+        seconds=encoder.EXPORT_SECONDS + COMPILE_SECONDS * here + round(checkpoint.parameters / 1e6 * pace, 1),
         notes=tuple(notes),
     )
 
@@ -130,11 +132,11 @@ class _Work:
 
 
 def build(job: Job, options: Options) -> Artifact:
-    from packager.encoder_source import make_texts, source_outputs
+    from packager.fidelity.encoders import make_texts, source_outputs
 
-    facts = onnx_encoder.facts_of(job.checkpoint, _Exported(options.context, options.slots, options.pooling))
+    facts = encoder.facts_of(job.checkpoint, _Exported(options.context, options.slots, options.pooling))
     steps: list[Step] = []
-    graph = onnx_encoder.exported(job, facts, steps)
+    graph = encoder.exported(job, facts, steps)
     work = _Work(job, options, facts, steps, graph, make_texts(job.calibration, facts.labels))
     report: dict[str, Any] = {}
     if job.verify:
@@ -146,13 +148,13 @@ def build(job: Job, options: Options) -> Artifact:
     if tensorrt_plan.compiled_here(job.target):
         profile = _profiles(work)[0]
         sm = [str(tensorrt_plan.capability(job.target))]
-        compiled = tensorrt.compile_engine(job, made.model.path / MODEL, made.model.key, profile, sm, steps)
-        engine = compiled.path / tensorrt.ENGINE
-        by = f"{tensorrt.LIBRARY} {tensorrt.BUILD}"
+        compiled = compiler.compile_engine(job, made.model.path / MODEL, made.model.key, profile, sm, steps)
+        engine = compiled.path / compiler.ENGINE
+        by = f"{compiler.LIBRARY} {compiler.BUILD}"
         report["engine"] = {"bytes": engine.stat().st_size, "sm": sm, "library": by}
     files = {MODEL: made.model.path / MODEL, DATA: made.model.path / DATA}
-    files |= _planned(work, made, engine) | ({tensorrt.ENGINE: engine} if engine else {})
-    files |= onnx_encoder.kept_files(job, steps)
+    files |= _planned(work, made, engine) | ({compiler.ENGINE: engine} if engine else {})
+    files |= encoder.kept_files(job, steps)
     size = estimate(job.checkpoint, job.target, options)
     return Artifact(
         format="tensorrt",
@@ -163,9 +165,9 @@ def build(job: Job, options: Options) -> Artifact:
             job,
             options,
             steps,
-            exporter=f"torch {version_of('torch')}, opset {onnx_encoder.OPSET}",
-            writer=f"packager: strongly typed, opset {onnx_typed.OPSET}",
-            compiler=f"{tensorrt.LIBRARY} {tensorrt.BUILD}" if engine else None,
+            exporter=f"torch {version_of('torch')}, opset {encoder.OPSET}",
+            writer=f"packager: strongly typed, opset {encoder_graph.OPSET}",
+            compiler=f"{compiler.LIBRARY} {compiler.BUILD}" if engine else None,
         ),
         costs=tuple(step.cost() for step in steps),
         gpu=tensorrt_plan.gpu_needs(job.target, size.load_bytes + size.overhead_bytes),
@@ -174,10 +176,10 @@ def build(job: Job, options: Options) -> Artifact:
 
 def _proven(work: _Work) -> dict[str, Any]:
     """The float32 graph against the source. Raises GateFailed when the export is not the model."""
-    from packager.encoder_source import compare, require_same_ids
+    from packager.fidelity.encoders import compare, require_same_ids
 
     assert work.source is not None
-    whole = onnx_encoder.filled(work.job, work.graph, "float32", work.steps)
+    whole = encoder.filled(work.job, work.graph, "float32", work.steps)
     found = _asked(work, whole, "the unquantized ONNX")
     require_same_ids(work.texts, work.source, found)
     scores = compare(work.facts, work.texts, work.source, found)
@@ -225,7 +227,7 @@ def _fp16(work: _Work, report: dict[str, Any], *, limits: EncoderThresholds | No
 
 def _int8(work: _Work, report: dict[str, Any]) -> _Made:
     """Raises GateFailed when the accuracy leaves too little in 8 bits, or the file misses a threshold."""
-    from packager.tensorrt_int8 import choose
+    from packager.formats.tensorrt.int8 import choose
 
     limits = _limits(work, "int8")
     choice = choose(work.job, work.facts, work.graph, work.texts, limits, work.steps)
@@ -261,7 +263,7 @@ def _compared(
     work: _Work, model: Step, precision: str, limits: EncoderThresholds, report: dict[str, Any]
 ) -> Encoded | None:
     """The file's answers beside the source's. Raises GateFailed when it misses a threshold."""
-    from packager.encoder_source import compare
+    from packager.fidelity.encoders import compare
 
     if work.source is None:
         return None
@@ -276,21 +278,21 @@ def _compared(
 
 def _typed(work: _Work, choice: Choice | None) -> Step:
     """The typed ONNX file: all in float16, or with the chosen layers in 8 bits."""
-    from packager import onnx_parts
+    from packager.formats.onnx import external_data
 
     rounded = {} if choice is None else choice.rounded
     graph = work.graph.path / "graph.onnx"
 
     def make(folder: Path, cost: Cost) -> None:
         with work.job.progress.step(f"writing the typed ONNX ({'fp16' if choice is None else 'int8 and fp16'})"):
-            onnx_typed.write(graph, work.job.checkpoint, folder, rounded)
+            encoder_graph.write(graph, work.job.checkpoint, folder, rounded)
 
     inputs = {
         "checkpoint": work.job.checkpoint.digest,
         "graph": work.graph.key,
         "rounded": {name: [one.scale, one.smooth] for name, one in rounded.items()},
         "onnx": version_of("onnx"),
-        "code": code_digest(Path(onnx_typed.__file__), Path(onnx_parts.__file__)),
+        "code": code_digest(Path(encoder_graph.__file__), Path(external_data.__file__)),
     }
     step = work.job.store.step("typed-onnx", inputs, make, progress=work.job.progress)
     work.steps.append(step)
@@ -298,7 +300,7 @@ def _typed(work: _Work, choice: Choice | None) -> Step:
 
 
 def _types(model: Step) -> dict[str, Any]:
-    found = onnx_typed.read_back(model.path)
+    found = encoder_graph.read_back(model.path)
     return {
         "tensor_types": dict(found.count_by_type),
         "bytes_by_type": dict(found.bytes_by_type),
@@ -308,7 +310,7 @@ def _types(model: Step) -> dict[str, Any]:
 
 def _asked(work: _Work, model: Step, what: str) -> Encoded:
     """The texts through onnxruntime, with the encoders' own tokenizing, batching and pooling."""
-    from packager.encoder_source import shipped_outputs
+    from packager.fidelity.encoders import shipped_outputs
 
     run = {
         **_run(work, "fp16", {}),
@@ -372,7 +374,7 @@ def _planned(work: _Work, made: _Made, engine: Path | None) -> dict[str, Path]:
 def _run(work: _Work, precision: str, files: Mapping[str, Path]) -> dict[str, Any]:
     size = estimate(work.job.checkpoint, work.job.target, work.options)
     here = tensorrt_plan.compiled_here(work.job.target)
-    loaded = (tensorrt.ENGINE,) if here else (MODEL, DATA)
+    loaded = (compiler.ENGINE,) if here else (MODEL, DATA)
     return {
         "engine": "tensorrt",
         "task": work.facts.task,
@@ -387,7 +389,7 @@ def _run(work: _Work, precision: str, files: Mapping[str, Path]) -> dict[str, An
         "model_bytes": sum(files[name].stat().st_size for name in loaded if name in files),
         "settings": {
             **work.facts.settings(),
-            "library": tensorrt.LIBRARY if here else "tensorrt",
+            "library": compiler.LIBRARY if here else "tensorrt",
             "precision": precision,
             # beside a GPU with memory of its own: the engine's file, and what runs it
             **({"host_bytes": 2 * size.load_bytes + CUDA_BYTES + SERVER_BYTES} if here else {}),

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import InputError
-from packager.onnx_parts import (
+from packager.core.errors import InputError
+from packager.formats.onnx.external_data import (
     DATA,
     MODEL,
     Part,
@@ -40,7 +40,7 @@ from packager.onnx_parts import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 # The newest that JetPack 6.2's TensorRT 10.3 reads (its ONNX parser: 9 to 20); the graph has nothing of 21.
 OPSET, IR_VERSION = 20, 9

@@ -1,7 +1,7 @@
 """Which layers of an encoder ship in 8 bits: found on texts, layer by layer, and told with figures.
 
-children/tensorrt_layers.py measures; here its texts are chosen, its step is kept in the store, and its answer becomes
-what packager/onnx_typed.py writes and what the manifest says. Scales come from calibration texts, the choice from the
+workers/tensorrt_layers.py measures; here its texts are chosen, its step is kept in the store, and its answer becomes
+what packager/formats/tensorrt/encoder_graph.py writes and what the manifest says. Scales come from calibration texts, the choice from the
 texts that the artifact is compared on afterwards, with a margin: the measure is taken in float32 and not in the engine.
 """
 
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.calibration import DATA
-from packager.encoder_source import Texts
-from packager.onnx_typed import Group, Rounding, groups
-from packager.store import code_digest, digest_of
-from packager.tools import CHILDREN, follow, version_of
+from packager.core.processes import WORKERS, follow, version_of
+from packager.core.store import code_digest, digest_of
+from packager.fidelity.encoders import Texts
+from packager.formats.tensorrt.encoder_graph import Group, Rounding, groups
+from packager.prompts.calibration import DATA
 
 if TYPE_CHECKING:
-    from packager.encoder_facts import EncoderFacts
-    from packager.encoder_fidelity import EncoderThresholds
+    from packager.checkpoint.encoder import EncoderFacts
+    from packager.core.store import Cost, Step
+    from packager.metrics.encoders import EncoderThresholds
     from packager.recipe import Job
-    from packager.store import Cost, Step
 
-CHILD = CHILDREN / "tensorrt_layers.py"
+CHILD = WORKERS / "tensorrt_layers.py"
 PASSAGES, OWN, CHOSEN = 64, 128, 128  # texts: of the package's own, of the user's, and to choose on
 MARGIN = 0.001  # of the cosine above its threshold
 LOGITS = 0.98  # a classifier's aim: this share of the logits' variance stays
@@ -117,7 +117,7 @@ def choose(
         name = f"what 8 bits cost, layer by layer ({len(found)} of them)"
         total = float(len(calibration) + 2 * len(found) + 1)
         follow(CHILD, asked, name, job.progress, cost, work=folder, total=total, unit="runs",
-               path=[CHILDREN.parent.parent])  # fmt: skip
+               path=[WORKERS.parent.parent])  # fmt: skip
 
     inputs = {
         "checkpoint": job.checkpoint.digest,
@@ -127,7 +127,7 @@ def choose(
         "aim": aim,
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
-        "code": code_digest(CHILD, CHILDREN / "source_encoder.py"),
+        "code": code_digest(CHILD, WORKERS / "source_encoder.py"),
     }
     step = job.store.step("tensorrt-layers", inputs, make, progress=job.progress)
     steps.append(step)

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
-from packager.onnx_graph import Graph
-from packager.onnx_weights import ALIGNED, DATA, EMBEDDING, Base
-from packager.safetensors_io import read_rows, row_chunks, to_float32
+from packager.formats.onnx.graph import Graph
+from packager.formats.onnx.matrices import ALIGNED, DATA, EMBEDDING, Base
+from packager.tensors.rounding import by_row, half
+from packager.tensors.safetensors import read_rows, row_chunks, to_float32
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
-    from packager.checkpoint import Checkpoint
+    from packager.checkpoint.checkpoint import Checkpoint
 
 METHOD = "int8, rounded to nearest, symmetric, one float16 scale an output row; computed in float16"
 
@@ -100,26 +99,3 @@ class Half(Base):
         return self.file.tell()
 
 
-def half(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
-    """float16, rounded to nearest. Raises ValueError for what float16 cannot hold."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        found = values.astype(np.float16)
-    if not np.isfinite(found).all():
-        raise ValueError(f"{name} has a value that float16 cannot hold (65504 is its largest)")
-    return found
-
-
-def by_row(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """int8 (rows, inputs) and a scale for each row: its largest magnitude / 127, rounded to float16 before the integers
-    are chosen by it. Raises ValueError as half().
-    """
-    import numpy as np
-
-    scales: NDArray[Any] = (np.abs(values).max(axis=1) / 127).astype(np.float16)
-    if not np.isfinite(scales).all():
-        raise ValueError("a weight is too large for a float16 scale")
-    wide = scales.astype(np.float32)
-    wide[wide == 0] = 1  # all of them are zero, or too small to tell
-    return np.clip(np.rint(values / wide[:, None]), -127, 127).astype(np.int8), scales

@@ -1,5 +1,5 @@
 """plan.json: how a box makes an engine of the ONNX file, and where that engine may run. Written here, read by
-runtimes/tensorrt_plan.py.
+runtimes/engines/tensorrt/plan.py.
 
 An engine is compiled here where TensorRT-RTX knows the GPU; a Jetson builds its own with its own TensorRT, because a
 default engine runs with the very version and architecture it was built with alone (TensorRT documentation, "Version
@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.digests import hash_file
-from packager.onnx_parts import DATA, MODEL
-from packager.tensorrt import BUILD, CAPABILITIES, ENGINE, LIBRARY, VERSION
+from packager.core.hashing import hash_file
+from packager.formats.onnx.external_data import DATA, MODEL
+from packager.formats.tensorrt.compiler import BUILD, CAPABILITIES, ENGINE, LIBRARY, VERSION
 
 if TYPE_CHECKING:
-    from packager.encoder_source import Encoded
+    from packager.fidelity.encoders import Encoded
     from packager.target import Target
 
 PLAN, REFERENCE = "plan.json", "reference.json"

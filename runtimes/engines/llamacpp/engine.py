@@ -39,12 +39,12 @@ from runtimes.engine import (
     check_length,
     iterate,
 )
-from runtimes.llamacpp_replies import Streamed, captured, log_reason, logprobs, refusal
-from runtimes.logits import open_scorer as open_scorer
+from runtimes.engines.llamacpp.logits import open_scorer as open_scorer
+from runtimes.engines.llamacpp.page_cache import bounded
+from runtimes.engines.llamacpp.replies import Streamed, captured, log_reason, logprobs, refusal
 from runtimes.manifest import Run
-from runtimes.memory import resident_bytes as resident_bytes
-from runtimes.pages import bounded
-from runtimes.threads import wait_politely
+from runtimes.process import resident_bytes as resident_bytes
+from runtimes.process import wait_politely
 
 # Prompt tokens read between two chances to cancel, without a GPU. llama.cpp's own micro-batch is 512.
 CPU_BATCH = 512

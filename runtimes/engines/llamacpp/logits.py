@@ -21,9 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 from runtimes.engine import EngineError
+from runtimes.engines.llamacpp.page_cache import bounded
 from runtimes.manifest import Run
-from runtimes.pages import bounded
-from runtimes.threads import wait_politely
+from runtimes.process import wait_politely
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 _ERROR = 4

@@ -1,6 +1,6 @@
 """What llama.cpp's server answers, as pieces and refusals; and the reason that its log gives for a failed load.
 
-Everything here reads what the library wrote; runtimes/llamacpp.py asks it.
+Everything here reads what the library wrote; runtimes/engines/llamacpp/engine.py asks it.
 """
 
 from __future__ import annotations

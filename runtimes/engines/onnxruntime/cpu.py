@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from runtimes.decoding.scheduler import Scorer, Slots
 from runtimes.manifest import Run
-from runtimes.slots import Scorer, Slots
 
 if TYPE_CHECKING:
-    from runtimes.ort_model import Model
+    from runtimes.engines.onnxruntime.decoder import Model
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
 
 
 def _open(run: Run, *, context: int, slots: int, verbose: bool) -> Model:
-    from runtimes.ort_model import Model
+    from runtimes.engines.onnxruntime.decoder import Model
 
     optimized = bool(run.settings.get("optimized", True))
     return Model(run.model, context=context, slots=slots, threads=run.threads, optimized=optimized, verbose=verbose)

@@ -1,6 +1,6 @@
 """ONNX decoders on an NVIDIA GPU, through onnxruntime's CUDA provider: only ids go in and logits come out.
 
-The graph is packager/onnx_cuda.py's: float16, an operator with a CUDA kernel in every node. onnxruntime goes on with
+The graph is packager/formats/onnx/decoder_cuda.py's: float16, an operator with a CUDA kernel in every node. onnxruntime goes on with
 the processor where its CUDA provider does not start, and says so in a log line; here that is an error: the session is
 made with that one provider, without a fall-back, and asked afterwards. ``--device cpu`` runs the same file by the same
 library on the processor, for whoever asks for it.
@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtimes.decoding.scheduler import PIECE, Scorer, Slots
 from runtimes.engine import EngineError
+from runtimes.engines.onnxruntime.decoder import Host, Model, Place, first_line
+from runtimes.engines.onnxruntime.session import quiet_onnxruntime
 from runtimes.manifest import Run
-from runtimes.ort_model import Host, Model, Place, first_line
-from runtimes.ort_session import quiet_onnxruntime
-from runtimes.slots import PIECE, Scorer, Slots
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""One ONNX decoder in onnxruntime (graph: packager/onnx_graph.py, onnx_cuda.py), its key/value caches in our buffers.
+"""One ONNX decoder in onnxruntime (graph: packager/formats/onnx/decoder_graph.py, onnx_cuda.py), its key/value caches in our buffers.
 
 Every slot has a row in the caches, which the attention operator writes in place; so one run can decode all slots at
 once, each at its own length. Runs release Python's lock (onnxruntime-genai's calls hold it, prompts included). Where
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtimes.engine import EngineError
-from runtimes.ort_session import quiet_onnxruntime
+from runtimes.engines.onnxruntime.session import quiet_onnxruntime
 
 if TYPE_CHECKING:
     import numpy as np

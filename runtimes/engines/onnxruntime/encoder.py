@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtimes.encoding import Reader, Settings, Text, padded, require_encoder, require_inputs, rows
 from runtimes.engine import EngineError
+from runtimes.engines.encoder import Reader, Settings, Text, padded, require_encoder, require_inputs, rows
+from runtimes.engines.onnxruntime.session import open_session, quiet_onnxruntime
 from runtimes.manifest import Run
-from runtimes.memory import resident_bytes
-from runtimes.ort_session import open_session, quiet_onnxruntime
+from runtimes.process import resident_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FACE = "encoder_app"
+APP = "encoder_app"
 
 
 class OrtEncoder:

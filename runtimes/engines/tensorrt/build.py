@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.engine import EngineError
-from runtimes.engine_cache import Say
-from runtimes.tensorrt_device import RUNTIME, Device, environment
-from runtimes.tensorrt_plan import Plan, Profile, file_sha256, trtexec_arguments
+from runtimes.engines.tensorrt.cache import Say
+from runtimes.engines.tensorrt.device import RUNTIME, Device, environment
+from runtimes.engines.tensorrt.plan import Plan, Profile, file_sha256, trtexec_arguments
 
 TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it (package libnvinfer-bin)
 EVERY = 5.0  # seconds between two lines of progress
@@ -93,13 +93,13 @@ def command(plan: Plan, number: int, goal: Path, trtexec: str | None) -> list[st
     """The child's command line for a profile."""
     if trtexec:
         return [trtexec, *trtexec_arguments(plan, number), f"--saveEngine={goal}"]
-    return [sys.executable, "-m", "runtimes.engine_tool", "--child-build", str(plan.path),
+    return [sys.executable, "-m", "runtimes.engines.tensorrt.command", "--child-build", str(plan.path),
             str(number), str(goal)]  # fmt: skip
 
 
 def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
     """Run one build to its end, with a line of progress every few seconds."""
-    from runtimes.bench_server import die_with_parent  # not at the top: most starts build nothing
+    from runtimes.process import die_with_parent
 
     goal.unlink(missing_ok=True)
     killed = oom_kills()
@@ -174,7 +174,7 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] 
     if plan.reference is None:
         return None
     say("comparing the engine's answers with the source's …")
-    words = [sys.executable, "-m", "runtimes.engine_check", str(plan.path),
+    words = [sys.executable, "-m", "runtimes.engines.tensorrt.check", str(plan.path),
              str(number), str(engine)]  # fmt: skip
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), cwd=RUNTIME,
                           check=False)  # fmt: skip

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.engine import EngineError
-from runtimes.tensorrt_device import Device
-from runtimes.tensorrt_plan import Plan, file_sha256
+from runtimes.engines.tensorrt.device import Device
+from runtimes.engines.tensorrt.plan import Plan, file_sha256
 
 ENGINE, ENTRY, LOCK = "engine.plan", "entry.json", ".lock"
 FORMAT = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtimes.tensorrt_native import NativeSession
+from runtimes.engines.tensorrt.session import NativeSession
 
 if TYPE_CHECKING:
     import numpy as np

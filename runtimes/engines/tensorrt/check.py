@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.encoding import Settings, Text, padded, rows
 from runtimes.engine import EngineError
+from runtimes.engines.encoder import Settings, Text, padded, rows
+from runtimes.engines.tensorrt.encoder import fitted
+from runtimes.engines.tensorrt.plan import Plan, file_sha256, read_plan
+from runtimes.engines.tensorrt.session import NativeSession
 from runtimes.manifest import ManifestError, read_bundle
-from runtimes.tensorrt_ import fitted
-from runtimes.tensorrt_native import NativeSession
-from runtimes.tensorrt_plan import Plan, file_sha256, read_plan
 
 
 def main(path: Path, number: int, engine: Path) -> None:

@@ -13,15 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtimes import engine_cache as cache
 from runtimes.engine import EngineError
-from runtimes.engine_build import check
-from runtimes.engine_cache import Key
+from runtimes.engines.registry import COMPILED
+from runtimes.engines.tensorrt import cache
+from runtimes.engines.tensorrt.build import check
+from runtimes.engines.tensorrt.cache import Key
+from runtimes.engines.tensorrt.device import ask, unfit
+from runtimes.engines.tensorrt.open import home_of, prepare, say
+from runtimes.engines.tensorrt.plan import Plan, read_plan
 from runtimes.manifest import ManifestError, Run, read_bundle
-from runtimes.tensorrt_device import ask, unfit
-from runtimes.tensorrt_open import home_of, prepare, say
-from runtimes.tensorrt_plan import Plan, read_plan
-from runtimes.wrappers import COMPILED
 
 PAST = "past_key_values."  # a language model's caches, two a layer: no news beside the other shapes
 FINE, UNUSABLE, REFUSED, FAILED = 0, 3, 4, 9
@@ -115,7 +115,7 @@ WHAT = {"build": build, "show": show, "clear": clear}
 def child(path: Path, number: int, engine: Path) -> int:
     """In a process of its own, because it may run out of memory or crash: build the engine of a profile."""
     try:
-        from runtimes.tensorrt_native import build as make
+        from runtimes.engines.tensorrt.session import build as make
 
         make(read_plan(path), number, engine)
     except (EngineError, ManifestError) as error:

@@ -1,4 +1,4 @@
-"""Language models through TensorRT: the typed ONNX of packager/onnx_typed_decoder.py, all slots decoded together.
+"""Language models through TensorRT: the typed ONNX of packager/formats/tensorrt/decoder_graph.py, all slots decoded together.
 
 The engine has no sampling, no template and no queue: those are slots.py's, as for onnxruntime. What is different is
 where keys and values lie: on the GPU an engine writes them in place (TensorRT's KVCacheUpdate), so input and output are
@@ -12,11 +12,11 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from runtimes.decoding.scheduler import Scorer, Slots
 from runtimes.engine import EngineError
+from runtimes.engines.tensorrt.open import home_of, kernels_file, prepare
+from runtimes.engines.tensorrt.plan import Plan, Profile, read_plan
 from runtimes.manifest import ManifestError, Run
-from runtimes.slots import Scorer, Slots
-from runtimes.tensorrt_open import home_of, kernels_file, prepare
-from runtimes.tensorrt_plan import Plan, Profile, read_plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ class HostCaches:
     def __init__(self, plan: Plan, rows: int, *, threads: int, verbose: bool) -> None:
         import numpy as np
 
-        from runtimes.ort_session import open_session, quiet_onnxruntime
+        from runtimes.engines.onnxruntime.session import open_session, quiet_onnxruntime
 
         self._session: Any = open_session(plan.onnx, threads=threads, verbose=verbose, optimized=False)
         self.version = f"onnxruntime {quiet_onnxruntime().__version__}"
@@ -133,7 +133,7 @@ def open_model(run: Run, *, rows: int, verbose: bool) -> Model:
         held = HostCaches(plan, rows, threads=run.threads, verbose=verbose)
         vocabulary = _vocabulary(run, held)
         return Model(held, profile, vocabulary, held.version, rows)
-    from runtimes.tensorrt_resident import ResidentSession
+    from runtimes.engines.tensorrt.cache_session import ResidentSession
 
     home = home_of(run)
     ready = prepare(plan, home)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runtimes.box_files import Box
-from runtimes.box_nvidia import installed
 from runtimes.engine import EngineError
-from runtimes.tensorrt_plan import Plan
+from runtimes.engines.tensorrt.plan import Plan
+from runtimes.preflight.nvidia import installed
+from runtimes.preflight.sources import Box
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +64,7 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-RUNTIME = Path(__file__).resolve().parent.parent  # where children start: ``python -m`` looks there first
+RUNTIME = Path(__file__).resolve().parents[3]  # where children start: ``python -m`` looks there first
 
 
 def environment() -> dict[str, str]:
@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
 
 def ask(library: str) -> Device:
     """The first GPU with the library that a plan needs, asked in a child. Raises EngineError with one sentence."""
-    command = [sys.executable, "-m", "runtimes.tensorrt_probe", library]
+    command = [sys.executable, "-m", "runtimes.engines.tensorrt.device_probe", library]
     title = TITLES[library]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False,

@@ -7,9 +7,9 @@ import sys
 from dataclasses import asdict
 
 from runtimes.engine import EngineError
-from runtimes.tensorrt_cuda import Cuda
-from runtimes.tensorrt_device import Device
-from runtimes.tensorrt_native import library_version
+from runtimes.engines.tensorrt.cuda import Cuda
+from runtimes.engines.tensorrt.device import Device
+from runtimes.engines.tensorrt.session import library_version
 
 
 def main() -> int:

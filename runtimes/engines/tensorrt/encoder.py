@@ -1,6 +1,6 @@
 """Embedders and classifiers by TensorRT: the encoders' tokenizing, batching and pooling around an engine on the GPU.
 
-No torch, no transformers; the engine's inputs and outputs are numpy arrays (runtimes/tensorrt_device.py has the seam).
+No torch, no transformers; the engine's inputs and outputs are numpy arrays (runtimes/engines/tensorrt/device.py has the seam).
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtimes.encoding import Reader, Settings, Text, padded, require_encoder, require_inputs, rows
 from runtimes.engine import EngineError
+from runtimes.engines.encoder import Reader, Settings, Text, padded, require_encoder, require_inputs, rows
+from runtimes.engines.tensorrt.open import DEVICES as DEVICES
+from runtimes.engines.tensorrt.open import Opened, open_plan
+from runtimes.engines.tensorrt.plan import Profile
 from runtimes.manifest import Run
-from runtimes.memory import resident_bytes
-from runtimes.tensorrt_open import DEVICES as DEVICES
-from runtimes.tensorrt_open import Opened, open_plan
-from runtimes.tensorrt_plan import Profile
+from runtimes.process import resident_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FACE = "encoder_app"
+APP = "encoder_app"
 EIGHT = 8  # tensor cores take eight at a time, and TensorRT-RTX compiles kernels for each shape that it meets
 
 

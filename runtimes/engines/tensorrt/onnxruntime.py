@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.engine import EngineError
-from runtimes.ort_session import CPU, open_session, quiet_onnxruntime
-from runtimes.tensorrt_plan import Plan, Profile, shape_flags
+from runtimes.engines.onnxruntime.session import CPU, open_session, quiet_onnxruntime
+from runtimes.engines.tensorrt.plan import Plan, Profile, shape_flags
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtimes import engine_cache as cache
 from runtimes.engine import EngineError
-from runtimes.engine_build import build
-from runtimes.engine_cache import Key, Say
+from runtimes.engines.tensorrt import cache
+from runtimes.engines.tensorrt.build import build
+from runtimes.engines.tensorrt.cache import Key, Say
+from runtimes.engines.tensorrt.device import Device, Session, ask, unfit
+from runtimes.engines.tensorrt.plan import Plan, Profile, file_sha256, read_plan
 from runtimes.manifest import Run
-from runtimes.tensorrt_device import Device, Session, ask, unfit
-from runtimes.tensorrt_plan import Plan, Profile, file_sha256, read_plan
 
 DEVICES = ("gpu", "onnxruntime", "cpu")
 
@@ -86,13 +86,13 @@ def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
     if device not in DEVICES:
         raise EngineError(f"There is no device {device!r}; choose {', '.join(DEVICES)}.")
     if device != "gpu":
-        from runtimes.tensorrt_ort import OrtSession
+        from runtimes.engines.tensorrt.onnxruntime import OrtSession
 
         folder = cache.writable(cache.places(home)) if device == "onnxruntime" else None
         ort = OrtSession(plan, plan.profiles[0], device, engines=folder and folder / "onnxruntime",
                          threads=run.threads, verbose=verbose)  # fmt: skip
         return plan, Opened(ort, plan.profiles[0], {**facts, "library": ort.version, "device": ort.device})
-    from runtimes.tensorrt_native import NativeSession
+    from runtimes.engines.tensorrt.session import NativeSession
 
     ready = prepare(plan, home)
     kernels = kernels_file(plan, home, ready.device)

@@ -1,7 +1,7 @@
 """plan.json of a TensorRT bundle: how an engine is made of the ONNX beside it, and where it may run.
 
 Read strictly, with the standard library alone: an unknown key is another version's, and half-understood plans build
-wrong engines. The packager writes it (packager/tensorrt_plan.py).
+wrong engines. The packager writes it (packager/formats/tensorrt/plan.py).
 """
 
 from __future__ import annotations

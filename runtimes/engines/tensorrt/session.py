@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.engine import EngineError
-from runtimes.engine_cache import write_atomically
-from runtimes.tensorrt_cuda import Cuda
-from runtimes.tensorrt_device import TITLES, full_version
-from runtimes.tensorrt_plan import Plan, Profile
+from runtimes.engines.tensorrt.cache import write_atomically
+from runtimes.engines.tensorrt.cuda import Cuda
+from runtimes.engines.tensorrt.device import TITLES, full_version
+from runtimes.engines.tensorrt.plan import Plan, Profile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,15 +13,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtimes.detokenize import Detokenizer
+from runtimes.decoding.detokenize import Detokenizer
+from runtimes.decoding.stream import Stream, check_prompt, pieces_to_score
 from runtimes.engine import Emit, EngineError, Piece, RequestRefused, Sampling, iterate
 from runtimes.manifest import Run
-from runtimes.memory import resident_bytes
-from runtimes.stream import Stream, check_prompt, pieces_to_score
-from runtimes.threads import wait_politely
+from runtimes.process import resident_bytes, wait_politely
 
 if TYPE_CHECKING:
-    from runtimes.torch_model import Model
+    from runtimes.engines.transformers.model import Model
 
 CHUNK = 256  # prompt tokens between two chances to cancel, and a turn of the others
 SCORE_CHUNK = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
@@ -66,7 +65,7 @@ class Transformers:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
         """Generate in the calling thread; ``emit`` is called for every piece and cancels by returning True."""
-        from runtimes.sampling import Sampler, logprob, top_logprobs
+        from runtimes.decoding.sampling import Sampler, logprob, top_logprobs
 
         check_prompt(prompt, self.context, self._model.vocabulary)
         if sampling.schema is not None:
@@ -146,7 +145,7 @@ def distributions(
     model: Model, ids: Sequence[int], positions: Sequence[int], top: int, turns: contextlib.AbstractContextManager[None]
 ) -> Iterator[tuple[int, dict[int, float]]]:
     """What ``Scorer.top`` gives; each piece of the sequence is computed in a turn of its own. Raises ValueError."""
-    from runtimes.sampling import top_logprobs
+    from runtimes.decoding.sampling import top_logprobs
 
     cache = model.cache()
     for begin, part, rows in pieces_to_score(ids, positions, model.vocabulary, SCORE_CHUNK):
@@ -170,8 +169,8 @@ def load_model(run: Run, verbose: bool) -> Model:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from runtimes.int4 import UnknownForm
-    from runtimes.torch_model import open_model
+    from runtimes.engines.transformers.int4 import UnknownForm
+    from runtimes.engines.transformers.model import open_model
 
     try:
         return open_model(run.model.parent, str(run.settings.get("device", "cpu")), run.threads)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from runtimes.int4 import PARTS, HalfEmbedding, HalfHead, Int4Linear, UnknownForm, integers
+from runtimes.engines.transformers.int4 import PARTS, HalfEmbedding, HalfHead, Int4Linear, UnknownForm, integers
 
 if TYPE_CHECKING:
     import numpy as np

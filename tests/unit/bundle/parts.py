@@ -14,8 +14,7 @@ from typing import Any
 from packager.bundle.assemble import Contents
 from packager.bundle.manifest import Needs
 from packager.bundle.wheels import WheelSet
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.conftest import ROOT
 
 
 @dataclass(frozen=True)

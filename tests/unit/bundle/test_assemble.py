@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from packager.bundle.assemble import RUNTIME_COMMON, RUNTIME_ENGINES, assemble, runtime_files
-from packager.digests import hash_file
-from packager.errors import InputError, MachineError, PackagerError
-from packager.progress import Silent
+from packager.bundle.assemble import assemble
+from packager.bundle.engines import ENGINES, runtime_files
+from packager.core.errors import InputError, MachineError, PackagerError
+from packager.core.hashing import hash_file
+from packager.core.progress import Silent
 from tests.unit.bundle.parts import ROOT, contents, gguf
 
 
@@ -168,8 +169,8 @@ def test_extra_folders_keep_their_layout(tmp_path: Path) -> None:
 
 def test_every_runtime_file_is_listed_by_name() -> None:
     """A new file in runtimes/ reaches a box only when somebody lists it."""
-    present = {path.name for path in (ROOT / "runtimes").glob("*.py")}
-    listed = {*RUNTIME_COMMON, *(name for names in RUNTIME_ENGINES.values() for name in names)}
+    present = {path.relative_to(ROOT / "runtimes").as_posix() for path in (ROOT / "runtimes").rglob("*.py")}
+    listed = {file for engine in ENGINES for file in runtime_files(engine)}
     assert present == listed
     with pytest.raises(PackagerError):
         runtime_files("abacus")
@@ -179,7 +180,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from packager.bundle import assemble as module
-from packager.progress import Silent
+from packager.core.progress import Silent
 from tests.unit.bundle.parts import contents
 real = module._copy
 def slow(source, goal, task):

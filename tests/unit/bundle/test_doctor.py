@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from packager.catalog import load_target, target_names
-from packager.doctor import examine, shown_facts, target_needs
-from packager.errors import UsageError
+from packager.bundle.doctor import examine, shown_facts, target_needs
+from packager.core.errors import UsageError
+from packager.planning.catalog import load_target, target_names
 from tests.conftest import ROOT
 from tests.unit.command import packager
 

@@ -15,8 +15,8 @@ import pytest
 
 from packager.bundle.assemble import assemble
 from packager.bundle.installer import box_files
-from packager.errors import PackagerError
-from packager.progress import Silent
+from packager.core.errors import PackagerError
+from packager.core.progress import Silent
 from tests.unit.bundle.parts import RUN, contents, needs
 
 
@@ -138,7 +138,7 @@ def test_a_box_without_a_fitting_python_is_told_the_gravest_thing(
     assert not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize("broken", ["runtime/runtimes/install.py", "runtime/runtimes/check.py"])
+@pytest.mark.parametrize("broken", ["runtime/runtimes/install/install.py", "runtime/runtimes/preflight/check.py"])
 def test_the_installers_own_code_is_checked_before_it_runs(bundle: Path, tmp_path: Path, broken: str) -> None:
     """A damaged installer never starts."""
     (bundle / broken).write_text("raise SystemExit('ran')", "utf-8")

@@ -12,8 +12,8 @@ from jsonschema import Draft202012Validator
 
 from packager.bundle.assemble import assemble
 from packager.bundle.manifest import MANIFEST, from_dict, is_inside, load, schema, to_json, violations
-from packager.errors import PackagerError, VerifyFailed
-from packager.progress import Silent
+from packager.core.errors import PackagerError, VerifyFailed
+from packager.core.progress import Silent
 from tests.unit.bundle.parts import contents
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from packager.bundle.assemble import assemble
 from packager.bundle.verify import verify
-from packager.errors import VerifyFailed
-from packager.gguf_header import BadHeader, read_header
-from packager.progress import Silent
+from packager.core.errors import VerifyFailed
+from packager.core.progress import Silent
+from packager.tensors.gguf_header import BadHeader, read_header
 from tests.unit.bundle.parts import contents, gguf
 
 

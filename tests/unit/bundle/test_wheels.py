@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from packager.bundle.wheels import environments, fetch_wheels, read_lock, run_pip, select
-from packager.errors import InputError, PackagerError, PlanRefused, ToolError
-from packager.progress import Silent
+from packager.core.errors import InputError, PackagerError, PlanRefused, ToolError
+from packager.core.progress import Silent
 from tests.unit.bundle.parts import ROOT, Box, digest, wheel
 
 pytestmark = pytest.mark.real  # pip itself runs, a second each time; `make unit` leaves it out, `make test` does not

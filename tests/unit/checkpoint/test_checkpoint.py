@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import checkpoint
-from packager.checkpoint import Checkpoint, check_weights, open_checkpoint, slug
-from packager.errors import InputError, UsageError
-from packager.progress import Silent
+from packager.checkpoint import checkpoint
+from packager.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint, slug
+from packager.core.errors import InputError, UsageError
+from packager.core.progress import Silent
 from tests.unit.tiny import (
     CONFIG,
     WORDS,

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from packager.catalog import load_recipe, load_target
-from packager.checkpoint import Checkpoint, open_checkpoint
-from packager.console import Console
-from packager.encoder_facts import EncoderFacts, read_encoder
-from packager.errors import InputError
-from packager.plan import make_plan
+from packager.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packager.checkpoint.encoder import EncoderFacts, read_encoder
+from packager.cli.console import Console
+from packager.core.errors import InputError
+from packager.planning.catalog import load_recipe, load_target
+from packager.planning.plan import make_plan
 from tests.unit.tiny_encoder import tiny_encoder
 
 MODULES = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from packager.errors import InputError
-from packager.hub import download
-from packager.progress import Silent
+from packager.checkpoint.hub import download
+from packager.core.errors import InputError
+from packager.core.progress import Silent
 
 
 @pytest.mark.parametrize("ref", ["nothing", "a/b/c", "org/..", "modelscope:x", "./x/y", "https://h/x"])

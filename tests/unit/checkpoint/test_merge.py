@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager.adapter import check_fit, merge, merged_name, open_adapter
-from packager.checkpoint import Checkpoint, check_weights, open_checkpoint
-from packager.errors import InputError
-from packager.inspect import inspect
-from packager.progress import Silent
-from packager.safetensors_io import Spec, read_rows, to_float32, write_file
+from packager.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
+from packager.checkpoint.merge import check_fit, merge, merged_name, open_adapter
+from packager.cli.inspect import inspect
+from packager.core.errors import InputError
+from packager.core.progress import Silent
+from packager.tensors.safetensors import Spec, read_rows, to_float32, write_file
 from tests.unit.tiny import CHATML, WORDS, edit_json, tiny_checkpoint, tokenizer_json, write_json
 
 Array = np.ndarray[Any, Any]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from packager.errors import InputError
-from packager.tokenizer_facts import TokenizerFacts, read_json, read_tokenizer
+from packager.checkpoint.tokenizer import TokenizerFacts, read_json, read_tokenizer
+from packager.core.errors import InputError
 from tests.unit.tiny import CHATML, CONFIG, WORDS, edit_json, tokenizer_json, write_json
 
 

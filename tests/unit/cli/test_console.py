@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from packager import console as console_module
-from packager.cli import cli
-from packager.console import Console, size
-from packager.errors import InputError
+from packager.cli import console as console_module
+from packager.cli.console import Console
+from packager.cli.main import cli
+from packager.core.errors import InputError
+from packager.core.units import size
 from tests.unit.tiny import tiny_checkpoint
 
 
@@ -115,8 +116,8 @@ def test_sizes_are_decimal(amount: float, text: str) -> None:
 
 
 ON_A_TERMINAL = """
-from packager.console import Console
-from packager.errors import InputError
+from packager.cli.console import Console
+from packager.core.errors import InputError
 from tests.unit.tiny import tiny_checkpoint
 import time
 console = Console()
@@ -168,7 +169,7 @@ def test_no_color_is_honoured(child_environment: dict[str, str]) -> None:
 
 READERLESS = """
 import json, os, sys
-from packager import cli
+from packager.cli import main as cli
 reader, writer = os.pipe()
 os.close(reader)
 ended = {}
@@ -213,7 +214,7 @@ def test_a_reader_that_goes_away_is_no_error(unread: tuple[str, ...], child_envi
     reader, writer = os.pipe()
     os.close(reader)
     ran = subprocess.run(
-        [sys.executable, "-m", "packager.cli", "targets"],
+        [sys.executable, "-m", "packager", "targets"],
         env=child_environment,
         **{"stderr": subprocess.PIPE, **dict.fromkeys(unread, writer)},  # type: ignore[arg-type]
         text=True,
@@ -227,7 +228,7 @@ def test_a_reader_that_goes_away_is_no_error(unread: tuple[str, ...], child_envi
 def test_a_terminal_without_unicode_gets_question_marks(child_environment: dict[str, str]) -> None:
     """Output that the terminal cannot show is replaced, not a traceback."""
     ran = subprocess.run(
-        [sys.executable, "-m", "packager.cli", "targets", "show", "t4"],
+        [sys.executable, "-m", "packager", "targets", "show", "t4"],
         env={**child_environment, "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,

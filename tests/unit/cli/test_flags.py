@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from packager import views
 from packager.build import Request
-from packager.encoder_fidelity import EncoderThresholds
-from packager.flags import LIMITS
-from packager.gates import Thresholds
+from packager.cli import show
+from packager.cli.flags import LIMITS
+from packager.metrics.encoders import EncoderThresholds
+from packager.metrics.thresholds import Thresholds
 from tests.unit.command import packager
 
 COMMON = ["org/m", "--adapter", "lora", "--revision", "v1", "--name", "n", "--target", "t4", "--recipe", "gguf",
@@ -24,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the verb hands on, in the place of the work itself."""
     found: list[Any] = []
     for verb in ("plan", "build"):
-        monkeypatch.setattr(views, verb, lambda _console, *given: found.extend(given))
+        monkeypatch.setattr(show, verb, lambda _console, *given: found.extend(given))
     return found
 
 

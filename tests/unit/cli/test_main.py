@@ -15,8 +15,9 @@ from typing import Any
 import click
 import pytest
 
-from packager import cli, errors
-from packager.cli import cli as group
+from packager.cli import main
+from packager.cli.main import cli as group
+from packager.core import errors
 from tests.unit.command import packager
 from tests.unit.tiny import tiny_checkpoint
 
@@ -75,7 +76,7 @@ def test_every_example_is_a_command_line_that_parses(tmp_path: Path) -> None:
 HEAVY = """
 import sys
 sys.argv = ["packager", *sys.argv[1:]]
-from packager.cli import main
+from packager.cli.main import main
 try:
     main()
 except SystemExit as end:
@@ -120,11 +121,11 @@ def test_a_table_of_targets_imports_no_model_library(child_environment: dict[str
 
 HELPS = """
 import sys
-from packager import cli
+from packager.cli.main import main
 for words in sys.argv[1:]:
     sys.argv = ["packager", *words.split(), "--help"]
     try:
-        cli.main()
+        main()
     except SystemExit as end:
         assert end.code == 0, words
 """
@@ -212,10 +213,10 @@ def test_each_kind_of_error_has_its_exit_code(
     def fail(**_: Any) -> None:
         raise kind("It broke.", fix="Mend it.")
 
-    monkeypatch.setattr(cli.cli, "main", fail)
+    monkeypatch.setattr(main.cli, "main", fail)
     monkeypatch.setattr(sys, "argv", ["packager", "targets"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == kind.exit_code
     assert capsys.readouterr().err == "error: It broke.\n  do:  Mend it.\n"
 
@@ -230,10 +231,10 @@ def test_a_shown_error_is_not_printed_twice(
         error.shown = True
         raise error
 
-    monkeypatch.setattr(cli.cli, "main", fail)
+    monkeypatch.setattr(main.cli, "main", fail)
     monkeypatch.setattr(sys, "argv", ["packager", "plan", "--json"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 4
     assert capsys.readouterr().out == ""
 
@@ -246,9 +247,9 @@ def test_memory_that_runs_out_is_the_machines_fault(
     def fail(**_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(cli.cli, "main", fail)
+    monkeypatch.setattr(main.cli, "main", fail)
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 9
     assert "memory" in capsys.readouterr().err
 
@@ -256,11 +257,11 @@ def test_memory_that_runs_out_is_the_machines_fault(
 WAITING = """
 import sys, time
 from pathlib import Path
-from packager import cli, views
+from packager.cli import main, show
 mark = Path(sys.argv[1])
-views.targets = lambda console: (mark.touch(), time.sleep(60))
+show.targets = lambda console: (mark.touch(), time.sleep(60))
 sys.argv = ["packager", "targets"]
-cli.main()
+main.main()
 """
 
 

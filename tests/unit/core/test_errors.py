@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from packager import errors
-from packager.errors import PackagerError, closest
+from packager.core import errors
+from packager.core.errors import PackagerError, closest
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PackagerError)]
 

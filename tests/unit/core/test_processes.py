@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from packager.errors import ToolError
-from packager.progress import Silent
-from packager.store import Cost
-from packager.tools import ChildFailed, Ran, follow, has_module, last_words, run, run_python, version_of
+from packager.core.errors import ToolError
+from packager.core.processes import ChildFailed, Ran, follow, has_module, last_words, run, run_python, version_of
+from packager.core.progress import Silent
+from packager.core.store import Cost
 
 
 def script(folder: Path, text: str) -> Path:
@@ -132,7 +132,7 @@ def test_python_children_get_arguments_and_a_search_path(tmp_path: Path) -> None
 
 
 def test_a_script_finds_its_siblings_and_not_ours(tmp_path: Path) -> None:
-    """sys.path begins with the script's own folder, as if Python had run it, so packager/children is not on it."""
+    """sys.path begins with the script's own folder, as if Python had run it, so packager/workers is not on it."""
     (tmp_path / "sibling.py").write_text("VALUE = 5\n", encoding="utf-8")
     child = script(
         tmp_path, "import sys, sibling\nprint(sibling.VALUE, any(p.endswith('children') for p in sys.path))\n"
@@ -216,7 +216,7 @@ def test_a_line_that_only_looks_like_a_report_is_not_one(tmp_path: Path) -> None
 ORPHAN = """
 import sys
 from pathlib import Path
-from packager import tools
+from packager.core import processes as tools
 tools.GRACE = float(sys.argv[3])
 tools.run_python(Path(sys.argv[1]), [sys.argv[2]], name="child")
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packager.progress import Progress, Silent
+from packager.core.progress import Progress, Silent
 
 
 def test_silent_takes_everything_and_shows_nothing(capsys: object) -> None:

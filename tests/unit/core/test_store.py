@@ -15,10 +15,19 @@ from typing import Any
 
 import pytest
 
-from packager import store as store_module
-from packager.errors import MachineError
-from packager.progress import Silent
-from packager.store import RECORD, Cost, Store, cache_root, default_root, digest_of, machine_errors, write_atomically
+from packager.core import store as store_module
+from packager.core.errors import MachineError
+from packager.core.progress import Silent
+from packager.core.store import (
+    RECORD,
+    Cost,
+    Store,
+    cache_root,
+    default_root,
+    digest_of,
+    machine_errors,
+    write_atomically,
+)
 
 QUIET = Silent()
 INPUTS: dict[str, object] = {"a": 1, "b": "zwei"}
@@ -109,8 +118,8 @@ def test_a_resumable_step_goes_on_where_it_stopped(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from packager.progress import Silent
-from packager.store import Store
+from packager.core.progress import Silent
+from packager.core.store import Store
 
 def make(folder, cost):
     (folder / "half").write_text("half", encoding="utf-8")
@@ -160,8 +169,8 @@ def test_a_killed_process_leaves_a_partial_that_the_next_run_takes_over(
 TOGETHER = """
 import sys, time
 from pathlib import Path
-from packager.progress import Silent
-from packager.store import Store
+from packager.core.progress import Silent
+from packager.core.store import Store
 
 class Notes(Silent):
     def note(self, text):
@@ -231,9 +240,9 @@ def test_a_full_disk_is_the_machines_fault(tmp_path: Path) -> None:
 REALLY_FULL = """
 import subprocess, sys
 from pathlib import Path
-from packager.errors import MachineError
-from packager.progress import Silent
-from packager.store import Store
+from packager.core.errors import MachineError
+from packager.core.progress import Silent
+from packager.core.store import Store
 
 place = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=True)
@@ -268,9 +277,9 @@ def test_a_disk_that_is_really_full(tmp_path: Path, child_environment: dict[str,
 FORBIDDEN = """
 import os, sys
 from pathlib import Path
-from packager.errors import MachineError
-from packager.progress import Silent
-from packager.store import Store
+from packager.core.errors import MachineError
+from packager.core.progress import Silent
+from packager.core.store import Store
 import filelock
 if os.getuid() == 0:
     os.setuid(65534)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from packager.behaviour import LONGEST, SLACK, THINKING_LIMIT, Answers, questions, reasons, summarize
-from packager.samples import Samples
-from packager.store import Step
+from packager.core.store import Step
+from packager.fidelity.answers import LONGEST, SLACK, THINKING_LIMIT, Answers, questions, reasons, summarize
+from packager.fidelity.samples import Samples
 from tests.unit.tiny import WORDS, tokenizer_json, write_json
 
 PAIR = {"ids": [1, 2, 3, 4, 5], "positions": [2, 3, 4], "set": "tuning"}

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from packager.calibration import Calibration
-from packager.errors import GateFailed
-from packager.language import measure, require_known, surprise
-from packager.samples import Samples
-from packager.store import Step
+from packager.core.errors import GateFailed
+from packager.core.store import Step
+from packager.fidelity.language import measure, require_known, surprise
+from packager.fidelity.samples import Samples
+from packager.prompts.calibration import Calibration
 from tests.unit.tiny import WORDS, spoken_tokenizer, write_json
 
 TEXT = [WORDS.index(letter) for letter in "abcdef"] * 12

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from packager.catalog import load_recipe, load_target, recipe_names
-from packager.kinds import ByKind
+from packager.formats.by_kind import ByKind
+from packager.planning.catalog import load_recipe, load_target, recipe_names
 from tests.unit.sketch import SMOLLM2, sketch
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from packager.catalog import load_recipe, load_target
-from packager.edgellm import Options, releases
-from packager.plan import make_plan
+from packager.formats.edge_llm import releases
+from packager.planning.catalog import load_recipe, load_target
+from packager.planning.plan import make_plan
 from tests.unit.sketch import QWEN_1_5B, QWEN_7B, SMOLLM2, sketch
 
 RECIPE = load_recipe("edge_llm")
+Options = RECIPE.options
 NANO, AGX, THOR = (load_target(name) for name in ("jetson_orin_nano_8gb", "jetson_agx_orin_64gb", "jetson_thor"))
 BERT = {
     "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 32, "intermediate_size": 64,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from packager.progress import Silent
-from packager.store import Store
-from packager.tokenizer_facts import read_tokenizer
-from packager.tokenizer_files import TRANSFORMERS, generation_config, tokenizer_files, tokenizer_paths
+from packager.checkpoint.tokenizer import read_tokenizer
+from packager.core.progress import Silent
+from packager.core.store import Store
+from packager.formats.tokenizer_files import TRANSFORMERS, generation_config, tokenizer_files, tokenizer_paths
 from tests.unit.tiny import CHATML, CONFIG, WORDS, tokenizer_json, write_json
 
 

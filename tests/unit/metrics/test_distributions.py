@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from packager.errors import GateFailed
-from packager.fidelity import Score, compare, divergence, positions_of, require_equal
+from packager.core.errors import GateFailed
+from packager.metrics.distributions import Score, compare, divergence, positions_of, require_equal
 
 
 def logs(**shares: float) -> dict[int, float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packager import encoder_fidelity
-from packager.encoder_fidelity import (
+from packager.core.errors import GateFailed, UsageError
+from packager.metrics import encoders
+from packager.metrics.encoders import (
     EncoderThresholds,
     LabelScore,
     VectorScore,
@@ -18,14 +19,13 @@ from packager.encoder_fidelity import (
     require_kept,
     shortfalls,
 )
-from packager.encoder_fidelity import as_dict as plain
-from packager.errors import GateFailed, UsageError
+from packager.metrics.encoders import as_dict as plain
 
 
 @pytest.fixture(autouse=True)
 def fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bound that is asserted here holds of any number of draws; a thousand take seconds."""
-    monkeypatch.setattr(encoder_fidelity, "DRAWS", 50)
+    monkeypatch.setattr(encoders, "DRAWS", 50)
 
 
 VECTORS = np.random.default_rng(1).standard_normal((20, 8)).tolist()

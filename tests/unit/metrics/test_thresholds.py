@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from packager.errors import GateFailed
-from packager.fidelity import compare, interval
-from packager.gates import Thresholds, require_kept, shortfalls
-from packager.samples import PAIR_POSITIONS, Samples, _pairs, divide
-from packager.scoring import measure
-from packager.store import Step
+from packager.core.errors import GateFailed
+from packager.core.store import Step
+from packager.fidelity.artifact import measure
+from packager.fidelity.samples import PAIR_POSITIONS, Samples, _pairs, divide
+from packager.metrics.distributions import compare, interval
+from packager.metrics.thresholds import Thresholds, require_kept, shortfalls
 
 STEP = Step("samples", "key", Path(), 0.0, 0, reused=False)
 STOP = 2

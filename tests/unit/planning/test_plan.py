@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import pytest
 
-from packager import catalog
-from packager.errors import UsageError
-from packager.gguf_sizes import estimate_gguf
-from packager.plan import Plan, fit_all, make_plan, options_keys, parse_options
+from packager.core.errors import UsageError
+from packager.formats.gguf.sizes import estimate_gguf
+from packager.planning import catalog
+from packager.planning.options import options_keys, parse_options
+from packager.planning.plan import Plan, fit_all, make_plan
 from packager.recipe import Need, Recipe
 from packager.target import Target
+from tests.conftest import ROOT
 from tests.unit.sketch import QWEN_1_5B, QWEN_7B, QWEN_32B, SMOLLM2, sketch
 
 
@@ -227,7 +229,7 @@ def test_every_target_s_options_are_options_of_its_recipe() -> None:
             assert parse_options(catalog.load_recipe(recipe), target, ())
 
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "how-to"
+DOCS = ROOT / "docs" / "how-to"
 
 
 def _blocks(file: Path, language: str) -> list[str]:
@@ -246,10 +248,10 @@ def test_the_how_to_for_targets_works(tmp_path: Path) -> None:
 
 def test_the_how_to_for_recipes_works(tmp_path: Path) -> None:
     """The module in docs/how-to/add-a-recipe.md loads, plans, refuses as it says, and builds."""
-    from packager.checkpoint import open_checkpoint
-    from packager.progress import Silent
+    from packager.checkpoint.checkpoint import open_checkpoint
+    from packager.core.progress import Silent
+    from packager.core.store import Store
     from packager.recipe import Job
-    from packager.store import Store
     from tests.unit.tiny import tiny_checkpoint
 
     file = tmp_path / "as_it_is.py"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from packager.calibration import general, load, split, spread
-from packager.errors import InputError
+from packager.core.errors import InputError
+from packager.prompts.calibration import general, load, split, spread
 
 
 def written(folder: Path, content: Any, name: str = "pairs.json") -> Path:

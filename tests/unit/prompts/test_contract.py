@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from packager.contract import first_difference, require_one_bos, require_same, require_training
-from packager.errors import GateFailed
-from packager.samples import contract_prompts, contract_talks
-from packager.scoring import Scored, require_contract
-from packager.training import Training, known
+from packager.core.errors import GateFailed
+from packager.fidelity.artifact import Scored, require_contract
+from packager.fidelity.samples import contract_prompts, contract_talks
+from packager.prompts.contract import first_difference, require_one_bos, require_same, require_training
+from packager.prompts.training_template import Training, known
 from tests.unit.tiny import spoken_tokenizer, write_json
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packager.go_template import NotUnderstood, render
+from packager.prompts.go_template import NotUnderstood, render
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from packager.errors import GateFailed
-from packager.modelfile import instruction, require_agreement
-from packager.template_probe import renderer
-from packager.tokenizer_facts import read_tokenizer
+from packager.checkpoint.chat_template import renderer
+from packager.checkpoint.tokenizer import read_tokenizer
+from packager.core.errors import GateFailed
+from packager.prompts.ollama_modelfile import instruction, require_agreement
 from tests.unit.tiny import CONFIG, spoken_tokenizer, write_json
 
 CHAT = (

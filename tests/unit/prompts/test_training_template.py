@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from packager.errors import InputError, UsageError
-from packager.template_probe import renderer
-from packager.training import Slots, Training, as_jinja, encode, from_job, known, load, pieces
+from packager.checkpoint.chat_template import renderer
+from packager.core.errors import InputError, UsageError
+from packager.prompts.training_template import Slots, Training, as_jinja, encode, from_job, known, load, pieces
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TALK = [

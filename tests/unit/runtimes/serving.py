@@ -15,11 +15,11 @@ from typing import Any
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from runtimes.app import Service, make_app
-from runtimes.chat import Prompts
+from runtimes.decoding.chat_template import Prompts
 from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
 from runtimes.manifest import Run
-from runtimes.protocol import Http
+from runtimes.server.chat_app import Service, make_app
+from runtimes.server.http_protocol import Http
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
@@ -180,7 +180,7 @@ def serving(run: Run, engine: Scripted, *, max_body: int = 1 << 20, log_json: bo
 
 @contextlib.contextmanager
 def listening(app: Any) -> Iterator[int]:
-    """The port of an application under uvicorn, as runtimes/server.py starts it."""
+    """The port of an application under uvicorn, as runtimes/server/serve.py starts it."""
     config = uvicorn.Config(app, http=Http, loop="asyncio", log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:

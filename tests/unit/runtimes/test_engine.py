@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtimes.engine import Emit, EngineError, Piece, StopScanner, iterate
-from runtimes.logits import _plain_top
+from runtimes.engines.llamacpp.logits import _plain_top
 from runtimes.manifest import ManifestError, inside, parse_run, read_bundle
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from packager.children import settled_memory
-from packager.tensorrt import ENVIRONMENT
+from packager.formats.tensorrt.compiler import ENVIRONMENT
+from packager.workers import fixed_addresses
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 LOOK = """
 import ctypes
-from packager.children.settled_memory import call, one_thread
+from packager.workers.fixed_addresses import call, one_thread
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
 def places(_):
@@ -56,14 +56,14 @@ def test_a_process_without_arenas_of_its_threads_says_so() -> None:
     [("glibc", "2.36", True), ("glibc", "2.30", True), ("glibc", "2.28", False), ("glibc", "", False), ("", "", False)],
 )
 def test_a_c_library_that_shares_what_is_given_back_is_not_trusted(name: str, version: str, keeps: bool) -> None:
-    assert settled_memory.keeps_small_pieces(name, version) is keeps
+    assert fixed_addresses.keeps_small_pieces(name, version) is keeps
 
 
 def test_what_fails_inside_is_raised_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settled_memory, "reserve", lambda: False)  # this process goes on with other tests
+    monkeypatch.setattr(fixed_addresses, "reserve", lambda: False)  # this process goes on with other tests
 
     def fails(_: None) -> None:
         raise ValueError("inside")
 
     with pytest.raises(ValueError, match="inside"):
-        settled_memory.call(lambda: None, fails)
+        fixed_addresses.call(lambda: None, fails)

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 gguf = pytest.importorskip("gguf")
 
-from packager.children import quantize_numpy as child  # noqa: E402 - it imports gguf at once, as scripts may
+from packager.workers import quantize_numpy as child  # noqa: E402 - it imports gguf at once, as scripts may
 
 TYPES = gguf.GGMLQuantizationType
 
@@ -80,7 +80,7 @@ HEADS, HEAD, INPUTS = 4, 6, 64
 
 
 def tuned(folder: Path, group: int) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
-    """A tuned module of q's shape as children/tune.py stores it, and the weights that it stands for."""
+    """A tuned module of q's shape as workers/tune.py stores it, and the weights that it stands for."""
     random = np.random.default_rng(3)
     integers = random.integers(0, 16, (HEADS * HEAD, INPUTS), dtype=np.uint8)
     scales = (random.standard_normal((HEADS * HEAD, INPUTS // group)) / 50).astype(np.float16)

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from packager.tools import CHILDREN
+from packager.core.processes import WORKERS
 
 
 def shim(*arguments: str | Path, **more: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(CHILDREN / "shim.py"), str(os.getpid()), *map(str, arguments)]
+    command = [sys.executable, str(WORKERS / "with_parent.py"), str(os.getpid()), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload,no-any-return]
 
 
@@ -44,6 +44,6 @@ def test_a_parent_that_is_gone_already_is_no_parent(tmp_path: Path) -> None:
     script = tmp_path / "s.py"
     script.write_text("print('ran')", encoding="utf-8")
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    command = [sys.executable, str(CHILDREN / "shim.py"), gone.stdout.decode().strip(), str(script)]
+    command = [sys.executable, str(WORKERS / "with_parent.py"), gone.stdout.decode().strip(), str(script)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.stdout == "" and (ran.returncode == 1 or sys.platform != "linux")

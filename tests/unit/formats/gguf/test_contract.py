@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from packager.errors import GateFailed
-from packager.gguf_contract import adds_bos, require_carried
-from packager.template_probe import renderer
-from packager.tokenizer_facts import read_tokenizer
+from packager.checkpoint.chat_template import renderer
+from packager.checkpoint.tokenizer import read_tokenizer
+from packager.core.errors import GateFailed
+from packager.formats.gguf.contract import adds_bos, require_carried
 from tests.unit.tiny import CHATML, CONFIG, spoken_tokenizer, write_json
 
 TALK = [{"role": "user", "content": "a b"}]

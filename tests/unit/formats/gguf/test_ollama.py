@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from packager import ollama
-from packager.calibration import general
-from packager.errors import GateFailed
-from packager.ollama import TurnShape, shape_of, write_store
-from packager.template_probe import renderer
+from packager.checkpoint.chat_template import renderer
+from packager.core.errors import GateFailed
+from packager.formats.gguf import ollama
+from packager.formats.gguf.ollama import TurnShape, shape_of, write_store
+from packager.prompts.calibration import general
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"

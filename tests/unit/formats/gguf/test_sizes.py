@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from packager.gguf_sizes import (
+from packager.checkpoint.families import kv_cache_bytes
+from packager.formats.gguf.sizes import (
     QUANTS,
     estimate_gguf,
     gguf_name,
-    kv_cache_bytes,
     metadata_bytes,
     predict,
     tensor_bytes,
@@ -19,6 +19,7 @@ from packager.gguf_sizes import (
 )
 from packager.recipe import Estimate
 from packager.target import load_target
+from tests.conftest import ROOT
 from tests.unit.sketch import QWEN_1_5B, SMOLLM2, sketch
 
 MEASURED = {
@@ -154,5 +155,5 @@ def test_smaller_types_are_smaller() -> None:
 
 
 def _estimate(config: dict[str, object], quant: str, *, context: int = 4096, slots: int = 1) -> Estimate:
-    target = load_target(Path(__file__).resolve().parents[2] / "targets" / "desktop_linux_x86_64.toml")
+    target = load_target(ROOT / "targets" / "desktop_linux_x86_64.toml")
     return estimate_gguf(sketch(config), target, quant=quant, context=context, slots=slots)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import awq, gptq
-from packager.catalog import load_recipe, load_target
-from packager.int4_folder import Form, integers, specs, words
-from packager.int4_recipe import engine_for
-from packager.tuning import linear_modules
+from packager.formats.int4 import awq, gptq
+from packager.formats.int4.build import engine_for
+from packager.formats.int4.folder import Form, integers, specs, words
+from packager.formats.int4.tuning import linear_modules
+from packager.planning.catalog import load_recipe, load_target
 from tests.unit.sketch import QWEN_1_5B, QWEN_7B, SMOLLM2, sketch
 
 FORMS = [gptq.FORM, awq.FORM]

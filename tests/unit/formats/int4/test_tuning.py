@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from packager.calibration import general
-from packager.catalog import load_recipe, load_target
-from packager.store import Step
-from packager.tuning import BASE_BYTES, Tuned, costs, gguf_parts, linear_modules, open_tuned, ragged, unpack
+from packager.core.store import Step
+from packager.formats.gguf.steps import gguf_parts
+from packager.formats.int4.tuning import BASE_BYTES, Tuned, costs, linear_modules, open_tuned, ragged, unpack
+from packager.planning.catalog import load_recipe, load_target
+from packager.prompts.calibration import general
 from tests.unit.sketch import QWEN_7B, QWEN_32B, SMOLLM2, sketch
 from tests.unit.tiny import write_json
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import onnx_decoder, onnx_graph
-from packager.catalog import load_recipe, load_target
-from packager.onnx_weights import eight_bits
+from packager.formats.onnx import decoder, decoder_graph
+from packager.planning.catalog import load_recipe, load_target
+from packager.tensors.rounding import eight_bits
 from tests.unit.sketch import SMOLLM2, sketch
 
 CONFIG = SMOLLM2
@@ -20,15 +20,15 @@ OPTIONS = load_recipe("onnx_int8").options
 
 def refusal(**changes: Any) -> str:
     options = OPTIONS(**{key: changes.pop(key) for key in ("context",) if key in changes})
-    return str(onnx_decoder.why_not(sketch(CONFIG | changes), TARGET, options))
+    return str(decoder.why_not(sketch(CONFIG | changes), TARGET, options))
 
 
 def test_smollm2_is_served_and_its_size_is_known() -> None:
     """Within 1 % of what a build writes: 144,209,158 bytes of INT8, 91,124,985 of INT4."""
     checkpoint = sketch(CONFIG)
-    assert onnx_decoder.why_not(checkpoint, TARGET, OPTIONS()) is None
+    assert decoder.why_not(checkpoint, TARGET, OPTIONS()) is None
     for bits, written in ((8, 144_209_158), (4, 91_124_985)):
-        size = onnx_decoder.estimate(checkpoint, TARGET, OPTIONS(bits=bits, tune="none"))
+        size = decoder.estimate(checkpoint, TARGET, OPTIONS(bits=bits, tune="none"))
         assert size.artifact_bytes == pytest.approx(written, rel=0.01)
         assert size.kv_bytes == 2 * 30 * 3 * 64 * 4 * 4096 * 4
 
@@ -50,12 +50,12 @@ def test_what_cannot_be_made_is_refused_in_a_sentence(changes: dict[str, Any], s
 def test_a_window_matters_where_the_context_is_longer() -> None:
     """Mistral's sliding window; Gemma 2 alternates; Qwen2 says whether it uses one."""
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
-    assert [layer.window for layer in onnx_graph.layers(sketch(CONFIG | mistral), 4096)][:2] == [0, 0]
-    assert [layer.window for layer in onnx_graph.layers(sketch(CONFIG | mistral), 8192)][:2] == [4096, 4096]
+    assert [layer.window for layer in decoder_graph.layers(sketch(CONFIG | mistral), 4096)][:2] == [0, 0]
+    assert [layer.window for layer in decoder_graph.layers(sketch(CONFIG | mistral), 8192)][:2] == [4096, 4096]
     gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 1024, "head_dim": 64}
-    assert [layer.window for layer in onnx_graph.layers(sketch(CONFIG | gemma), 4096)][:4] == [1024, 0, 1024, 0]
+    assert [layer.window for layer in decoder_graph.layers(sketch(CONFIG | gemma), 4096)][:4] == [1024, 0, 1024, 0]
     qwen = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 1024}
-    assert onnx_graph.layers(sketch(CONFIG | qwen), 4096)[0].window == 0
+    assert decoder_graph.layers(sketch(CONFIG | qwen), 4096)[0].window == 0
 
 
 def test_eight_bits_round_to_nearest_and_refuse_what_is_no_number() -> None:
@@ -72,4 +72,4 @@ def test_eight_bits_round_to_nearest_and_refuse_what_is_no_number() -> None:
 def test_families_that_have_no_graph_are_named() -> None:
     checkpoint = sketch(CONFIG)
     other = replace(checkpoint, family=replace(checkpoint.family, model_type="mamba"))
-    assert "no ONNX graph" in str(onnx_decoder.why_not(other, TARGET, OPTIONS()))
+    assert "no ONNX graph" in str(decoder.why_not(other, TARGET, OPTIONS()))

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import onnx_cuda, onnx_weights
-from packager.build import wheels_of
-from packager.catalog import load_recipe, load_target
-from packager.plan import make_plan, parse_options
+from packager.bundle.engines import lock_files
+from packager.formats.onnx import decoder_cuda, matrices
+from packager.planning.catalog import load_recipe, load_target
+from packager.planning.options import parse_options
+from packager.planning.plan import make_plan
 from packager.target import Target
-from runtimes import ort_cuda
+from runtimes.engines.onnxruntime import cuda
 from tests.unit.sketch import SMOLLM2, sketch
 from tests.unit.test_locks import pinned
 
@@ -88,29 +89,29 @@ def test_an_encoder_is_sent_to_tensorrt() -> None:
 def test_what_a_box_is_asked_for() -> None:
     """A driver and a card from 7.5 on with room for all of it: what bin/check compares."""
     size = planned("provider=cuda").estimate
-    needs = onnx_cuda.gpu_needs(size)
+    needs = decoder_cuda.gpu_needs(size)
     assert needs == {"capability": "7.5", "count": 1, "driver_min": "580.65.06",
                      "bytes": size.load_bytes + size.kv_bytes + size.overhead_bytes}  # fmt: skip
-    assert size.overhead_bytes > onnx_cuda.DEVICE_BYTES + onnx_cuda.scratch_bytes(sketch(SMOLLM2), 4096, 4)
+    assert size.overhead_bytes > decoder_cuda.DEVICE_BYTES + decoder_cuda.scratch_bytes(sketch(SMOLLM2), 4096, 4)
 
 
 def test_the_lock_has_the_library_that_was_read_and_what_it_is_linked_with() -> None:
     """And neither cuDNN nor cuFFT, which would be another gigabyte; the box's engine names the same driver."""
-    found = pinned(f"{wheels_of({'engine': 'ort_cuda'})}.lock")
-    assert found["onnxruntime-gpu"] == onnx_cuda.VERSION
+    found = pinned(lock_files({'engine': 'ort_cuda'})[0].name)
+    assert found["onnxruntime-gpu"] == decoder_cuda.VERSION
     assert {name for name in found if name.startswith("nvidia")} == {
         "nvidia-cublas", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-curand"
     }  # fmt: skip
     assert "onnxruntime" not in found
-    assert (onnx_cuda.DRIVER, onnx_cuda.PROVIDER) == (ort_cuda.DRIVER, ort_cuda.PROVIDER)
+    assert (decoder_cuda.DRIVER, decoder_cuda.PROVIDER) == (cuda.DRIVER, cuda.PROVIDER)
 
 
-class Blank(onnx_cuda.HalfPacked):
+class Blank(decoder_cuda.HalfPacked):
     """Places without their bytes: the headers of a sketch have no file."""
 
-    def _place(self, modules: tuple[str, ...]) -> onnx_weights.Place:
+    def _place(self, modules: tuple[str, ...]) -> matrices.Place:
         rows = sum(self.info(module).shape[0] for module in modules)
-        return onnx_weights.Place(rows, self.info(modules[0]).shape[1], 8, 0, 0)
+        return matrices.Place(rows, self.info(modules[0]).shape[1], 8, 0, 0)
 
     def vector(self, name: str) -> Any:
         return np.ones(self.checkpoint.tensors[name].shape, np.float32)
@@ -123,7 +124,7 @@ def test_no_type_is_left_that_has_no_cuda_kernel() -> None:
     file = io.BytesIO()
     checkpoint = sketch(SMOLLM2)
     weights = Blank(checkpoint, file, 32, None, lambda _: None)  # type: ignore[arg-type]
-    model = onnx_cuda.HalfDecoder(checkpoint, weights, 64).model()
+    model = decoder_cuda.HalfDecoder(checkpoint, weights, 64).model()
     kind = onnx.TensorProto
     values = [*model.graph.input, *model.graph.output]
     assert {value.type.tensor_type.elem_type for value in values} == {kind.FLOAT16, kind.INT64, kind.INT32}
@@ -141,5 +142,5 @@ def test_no_type_is_left_that_has_no_cuda_kernel() -> None:
 
 def test_a_constant_beyond_float16_is_no_constant() -> None:
     with pytest.raises(ValueError, match="float16 cannot hold"):
-        onnx_cuda.HalfGraph().constant("norm", np.array([70_000.0], np.float32))
-    assert onnx_cuda.HalfGraph().constant("axis", np.array([2**62], np.int64)) == "axis"
+        decoder_cuda.HalfGraph().constant("norm", np.array([70_000.0], np.float32))
+    assert decoder_cuda.HalfGraph().constant("axis", np.array([2**62], np.int64)) == "axis"

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from packager import llamacpp, pinned, tensorrt
 from packager.bundle.wheels import read_lock
-from packager.console import Console
-from packager.errors import NetworkError, ToolError
-from packager.progress import Progress
-from packager.tools import ChildFailed
+from packager.cli.console import Console
+from packager.core import pip
+from packager.core.errors import NetworkError, ToolError
+from packager.core.processes import ChildFailed
+from packager.core.progress import Progress
+from packager.formats.gguf import llamacpp
+from packager.formats.tensorrt import compiler
 
 
 @pytest.fixture(autouse=True)
@@ -33,23 +35,23 @@ def failing(output: str) -> Any:
 
 def test_the_lock_pins_what_the_code_names() -> None:
     """Bindings and libraries, in one version, each with hashes; the version is the one that plans tell."""
-    found = read_lock(tensorrt.lock_file())
+    found = read_lock(compiler.lock())
     assert {entry.name for entry in found} == {"tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs"}
-    assert {str(entry.requirement.specifier) for entry in found} == {f"=={tensorrt.BUILD}"}
-    assert tensorrt.BUILD.startswith(f"{tensorrt.VERSION}.") and all(entry.hashes for entry in found)
+    assert {str(entry.requirement.specifier) for entry in found} == {f"=={compiler.BUILD}"}
+    assert compiler.BUILD.startswith(f"{compiler.VERSION}.") and all(entry.hashes for entry in found)
 
 
 def test_the_plan_says_what_is_fetched_only_while_it_is_missing() -> None:
     """Its size and where it stays; nothing once it is there."""
-    assert f"{tensorrt.DOWNLOAD_MB} MB" in str(tensorrt.to_fetch())
-    tensorrt.folder().mkdir(parents=True)
-    assert tensorrt.to_fetch() is None
-    assert tensorrt.compiler(Console(quiet=True)) == tensorrt.folder()
+    assert f"{compiler.DOWNLOAD_MB} MB" in str(compiler.to_fetch())
+    compiler.folder().mkdir(parents=True)
+    assert compiler.to_fetch() is None
+    assert compiler.compiler(Console(quiet=True)) == compiler.folder()
 
 
 @pytest.mark.parametrize(
     ("fetch", "wrong"),
-    [(tensorrt.compiler, "wheels .* are not the pinned ones"), (llamacpp.sources, "sdist .* is not the pinned one")],
+    [(compiler.compiler, "wheels .* are not the pinned ones"), (llamacpp.sources, "sdist .* is not the pinned one")],
     ids=["tensorrt", "llama.cpp"],
 )
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_a_failed_fetch_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A wrong hash is an index not to be used; anything else is the network's; no half folder stays either way."""
-    monkeypatch.setattr(pinned, "run", failing(output))
+    monkeypatch.setattr(pip, "run", failing(output))
     with pytest.raises(kind, match=says or wrong):
         fetch(Console(quiet=True))
     assert not list((cache / "packager" / "tools").iterdir())
@@ -81,11 +83,11 @@ def test_a_failed_fetch_leaves_nothing(
 )
 def test_what_a_failed_compilation_means(code: int, output: str, says: str, why: str, tmp_path: Path) -> None:
     """A library that does not load, even by crashing, is fetched again; a graph it refuses is told by the reason."""
-    error = tensorrt._explained(ChildFailed("compiling", code, output), tmp_path)
+    error = compiler._explained(ChildFailed("compiling", code, output), tmp_path)
     assert says in error.what and why in error.why
     assert (str(tmp_path) in error.fix) == (says == "cannot be loaded")
 
 
 def test_jetsons_are_not_among_the_capabilities() -> None:
     """8.7, 7.2 and 11.0 build their own."""
-    assert not {"7.2", "8.7", "11.0"} & set(tensorrt.CAPABILITIES)
+    assert not {"7.2", "8.7", "11.0"} & set(compiler.CAPABILITIES)

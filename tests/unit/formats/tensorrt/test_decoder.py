@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from packager import tensorrt_decoder as decoder
-from packager.catalog import load_recipe, load_target
-from packager.plan import make_plan as make_the_plan
-from packager.plan import parse_options
-from packager.tensorrt_plan import make_plan, trtexec
+from packager.formats.tensorrt import decoder
+from packager.formats.tensorrt.plan import make_plan, trtexec
+from packager.planning.catalog import load_recipe, load_target
+from packager.planning.options import parse_options
+from packager.planning.plan import make_plan as make_the_plan
 from tests.unit.sketch import QWEN_1_5B, QWEN_7B, SMOLLM2, sketch
 
 T4, NANO, XAVIER = (load_target(name) for name in ("t4", "jetson_orin_nano_8gb", "jetson_xavier_nx"))
@@ -112,7 +112,7 @@ def test_the_box_reads_the_plan(tmp_path: Any) -> None:
     """The reader of the box takes what is written here: types, profile, trtexec's arguments."""
     import json
 
-    from runtimes.tensorrt_plan import read_plan
+    from runtimes.engines.tensorrt.plan import read_plan
 
     for name in ("model.onnx", "model.onnx.data"):
         (tmp_path / name).write_bytes(b"x")

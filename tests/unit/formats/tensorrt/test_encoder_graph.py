@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager import onnx_typed
-from packager.checkpoint import Checkpoint, open_checkpoint
-from packager.console import Console
-from packager.errors import InputError
-from packager.onnx_parts import DATA, MODEL
+from packager.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packager.cli.console import Console
+from packager.core.errors import InputError
+from packager.formats.onnx.external_data import DATA, MODEL
+from packager.formats.tensorrt import encoder_graph
 from tests.unit.tiny import write_tensors
 from tests.unit.tiny_encoder import CONFIG, shapes, tiny_encoder
 
@@ -96,12 +96,12 @@ def expected(checkpoint: Checkpoint) -> np.ndarray[Any, Any]:
     return found
 
 
-def written(tmp_path: Path, rounded: dict[str, onnx_typed.Rounding], name: str = "out") -> tuple[Checkpoint, Path]:
+def written(tmp_path: Path, rounded: dict[str, encoder_graph.Rounding], name: str = "out") -> tuple[Checkpoint, Path]:
     checkpoint = opened(tmp_path) if not (tmp_path / "tiny").exists() else open_checkpoint(
         str(tmp_path / "tiny"), progress=Console(quiet=True), cache=tmp_path / "cache")  # fmt: skip
     folder = tmp_path / name
     folder.mkdir()
-    onnx_typed.write(skeleton(tmp_path / "graph.onnx"), checkpoint, folder, rounded)
+    encoder_graph.write(skeleton(tmp_path / "graph.onnx"), checkpoint, folder, rounded)
     return checkpoint, folder
 
 
@@ -117,8 +117,8 @@ def types(folder: Path) -> dict[str, int]:
 
 def test_layers_that_read_one_activation_are_one_group(tmp_path: Path) -> None:
     """They share its scale, and are named by what their names have in common."""
-    (group,) = onnx_typed.groups(skeleton(tmp_path / "graph.onnx"))
-    assert group == onnx_typed.Group(LAYER, tuple(f"{LAYER}.{part}.weight" for part in PARTS))
+    (group,) = encoder_graph.groups(skeleton(tmp_path / "graph.onnx"))
+    assert group == encoder_graph.Group(LAYER, tuple(f"{LAYER}.{part}.weight" for part in PARTS))
 
 
 def test_everything_is_float16_but_the_softmax_and_the_output(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_everything_is_float16_but_the_softmax_and_the_output(tmp_path: Path) ->
     found = types(folder)
     assert {found[name] for name in ("states", "query", "key", "scores", "mask", "masked")} == {TensorProto.FLOAT16}
     assert found["masked.wide"] == TensorProto.FLOAT and found["out"] == TensorProto.FLOAT
-    read = onnx_typed.read_back(folder)
+    read = encoder_graph.read_back(folder)
     assert read.int8 == 0 and "FLOAT" not in read.bytes_by_type
 
 
@@ -158,11 +158,11 @@ def test_a_rounded_layer_is_int8_on_both_sides(tmp_path: Path, smooth: tuple[flo
     """
     import onnx
 
-    checkpoint, folder = written(tmp_path, {LAYER: onnx_typed.Rounding(0.03, smooth)})
+    checkpoint, folder = written(tmp_path, {LAYER: encoder_graph.Rounding(0.03, smooth)})
     graph = onnx.load(str(folder / MODEL), load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("QuantizeLinear") == 1 and kinds.count("DequantizeLinear") == 3
-    assert onnx_typed.read_back(folder).int8 == 2
+    assert encoder_graph.read_back(folder).int8 == 2
     whole = onnx.load(str(folder / MODEL))
     parts = {one.name: onnx.numpy_helper.to_array(one) for one in whole.graph.initializer}
     from safetensors.numpy import load_file
@@ -178,12 +178,12 @@ def test_a_rounded_layer_is_int8_on_both_sides(tmp_path: Path, smooth: tuple[flo
 
 def test_a_clipped_scale_changes_the_answer(tmp_path: Path) -> None:
     """The scale is really used: one that clips everything gives another model."""
-    checkpoint, folder = written(tmp_path, {LAYER: onnx_typed.Rounding(1e-4)})
+    checkpoint, folder = written(tmp_path, {LAYER: encoder_graph.Rounding(1e-4)})
     assert np.abs(run(folder) - expected(checkpoint)).max() > 0.3
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
-    rounding = {LAYER: onnx_typed.Rounding(0.03)}
+    rounding = {LAYER: encoder_graph.Rounding(0.03)}
     _, one = written(tmp_path, rounding, "one")
     _, two = written(tmp_path, rounding, "two")
     for name in (MODEL, DATA):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from packager.encoder_source import Texts, make_texts
-from packager.onnx_typed import Group, Rounding
-from packager.tensorrt_int8 import OWN, PASSAGES, Choice, calibration_texts
+from packager.fidelity.encoders import Texts, make_texts
+from packager.formats.tensorrt.encoder_graph import Group, Rounding
+from packager.formats.tensorrt.int8 import OWN, PASSAGES, Choice, calibration_texts
 
 GROUPS = (Group("layer.0.self", ("layer.0.self.query.weight", "layer.0.self.key.weight")),
           Group("layer.0.output", ("layer.0.output.weight",)))  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packager.onnx_half import by_row, half
+from packager.tensors.rounding import by_row, half
 
 
 def test_what_float16_cannot_hold_is_told() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from packager import tensorrt, tensorrt_plan
-from packager.catalog import load_recipe, load_target, target_names
-from packager.checkpoint import Checkpoint, open_checkpoint
-from packager.console import Console
-from packager.plan import Plan, make_plan, parse_options
+from packager.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packager.cli.console import Console
+from packager.formats.tensorrt import compiler
+from packager.formats.tensorrt import plan as tensorrt_plan
+from packager.planning.catalog import load_recipe, load_target, target_names
+from packager.planning.options import parse_options
+from packager.planning.plan import Plan, make_plan
 from packager.target import Target
 from tests.unit.sketch import SMOLLM2, sketch
 from tests.unit.tiny_encoder import tiny_encoder
@@ -110,7 +112,7 @@ def test_trtexec_gets_the_shapes_of_the_first_profile() -> None:
 
 def test_an_encoder_is_planned_where_tensorrt_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T4 and the Orins take it; the Xavier says why not; the desktop without a GPU names what serves the model."""
-    monkeypatch.setattr(tensorrt, "why_not_here", lambda: None)
+    monkeypatch.setattr(compiler, "why_not_here", lambda: None)
     tiny = opened(tmp_path)
     taken = {name for name in target_names() if not planned(tiny, load_target(name)).refusals}
     assert {"t4", "jetson_orin_nano_8gb", "jetson_orin_nx_16gb", "jetson_agx_orin_64gb"} <= taken
@@ -141,7 +143,7 @@ def test_int8_on_a_gpu_that_nvidia_lists_for_floats_alone_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A T4's compute capability 7.5; not an Orin's, and not for float16."""
-    monkeypatch.setattr(tensorrt, "why_not_here", lambda: None)
+    monkeypatch.setattr(compiler, "why_not_here", lambda: None)
     tiny = opened(tmp_path)
     told = {
         (name, precision): any("lists no INT8" in note for note in planned(tiny, load_target(name), precision).notes)

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from runtimes import bench, bench_machine, bench_server
-from runtimes.bench_load import (
+from runtimes.bench import llm, machine
+from runtimes.bench import server as bench_server
+from runtimes.bench.client import (
     Answer,
     BenchError,
     Client,
@@ -122,7 +123,7 @@ def test_a_server_that_is_not_there_or_not_ready_is_named(model: tuple[type[Mode
     model[0].mode = "loading"
     assert not Client(model[1]).ready()
     with pytest.raises(BenchError, match="No server is ready"):
-        bench.run(bundle(tmp_path), bench.Plan(5, 4, 4, 8), url=model[1], wait=1)
+        llm.run(bundle(tmp_path), llm.Plan(5, 4, 4, 8), url=model[1], wait=1)
 
 
 def bundle(folder: Path, **run: Any) -> Path:
@@ -139,11 +140,11 @@ def test_a_report_of_a_running_server_has_every_figure(model: tuple[type[Model],
                                                        capsys: pytest.CaptureFixture[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """report.json through the command line, written in one step."""
-    quick = bench_machine.bandwidth
-    monkeypatch.setattr(bench_machine, "bandwidth", lambda threads: quick(threads, total_bytes=8 << 20, passes=2))
-    monkeypatch.setattr(bench.Plan, "of", classmethod(lambda cls, *_: cls(5, 3, 4, 8)))
+    quick = machine.bandwidth
+    monkeypatch.setattr(machine, "bandwidth", lambda threads: quick(threads, total_bytes=8 << 20, passes=2))
+    monkeypatch.setattr(llm.Plan, "of", classmethod(lambda cls, *_: cls(5, 3, 4, 8)))
     place = tmp_path / "report.json"
-    code = bench.main(["--bundle", str(bundle(tmp_path)), "--url", model[1], "--quick", "--output", str(place)])
+    code = llm.main(["--bundle", str(bundle(tmp_path)), "--url", model[1], "--quick", "--output", str(place)])
     assert code == 0, capsys.readouterr().err
     report = json.loads(place.read_text("utf-8"))
     assert [row["streams"] for row in report["streams"]] == [1, 4, 8] and report["schema_version"] == 1
@@ -156,7 +157,7 @@ def test_a_report_of_a_running_server_has_every_figure(model: tuple[type[Model],
 
 def test_a_server_that_cannot_start_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its last words are the reason; exit code 9 and no report."""
-    code = bench.main(["--bundle", str(bundle(tmp_path, engine="abacus")), "--output", str(tmp_path / "r.json")])
+    code = llm.main(["--bundle", str(bundle(tmp_path, engine="abacus")), "--output", str(tmp_path / "r.json")])
     said = capsys.readouterr().err
     assert code == 9 and "The server ended: " in said and "Traceback" not in said and not (tmp_path / "r.json").exists()
 
@@ -177,8 +178,8 @@ def test_a_gpu_is_not_held_against_the_processors_memory(
     place = bundle(tmp_path)
     manifest = json.loads((place / "manifest.json").read_text("utf-8"))
     (place / "manifest.json").write_text(json.dumps(manifest | {"needs": {"gpu": {"count": 1}}}), "utf-8")
-    monkeypatch.setattr(bench_machine, "bandwidth", lambda threads: {"bytes_per_second": 1e3, "threads": threads})
-    report = bench.run(place, bench.Plan(5, 3, 4, 8, (1,)), url=model[1], wait=1)
+    monkeypatch.setattr(machine, "bandwidth", lambda threads: {"bytes_per_second": 1e3, "threads": threads})
+    report = llm.run(place, llm.Plan(5, 3, 4, 8, (1,)), url=model[1], wait=1)
     assert (report["roofline"]["percent"], report["roofline"]["verdict"]) == (None, "unknown")
     assert "packager plan" in report["roofline"]["note"] and report["roofline"]["note"] in " ".join(report["notes"])
 
@@ -194,14 +195,14 @@ def test_statistics() -> None:
     """Sample deviation and linear percentiles."""
     assert spread([1.0, 2.0, 3.0])["sd"] == pytest.approx(1.0) and spread([1.0])["sd"] is None
     assert percentile([1.0, 2.0, 3.0, 4.0], 50) == 2.5 and percentile([5.0], 99) == 5.0
-    assert bench.Plan.of(True, 2, 4096).repeats == 5 and bench.stream_counts("8,2") == (1, 2, 8)
+    assert llm.Plan.of(True, 2, 4096).repeats == 5 and llm.stream_counts("8,2") == (1, 2, 8)
 
 
 def test_memory_and_bandwidth_of_this_machine_are_read() -> None:
     """More bytes per second than a disk, and a peak that holds what was touched."""
-    assert bench_machine.bandwidth(2, total_bytes=16 << 20, passes=3)["bytes_per_second"] > 1e8
+    assert machine.bandwidth(2, total_bytes=16 << 20, passes=3)["bytes_per_second"] > 1e8
     import os
 
-    memory = bench_machine.process_memory(os.getpid())
+    memory = machine.process_memory(os.getpid())
     assert memory["peak_rss_bytes"] is None or memory["peak_rss_bytes"] > 5 << 20
-    assert bench_machine.physical_cores() >= 1 and bench_machine.machine()["logical_cores"] >= 1
+    assert machine.physical_cores() >= 1 and machine.machine()["logical_cores"] >= 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.chat import Prompts, TemplateRefused, compile_template
+from runtimes.decoding.chat_template import Prompts, TemplateRefused, compile_template
 from runtimes.manifest import ManifestError
 from tests.unit.runtimes.serving import make_run, write_tokenizer
 

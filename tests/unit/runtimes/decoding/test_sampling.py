@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes.detokenize import Detokenizer
+from runtimes.decoding.detokenize import Detokenizer
+from runtimes.decoding.sampling import Sampler, top_logprobs
 from runtimes.engine import Sampling
-from runtimes.sampling import Sampler, top_logprobs
-from runtimes.transformers_ import Turns
+from runtimes.engines.transformers.engine import Turns
 from tests.unit.runtimes.serving import write_tokenizer
 
 LOGITS = np.array([0.0, 3.0, 2.0, 3.0, -1.0], np.float32)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from runtimes.edgellm_ import cache_folder, command, environment, find_tensorrt, link_tensorrt
+from runtimes.engines.edge_llm import cache_folder, command, environment, find_tensorrt, link_tensorrt
 from runtimes.manifest import ManifestError, read_bundle
 from tests.conftest import ROOT
 from tests.unit.runtimes.serving import write_bundle

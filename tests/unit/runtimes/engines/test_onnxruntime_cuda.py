@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes import ort_cuda, ort_model
 from runtimes.engine import EngineError
+from runtimes.engines.onnxruntime import cuda, decoder
+from runtimes.engines.onnxruntime.cuda import LIBRARIES, OPTIONS, PROVIDER, Cuda, load, load_libraries, open_model
 from runtimes.manifest import Run
-from runtimes.ort_cuda import LIBRARIES, OPTIONS, PROVIDER, Cuda, load, load_libraries, open_model
 
 VOCABULARY, CONTEXT, SLOTS = 7, 256, 3
 ROW = 2 * CONTEXT * 16 * 2  # bytes: two heads of 16 dimensions in float16
@@ -112,7 +112,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     found = Fake()
-    for module in (ort_cuda, ort_model):
+    for module in (cuda, decoder):
         monkeypatch.setattr(module, "quiet_onnxruntime", lambda: found)
     monkeypatch.setattr(ctypes, "CDLL", lambda name, mode=0: found.done.append(Path(name).name))
     return found
@@ -126,7 +126,7 @@ def run(tmp_path: Path) -> Run:
     return Run(engine="ort_cuda", model=model, tokenizer=tmp_path, chat_template=None, context=CONTEXT, slots=SLOTS)
 
 
-def opened(run: Run) -> ort_model.Model:
+def opened(run: Run) -> decoder.Model:
     return open_model(run, context=CONTEXT, slots=SLOTS, verbose=False)
 
 
@@ -160,7 +160,7 @@ def test_caches_stay_on_the_gpu_and_only_ids_and_logits_cross(fake: Fake, run: R
 
 def test_a_server_finds_out_at_its_start_whether_the_gpu_has_room(fake: Fake, run: Run) -> None:
     """A whole piece of a prompt, and a token for every slot, before the first client comes."""
-    ort_cuda.warm_up(opened(run))
+    cuda.warm_up(opened(run))
     assert [binding.inputs["input_ids"][2] for binding in fake.ran] == [(1, 128), (SLOTS, 1)]
     fake.fails["run"] = RuntimeError(ARENA)
     with pytest.raises(EngineError, match="fewer slots or a shorter context"):

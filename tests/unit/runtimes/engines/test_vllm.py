@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from runtimes import box_vllm
-from runtimes.box_fit_gpu import lacking
-from runtimes.check import compare
+from runtimes.engines.vllm import command, free_port
 from runtimes.manifest import ManifestError, read_bundle
-from runtimes.vllm_ import command, free_port
+from runtimes.preflight import vllm as box_vllm
+from runtimes.preflight.check import compare
+from runtimes.preflight.fit_gpu import lacking
 from tests.conftest import ROOT
 from tests.unit.runtimes.serving import write_bundle
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from runtimes import answer
-from runtimes.render import render
+from runtimes.evaluate import answer
+from runtimes.evaluate.render import render
 from tests.unit.runtimes.serving import Scripted, make_run
 
 

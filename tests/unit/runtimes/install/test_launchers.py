@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.wrappers import write_wrappers
+from runtimes.install.launchers import write_wrappers
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh scripts")

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from runtimes import check
-from runtimes.box_fit_gpu import numbers
+from runtimes.preflight import check
+from runtimes.preflight.fit_gpu import numbers
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 BOXES = ROOT / "tests" / "unit" / "boxes"
 NEEDS = {"system": "linux", "machine": "aarch64", "python_min": "3.10", "python_max": "3.13", "glibc_min": "2.35",
          "ram_bytes": 6_000_000_000, "disk_bytes": 5_000_000_000, "gpu": None}
@@ -49,7 +49,7 @@ def run(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def alone(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """check as install.sh starts it: alone, with nothing installed."""
-    return subprocess.run([sys.executable, "-I", "-B", str(ROOT / "runtimes" / "check.py"), "--bundle", str(bundle),
+    return subprocess.run([sys.executable, "-I", "-B", str(ROOT / "runtimes/preflight/check.py"), "--bundle", str(bundle),
                            *arguments], capture_output=True, text=True, check=False)
 
 

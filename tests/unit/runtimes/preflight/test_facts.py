@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from runtimes import box_files, box_nvidia
-from runtimes.box_facts import KINDS, OF_A_GPU, read_facts
-from runtimes.box_files import PROBE, Box, run
-from runtimes.box_jetson import jetpack, l4t_release
+from runtimes.preflight import nvidia, sources
+from runtimes.preflight.facts import KINDS, OF_A_GPU, read_facts
+from runtimes.preflight.jetson import jetpack, l4t_release
+from runtimes.preflight.sources import PROBE, Box, run
 from tests.conftest import ROOT
 
 BOXES = ROOT / "tests" / "unit" / "boxes"
 TREES = sorted(path.name for path in (BOXES / "trees").iterdir() if path.is_dir())
-READERS = [path.stem for path in (ROOT / "runtimes").glob("box_*.py")]
-ON_THE_BOX_ALONE = ["__init__", "__main__", "check", "install", *READERS]
+PREFLIGHT = [f"preflight/{path.stem}" for path in sorted((ROOT / "runtimes/preflight").glob("*.py"))]
+ON_THE_BOX_ALONE = ["__init__", "__main__", "install/__init__", "install/install", *PREFLIGHT]
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -103,14 +103,14 @@ def test_an_nvidia_smi_that_does_not_tell_leaves_the_gpu_unknown(
     said: dict[str, Any], because: str, tmp_path: Path
 ) -> None:
     """With its own first words as the reason."""
-    query = f"nvidia-smi --query-gpu={','.join(box_nvidia.FIELDS)} --format=csv,noheader,nounits"
+    query = f"nvidia-smi --query-gpu={','.join(nvidia.FIELDS)} --format=csv,noheader,nounits"
     facts = read_facts(box=tree(tmp_path, {"/dev/nvidia0": ""}, {query: said}))
     assert facts["gpus"] is None and facts["gpus_unknown_because"] == because
 
 
 def test_a_driver_without_a_gpu_is_no_gpu(tmp_path: Path) -> None:
     """nvidia-smi says so itself."""
-    query = f"nvidia-smi --query-gpu={','.join(box_nvidia.FIELDS)} --format=csv,noheader,nounits"
+    query = f"nvidia-smi --query-gpu={','.join(nvidia.FIELDS)} --format=csv,noheader,nounits"
     said = {"status": 6, "output": "No devices were found\n"}
     assert read_facts(box=tree(tmp_path, {"/dev/nvidiactl": ""}, {query: said}))["gpus"] == []
 
@@ -130,7 +130,7 @@ def test_a_jetsons_gpu_is_known_from_its_processor_alone(tmp_path: Path) -> None
 ])  # fmt: skip
 def test_tensorrts_version_is_read_from_its_header(text: str, version: str, tmp_path: Path) -> None:
     """Both of its forms, where neither a package nor the library's name tells it."""
-    assert box_nvidia.tensorrt(tree(tmp_path, {"/usr/include/NvInferVersion.h": text}), None) == version
+    assert nvidia.tensorrt(tree(tmp_path, {"/usr/include/NvInferVersion.h": text}), None) == version
 
 
 def test_of_two_tensorrts_the_newest_counts_and_a_removed_one_does_not(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_of_two_tensorrts_the_newest_counts_and_a_removed_one_does_not(tmp_path:
               "Package: libnvinfer10\nStatus: install ok installed\nVersion: 10.3.0.30-1+cuda12.5\n\n"
               "Package: libnvinfer11\nStatus: deinstall ok config-files\nVersion: 11.0.0-1\n")  # fmt: skip
     box = tree(tmp_path, {"/var/lib/dpkg/status": status})
-    assert box_nvidia.tensorrt(box, box_nvidia.installed(box)) == "10.3.0.30"
+    assert nvidia.tensorrt(box, nvidia.installed(box)) == "10.3.0.30"
 
 
 @pytest.mark.parametrize(("l4t", "packages", "told"), [
@@ -263,11 +263,11 @@ def test_what_runs_before_an_install_can_be_read_by_python_3_8() -> None:
     for name in ON_THE_BOX_ALONE:
         text = (ROOT / "runtimes" / f"{name}.py").read_text(encoding="utf-8")
         ast.parse(text, name, feature_version=(3, 8))
-        assert "from __future__ import annotations" in text or name == "__init__", name
+        assert "from __future__ import annotations" in text or name.endswith("__init__"), name
         assert not [word for word in newer if word in text], name
 
 
 def test_the_limit_is_more_than_any_of_these_files_has_to_say() -> None:
     """A truncated release file would be an unknown release."""
     sizes = [path.stat().st_size for path in (BOXES / "trees").rglob("*") if path.is_file()]
-    assert max(sizes) < box_files.LIMIT
+    assert max(sizes) < sources.LIMIT

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from runtimes import box_nvidia
-from runtimes.box_facts import read_facts
-from runtimes.box_files import Box
-from runtimes.box_fit import Finding, compare
+from runtimes.preflight import nvidia
+from runtimes.preflight.facts import read_facts
+from runtimes.preflight.fit import Finding, compare
+from runtimes.preflight.sources import Box
 
 NEEDS: dict[str, Any] = {"system": "linux", "machine": "x86_64", "python_min": "3.10", "python_max": "3.12",
                          "glibc_min": None, "ram_bytes": 2_000, "disk_bytes": 0, "gpu": None}  # fmt: skip
@@ -94,7 +94,7 @@ def test_an_unknown_driver_is_a_warning_where_none_is_asked_for() -> None:
     assert row.ok is None and row.warns and found("driver", GPU, gpus=[T4], driver="535.1") == []
 
 
-QUERY = f"nvidia-smi --query-gpu={','.join(box_nvidia.FIELDS)} --format=csv,noheader,nounits"
+QUERY = f"nvidia-smi --query-gpu={','.join(nvidia.FIELDS)} --format=csv,noheader,nounits"
 
 
 def tree(folder: Path, commands: dict[str, Any], **files: str) -> Box:

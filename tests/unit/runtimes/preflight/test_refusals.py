@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runtimes import check
+from runtimes.preflight import check
 from tests.conftest import ROOT
 
 BOXES = ROOT / "tests" / "unit" / "boxes"

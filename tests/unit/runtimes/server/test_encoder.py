@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes.batches import Batches
-from runtimes.encoder_app import EncoderService, make_app
-from runtimes.encoding import Reader, Settings, Text, labelled, padded, pooled
 from runtimes.engine import EngineError, RequestRefused
-from runtimes.metrics import EncoderMetrics
+from runtimes.engines.encoder import Reader, Settings, Text, labelled, padded, pooled
+from runtimes.server.batcher import Batches
+from runtimes.server.encoder_app import EncoderService, make_app
+from runtimes.server.metrics import EncoderMetrics
 from tests.unit.runtimes.serving import Client, listening, make_run
 
 EMBED = {"pooling": "mean", "normalize": True, "token_types": True, "pad_id": 0, "lower_case": False, "prompt": ""}

@@ -20,16 +20,16 @@ from unittest import mock
 
 import pytest
 
-from runtimes import engine_cache as cache
-from runtimes.box_files import Box
 from runtimes.engine import EngineError
-from runtimes.engine_build import MEMORY, NONE_LEFT, attempt, judged, require_model
-from runtimes.engine_cache import Key
-from runtimes.engine_tool import main
-from runtimes.install import Refused, have_engine
-from runtimes.tensorrt_device import Device, full_version, unfit
-from runtimes.tensorrt_plan import Plan, read_plan
-from runtimes.wrappers import verbs, write_wrappers
+from runtimes.engines.tensorrt import cache
+from runtimes.engines.tensorrt.build import MEMORY, NONE_LEFT, attempt, judged, require_model
+from runtimes.engines.tensorrt.cache import Key
+from runtimes.engines.tensorrt.command import main
+from runtimes.engines.tensorrt.device import Device, full_version, unfit
+from runtimes.engines.tensorrt.plan import Plan, read_plan
+from runtimes.install.install import Refused, have_engine
+from runtimes.install.launchers import verbs, write_wrappers
+from runtimes.preflight.sources import Box
 from tests.conftest import ROOT
 from tests.unit.runtimes.gpu_bundle import DOUBLE, environment, make_bundle, write_plan
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtimes.tensorrt_resident import ResidentSession
+from runtimes.engines.tensorrt.cache_session import ResidentSession
 
 SIZES = {"input_ids": 16, "logits": 64, "past_key_values.0.key": 4096, "present.0.key": 4096}
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from runtimes.engine import EngineError
-from runtimes.tensorrt_decoder import Model, rounded
-from runtimes.tensorrt_plan import Shapes
+from runtimes.engines.tensorrt.decoder import Model, rounded
+from runtimes.engines.tensorrt.plan import Shapes
 from tests.unit.runtimes.gpu_bundle import environment, make_bundle, write_plan
 
 PROFILE = {

@@ -18,9 +18,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from runtimes.engine import EngineError
-from runtimes.tensorrt_ import fitted
-from runtimes.tensorrt_ort import wanted
-from runtimes.tensorrt_plan import Shapes, read_plan
+from runtimes.engines.tensorrt.encoder import fitted
+from runtimes.engines.tensorrt.onnxruntime import wanted
+from runtimes.engines.tensorrt.plan import Shapes, read_plan
 from tests.conftest import ROOT
 from tests.real.serving import call, served
 from tests.unit.runtimes.gpu_bundle import environment, make_bundle, write_plan
@@ -227,7 +227,7 @@ def test_of_the_systems_folder_only_tensorrt_is_imported(tmp_path: Path) -> None
     (folder / "tensorrt" / "part.py").write_text("value = 1\n", encoding="utf-8")
     (folder / "other.py").write_text("raise SystemExit('the system got in')\n", encoding="utf-8")
     code = (
-        "import sys; from runtimes.tensorrt_native import library, library_version; before = list(sys.path)\n"
+        "import sys; from runtimes.engines.tensorrt.session import library, library_version; before = list(sys.path)\n"
         "trt = library('tensorrt'); assert trt.value == 1 and library_version('tensorrt') == '10.3.0'\n"
         "assert sys.path == before and library('tensorrt') is trt\n"
         "try:\n    import other\nexcept ModuleNotFoundError:\n    print('apart')\n"
@@ -236,7 +236,7 @@ def test_of_the_systems_folder_only_tensorrt_is_imported(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.stdout == "apart\n", done.stderr
     env["PACKAGER_TENSORRT"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", "from runtimes.tensorrt_native import library; library('tensorrt')"],
+    done = subprocess.run([sys.executable, "-c", "from runtimes.engines.tensorrt.session import library; library('tensorrt')"],
                           env=env, capture_output=True, text=True, check=False)  # fmt: skip
     assert "TensorRT: expected its Python package for Python 3." in done.stderr.splitlines()[-1]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from runtimes.engines.tensorrt.plan import read_plan, shape_flags, trtexec_arguments
 from runtimes.manifest import ManifestError
-from runtimes.tensorrt_plan import read_plan, shape_flags, trtexec_arguments
 from tests.unit.runtimes.gpu_bundle import make_bundle, profile, write_plan
 
 COMPILED = {"file": "engine.rtx", "sha256": "0" * 64, "bytes": 3, "library": "tensorrt-rtx", "version": "1.7.1",

@@ -1,6 +1,6 @@
 """A stand-in for TensorRT's Python package, for tests alone, never for users: engines are JSON files that name an ONNX,
 and are run by onnxruntime on the CPU, or echo their token ids where the "ONNX" is the word echo. The parts of the real
-interface that runtimes/tensorrt_native.py uses, with its checks: an engine of another device or version is refused in
+interface that runtimes/engines/tensorrt/session.py uses, with its checks: an engine of another device or version is refused in
 the library's own words, shapes outside the profile are refused, addresses must have been given.
 """
 

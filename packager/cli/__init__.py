@@ -1,0 +1,1 @@
+"""The command line: click verbs, flags, and the only code that writes to the terminal."""

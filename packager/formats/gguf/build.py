@@ -1,0 +1,294 @@
+"""GGUF for llama.cpp and Ollama: converted, checked against its source, quantized, and scored through the runtime that
+ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from packager.core.errors import GateFailed
+from packager.formats.gguf.llamacpp import NUMPY_TYPES, compiled
+from packager.formats.gguf.sizes import estimate_gguf, wants_imatrix
+from packager.formats.gguf.steps import as_type, base_type, exact_form, imatrix, said, unquantized
+from packager.formats.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.metrics.thresholds import Thresholds
+from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+
+if TYPE_CHECKING:
+    from packager.checkpoint.checkpoint import Checkpoint
+    from packager.core.store import Step
+    from packager.fidelity.artifact import Scored
+    from packager.fidelity.source import Samples
+    from packager.formats.int4.tuning import Tuned
+    from packager.target import Target
+
+GROUP = 32  # inputs that share a scale in Q4_0
+SCORE_CACHE = 1 << 30  # bytes resident while a file is scored: the map of a larger one is dropped and read again
+
+
+class Options(ServingOptions, Protocol):
+    """The recipe's options that are read here."""
+
+    @property
+    def quant(self) -> str: ...
+    @property
+    def kv_type(self) -> str: ...
+    @property
+    def imatrix(self) -> str: ...
+    @property
+    def tune(self) -> str: ...
+
+
+# mean KL divergence (nats) and top-1 agreement that a small model (135 M parameters) keeps with some room; larger ones
+# keep more (docs/explanation/fidelity.md has the measurements)
+KEPT = {
+    "F16": (0.001, 0.995),
+    "BF16": (0.005, 0.98),
+    "Q8_0": (0.05, 0.88),
+    "Q6_K": (0.1, 0.85),
+    "Q5_K_M": (0.25, 0.78),
+    "Q4_K_M": (0.5, 0.66),
+    "IQ4_XS": (0.8, 0.58),
+    "Q4_0": (1.0, 0.55),
+}
+
+
+def thresholds(options: Options) -> Thresholds:
+    """What a quant must keep; behaviour is the same for all: what was taught is what is shipped for."""
+    kl, top1 = KEPT[options.quant]
+    return Thresholds(max_kl=kl, min_top1=top1)
+
+
+def exact_type(job: Job, whole: Path, exact: Path) -> str:
+    """The type in which the unquantized model was run against its source."""
+    return base_type(job.checkpoint) if exact == whole else "F16"
+
+
+def with_tuning(options: Options) -> bool:
+    """Whether the integers are tuned instead of rounded."""
+    return options.tune in ("quick", "full")
+
+
+def with_imatrix(options: Options) -> bool:
+    """Whether this build gathers an importance matrix; only the compiled quantizer can use one."""
+    return compiled() and not with_tuning(options) and wants_imatrix(options.quant, options.imatrix)
+
+
+def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
+    from packager.checkpoint.families import FAMILIES
+
+    family = FAMILIES.get(checkpoint.architecture)
+    if family is None or not family.gguf:
+        return (
+            f"the gguf recipe serves decoder language models, and {checkpoint.architecture} is none that the "
+            f"pinned llama.cpp "
+            "converts; use the recipe for its kind."
+        )
+    if options.quant not in NUMPY_TYPES and not compiled():
+        return (
+            f"{options.quant} needs llama.cpp's compiled quantizer, which is not installed; "
+            'install the extra with pip install "packager[llamacpp]", or set quant=Q8_0, which needs no compiler.'
+        )
+    if with_tuning(options):
+        from packager.formats.int4.tuning import ragged
+
+        if options.quant != "Q4_0" or options.imatrix == "on":
+            return (
+                f"tuned integers are Q4_0's own and leave no room for an importance matrix; set quant=Q4_0 and "
+                f"imatrix=auto, or tune=none for {options.quant}."
+            )
+        if uneven := ragged(checkpoint, GROUP):
+            return f"Q4_0 has blocks of {GROUP}, which do not divide {uneven}; set tune=none or quant=Q8_0."
+    if options.imatrix == "on" and not compiled():
+        return (
+            "an importance matrix needs the compiled quantizer; "
+            'install the extra "packager[llamacpp]" or set imatrix=auto.'
+        )
+    if options.context > checkpoint.shape.context:
+        return (
+            f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model "
+            f"was made for; "
+            f"set context={checkpoint.shape.context} or less."
+        )
+    return None
+
+
+def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
+    ours = options.quant == "Q4_0" and (with_tuning(options) or not compiled())
+    found = estimate_gguf(
+        checkpoint,
+        target,
+        quant=options.quant,
+        context=options.context,
+        slots=options.slots,
+        kv_type=options.kv_type,
+        imatrix=with_imatrix(options),
+        head="Q8_0" if ours else None,  # as quantize_numpy.py writes it
+    )
+    gpu = target.gpu
+    if gpu is not None and gpu.architecture.startswith("sm_") and not target.on_gpu("gguf"):
+        idle = f"llama.cpp's wheel is a CPU build: the {gpu.name} GPU stays idle until a CUDA build lies in wheels/."
+        found = replace(found, notes=(*found.notes, idle))
+    if not with_tuning(options):
+        return found
+    from packager.formats.int4.tuning import costs
+
+    ram, seconds = costs(checkpoint, options.tune)
+    return replace(found, build_ram_bytes=max(found.build_ram_bytes, ram), seconds=round(found.seconds + seconds, 1))
+
+
+def build(job: Job, options: Options) -> Artifact:
+    from packager.fidelity import answers
+    from packager.fidelity.artifact import measure, require_contract
+    from packager.fidelity.source import make_samples, source_scores
+    from packager.formats.gguf import llamacpp, ollama
+    from packager.formats.gguf.contract import require_carried
+    from packager.metrics.distributions import compare, require_equal
+    from packager.metrics.thresholds import require_kept
+
+    steps: list[Step] = []
+    # first what takes seconds: a template that is not training's stops the build before anything is converted
+    samples = make_samples(job) if job.verify or with_imatrix(options) or with_tuning(options) else None
+    whole = unquantized(job, steps)
+    source = None
+    report: dict[str, Any] = {}
+    if job.verify and samples:
+        source, step = source_scores(job, samples)
+        steps += [samples.step, step]
+        exact = exact_form(job, whole, steps)
+        found = _score(job, options, exact, "unquantized", samples, steps)
+        said = require_contract(job, samples, found, "the GGUF's own tokenizer")
+        said += require_carried(job, samples, whole, found.vocabulary)
+        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
+        score = compare(source, found.distributions, samples.targets)
+        require_equal(score, "the unquantized GGUF")
+        report["unquantized"] = {"run_as": exact_type(job, whole, exact), **score.as_dict()}
+        report["prompts_equal"] = len(samples.prompts)
+
+    tuned = _tuned(job, options, samples, steps)
+    if tuned:
+        report["int4"] = tuned.as_dict()
+    model, quantizer = _quantized(job, options, whole, samples, tuned, steps)
+    types = llamacpp.tensor_types(model)
+    _require_changed(options.quant, types)
+    report["tensor_types"] = types
+    if job.verify and samples and source is not None:
+        found = _score(job, options, model, "quantized", samples, steps)
+        fidelity = measure(samples, source, found.distributions)
+        limits = thresholds(options).changed(job.limits)
+        report["fidelity"] = fidelity.as_dict(limits)
+        require_kept(
+            fidelity,
+            limits,
+            f"the {options.quant} GGUF",
+            "Choose a larger quant; a small one keeps more with --calibration and the fine-tuning pairs.",
+        )
+        report["fidelity"]["answers"] = answers.report(job, found, samples, f"the {options.quant} GGUF", steps)
+
+    files = {"model.gguf": model, **tokenizer_files(job)}
+    extra: dict[str, Path] = {}
+    if job.target.name == "ollama":
+        extra, said = ollama.make(job, model, options.context, steps)
+        if "contract" in report:
+            report["contract"]["notes"] += said
+    return Artifact(
+        format="gguf",
+        files=files,
+        run=_run(job, options, model),
+        report=report,
+        extra=extra,
+        provenance=provenance(
+            job,
+            options,
+            steps,
+            quantizer=quantizer,
+            converter=llamacpp.CONVERTER,
+            imatrix=with_imatrix(options),
+        ),
+        costs=tuple(step.cost() for step in steps),
+    )
+
+
+def _tuned(job: Job, options: Options, samples: Samples | None, steps: list[Step]) -> Tuned | None:
+    """The integers that go into Q4_0 blocks as they are; None where the quantizer rounds."""
+    if not with_tuning(options):
+        return None
+    from packager.formats.int4.tuning import tune
+
+    tuned = tune(job, samples, budget=options.tune, group=GROUP)
+    steps += [tuned.step] if job.verify or samples is None else [samples.step, tuned.step]
+    return tuned
+
+
+def _quantized(
+    job: Job, options: Options, whole: Path, samples: Samples | None, tuned: Tuned | None, steps: list[Step]
+) -> tuple[Path, str]:
+    """The shipped file and the name of what wrote it."""
+    if options.quant == base_type(job.checkpoint):
+        return whole, "none: the checkpoint's own type"
+    matrix = imatrix(job, whole, samples, steps) if samples and with_imatrix(options) else None
+    made = as_type(job, whole, options.quant, matrix, steps, tuned)
+    if tuned:
+        return made / "model.gguf", f"{tuned.method}; embedding and head by {said(made)}"
+    if options.quant in NUMPY_TYPES - {"Q4_0"}:
+        return made / "model.gguf", "llama.cpp's type, the same bytes from gguf-py and from llama.cpp"
+    return made / "model.gguf", said(made)
+
+
+def _score(
+    job: Job, options: Options, model: Path, what: str, samples: Samples, steps: list[Step]
+) -> Scored:
+    """Score a GGUF through the engine that serves it."""
+    from packager.core.processes import version_of
+    from packager.fidelity.artifact import score
+
+    tokenizer = tokenizer_files(job)
+    run = {
+        **_run(job, options, model),
+        "model": str(model),
+        "context": 1024,
+        "slots": 1,
+        **{key: str(tokenizer[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
+    }
+    found, step = score(
+        job,
+        run,
+        samples,
+        what=f"the {what} GGUF",
+        inputs={"model": model.parent.name, "engine": version_of("xllamacpp")},
+        max_rss_bytes=SCORE_CACHE,
+    )
+    steps.append(step)
+    return found
+
+
+def _require_changed(quant: str, types: Mapping[str, int]) -> None:
+    """A quantization that left every tensor as it was is an error, whatever the tool's exit status."""
+    full = {"F32", "F16", "BF16"}
+    if quant not in full and not set(types) - full:
+        raise GateFailed(
+            f"the GGUF was to be {quant}, but no tensor of it is quantized ({', '.join(types)}).",
+            why="No row of the model fits the type's block size.",
+            fix="Choose another quant, or F16.",
+        )
+
+
+def _run(job: Job, options: Options, model: Path) -> dict[str, Any]:
+    size = estimate(job.checkpoint, job.target, options)
+    return {
+        "engine": "llamacpp",
+        "model": "model/model.gguf",
+        **tokenizer_paths(job.checkpoint),
+        **job.checkpoint.tokenizer.as_run(),
+        "context": options.context,
+        "slots": options.slots,
+        "threads": 0,
+        "flash_attention": True,
+        "kv_type": options.kv_type,
+        "gpu_layers": 0,
+        "read_per_token_bytes": size.read_per_token_bytes,
+        "model_bytes": model.stat().st_size,
+    }

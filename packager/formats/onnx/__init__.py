@@ -1,0 +1,1 @@
+"""ONNX graphs of decoders and encoders, with INT8 and INT4 weights."""

@@ -1,0 +1,1 @@
+"""TensorRT: typed graphs, engine plans, and the compiler that needs no GPU."""

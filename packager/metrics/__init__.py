@@ -1,0 +1,1 @@
+"""Scores of two sets of outputs, and the thresholds that they must meet."""

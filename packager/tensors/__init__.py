@@ -1,0 +1,1 @@
+"""Tensor files and number formats: safetensors, GGUF headers, block types, rounding."""

@@ -1,0 +1,53 @@
+"""Float matrices rounded to float16 and to 8-bit integers with float16 scales."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def half(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    """float16, rounded to nearest. Raises ValueError for what float16 cannot hold."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float16)
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} has a value that float16 cannot hold (65504 is its largest)")
+    return found
+
+
+def by_row(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """int8 (rows, inputs) and a scale for each row: its largest magnitude / 127, rounded to float16 before the integers
+    are chosen by it. Raises ValueError as half().
+    """
+    import numpy as np
+
+    scales: NDArray[Any] = (np.abs(values).max(axis=1) / 127).astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise ValueError("a weight is too large for a float16 scale")
+    wide = scales.astype(np.float32)
+    wide[wide == 0] = 1  # all of them are zero, or too small to tell
+    return np.clip(np.rint(values / wide[:, None]), -127, 127).astype(np.int8), scales
+
+
+def eight_bits(values: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Rows rounded to nearest: integers 1…255 around 128, (rows, inputs), and scales (rows, inputs / block).
+
+    The scale is a block's largest magnitude / 127, rounded to float16 before the integers are chosen by it. Raises
+    ValueError for a weight that is no number or beyond what float16 scales reach.
+    """
+    import numpy as np
+
+    rows, inputs = values.shape
+    blocks = values.reshape(rows, inputs // block, block)
+    scales = (np.abs(blocks).max(axis=2) / 127).astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise ValueError("a weight is too large for a float16 scale")
+    wide = scales.astype(np.float32)
+    wide[wide == 0] = 1  # all of them are zero, or too small to tell
+    integers = np.clip(np.rint(blocks / wide[:, :, None]), -127, 127) + 128
+    return integers.astype(np.uint8).reshape(rows, inputs), scales

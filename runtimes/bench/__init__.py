@@ -1,0 +1,1 @@
+"""The benchmark: latency, throughput and memory beside the roofline of the box."""

@@ -1,0 +1,1 @@
+"""Text generation around an engine: chat template, tokenizer, sampling, scheduling, JSON schemas."""

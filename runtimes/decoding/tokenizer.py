@@ -1,0 +1,23 @@
+"""The tokenizer of a bundle."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from runtimes.manifest import ManifestError
+
+
+@functools.lru_cache(maxsize=1)  # the server and its engine share one: a vocabulary of 49,000 takes 25 MB
+def open_tokenizer(path: Path) -> Any:
+    """A tokenizer.json that neither pads nor cuts. Raises ManifestError."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ManifestError(f"{path.name} cannot be read: {error}.") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: engines that are opened or built on the box."""

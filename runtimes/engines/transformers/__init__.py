@@ -1,0 +1,1 @@
+"""Int4 folders on torch alone."""

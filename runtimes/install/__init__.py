@@ -1,0 +1,1 @@
+"""The installer: checks the box, installs the wheels, writes the launchers."""

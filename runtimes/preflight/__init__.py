@@ -1,0 +1,1 @@
+"""The preflight check: facts of the box, and whether they fit what the bundle needs."""
