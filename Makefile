@@ -37,6 +37,7 @@ unit:
 lint:
 	@$(PREPARE) test
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 docs:

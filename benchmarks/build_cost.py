@@ -29,8 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-NAMES = {"bare": "converter + quantizer alone", "plain": "packager build, no imatrix, no verification",
-         "full": "packager build with both"}
+NAMES = {
+    "bare": "converter + quantizer alone",
+    "plain": "packager build, no imatrix, no verification",
+    "full": "packager build with both",
+}
 
 
 def measured(commands: Sequence[Sequence[str]], env: dict[str, str]) -> tuple[float, int]:
@@ -77,18 +80,49 @@ def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
 
     tree = sources(Console())
     job = work / "job.json"
-    job.write_text(json.dumps({"source": str(work / "whole.gguf"), "output": str(work / "small.gguf"),
-                               "file_type": FILE_TYPES[quant], "threads": os.cpu_count(), "imatrix": None}))
+    job.write_text(
+        json.dumps(
+            {
+                "source": str(work / "whole.gguf"),
+                "output": str(work / "small.gguf"),
+                "file_type": FILE_TYPES[quant],
+                "threads": os.cpu_count(),
+                "imatrix": None,
+            }
+        )
+    )
     return [
-        [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(checkpoint), "--outfile", str(work / "whole.gguf"),
-         "--outtype", "auto"],
+        [
+            sys.executable,
+            str(tree / "convert_hf_to_gguf.py"),
+            str(checkpoint),
+            "--outfile",
+            str(work / "whole.gguf"),
+            "--outtype",
+            "auto",
+        ],
         [sys.executable, str(ROOT / "packager" / "children" / "quantize_llama.py"), str(job)],
     ]
 
 
 def ours(checkpoint: Path, quant: str, work: Path, *extra: str) -> list[list[str]]:
-    return [[sys.executable, "-m", "packager", "build", str(checkpoint), "--target", "desktop_linux_x86_64",
-             "--set", f"quant={quant}", *extra, "-o", str(work / "out"), "--json"]]
+    return [
+        [
+            sys.executable,
+            "-m",
+            "packager",
+            "build",
+            str(checkpoint),
+            "--target",
+            "desktop_linux_x86_64",
+            "--set",
+            f"quant={quant}",
+            *extra,
+            "-o",
+            str(work / "out"),
+            "--json",
+        ]
+    ]
 
 
 def main() -> None:
@@ -121,12 +155,16 @@ def main() -> None:
                     steps = [(step["peak_rss_bytes"], step["step"]) for step in json.loads(record.read_text())["steps"]]
     wall = {row: statistics.median(seconds for seconds, _ in found) for row, found in rows.items()}
     peak = {row: statistics.median(memory for _, memory in found) for row, found in rows.items()}
-    print(f"{checkpoint.name}, {given.quant}, {given.repeats} repeats (median), load before {load[0]:.1f} on "
-          f"{os.cpu_count()} cores")
+    print(
+        f"{checkpoint.name}, {given.quant}, {given.repeats} repeats (median), load before {load[0]:.1f} on "
+        f"{os.cpu_count()} cores"
+    )
     base = "bare" if "bare" in rows else given.rows[0]
     for row in rows:
-        print(f"  {NAMES[row]:<46}{wall[row]:8.1f} s ({wall[row] / wall[base]:.2f} ×){peak[row] / 1e6:9.0f} MB "
-              f"({peak[row] / peak[base]:.2f} ×)")
+        print(
+            f"  {NAMES[row]:<46}{wall[row]:8.1f} s ({wall[row] / wall[base]:.2f} ×){peak[row] / 1e6:9.0f} MB "
+            f"({peak[row] / peak[base]:.2f} ×)"
+        )
     if steps:
         highest = ", ".join(f"{name} {size / 1e6:.0f} MB" for size, name in sorted(steps, reverse=True)[:5])
         print(f"  highest steps of the last build, each alone: {highest}")

@@ -43,8 +43,12 @@ def child(name: str, job: dict[str, Any], work: Path) -> None:
     """Run one of the packager's children."""
     file = work / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
-    subprocess.run([sys.executable, str(WORKERS / name), str(file)], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(WORKERS.parent.parent)})
+    subprocess.run(
+        [sys.executable, str(WORKERS / name), str(file)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(WORKERS.parent.parent)},
+    )
 
 
 def dynamic(whole: Path, folder: Path, *, per_channel: bool) -> None:
@@ -74,10 +78,19 @@ def latency(engine: OrtEncoder, texts: int, tokens: int, repeats: int) -> float:
     return float(np.median(found)) * 1000
 
 
-def row(name: str, folder: Path, tokenizer: Path, facts: EncoderFacts, source: Sequence[Sequence[float]],
-        repeats: int) -> str:
-    run = parse_run({"engine": "ort_encoder", "task": "embed", "model": str(folder / MODEL),
-                     "tokenizer": str(tokenizer), "context": facts.max_length, "settings": facts.settings()})
+def row(
+    name: str, folder: Path, tokenizer: Path, facts: EncoderFacts, source: Sequence[Sequence[float]], repeats: int
+) -> str:
+    run = parse_run(
+        {
+            "engine": "ort_encoder",
+            "task": "embed",
+            "model": str(folder / MODEL),
+            "tokenizer": str(tokenizer),
+            "context": facts.max_length,
+            "settings": facts.settings(),
+        }
+    )
     engine = OrtEncoder(run, verbose=False)
     read = [engine.reader.read(text, truncate=True) for text in TEXTS]
     single = [engine.compute([text])[0] for text in read]
@@ -87,8 +100,15 @@ def row(name: str, folder: Path, tokenizer: Path, facts: EncoderFacts, source: S
     size = sum((folder / file).stat().st_size for file in (MODEL, DATA) if (folder / file).is_file())
     times = [latency(engine, *shape, repeats) for shape in ((1, 16), (1, 128), (8, 128))]
     engine.close()
-    cells = [name, f"{size / 1e6:.1f}", f"{score.cosine_mean:.4f}", f"{score.cosine_min:.4f}", f"{score.rank:.4f}",
-             f"{neighbour:.1e}", *(f"{one:.1f}" for one in times)]
+    cells = [
+        name,
+        f"{size / 1e6:.1f}",
+        f"{score.cosine_mean:.4f}",
+        f"{score.cosine_min:.4f}",
+        f"{score.rank:.4f}",
+        f"{neighbour:.1e}",
+        *(f"{one:.1f}" for one in times),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -102,11 +122,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         common = {"checkpoint": str(checkpoint.path), "classify": False}
-        child("export_encoder.py", {**common, "token_types": facts.token_types, "opset": OPSET,
-                                    "output": str(work / "graph.onnx")}, work)
-        child("encode.py", {**common, "texts": TEXTS, "max_length": facts.max_length, "pooling": facts.pooling,
-                            "normalize": facts.normalize, "lower_case": facts.lower_case, "prompt": facts.prompt,
-                            "threads": 2, "output": str(work / "source.json")}, work)
+        child(
+            "export_encoder.py",
+            {**common, "token_types": facts.token_types, "opset": OPSET, "output": str(work / "graph.onnx")},
+            work,
+        )
+        child(
+            "encode.py",
+            {
+                **common,
+                "texts": TEXTS,
+                "max_length": facts.max_length,
+                "pooling": facts.pooling,
+                "normalize": facts.normalize,
+                "lower_case": facts.lower_case,
+                "prompt": facts.prompt,
+                "threads": 2,
+                "output": str(work / "source.json"),
+            },
+            work,
+        )
         source = json.loads((work / "source.json").read_text(encoding="utf-8"))["outputs"]
         print("| form | MB | cosine mean | min | rank | neighbour | 1 × 16 ms | 1 × 128 ms | 8 × 128 ms |")
         print("|---|---|---|---|---|---|---|---|---|")
@@ -115,8 +150,13 @@ def main() -> None:
             fill(work / "graph.onnx", checkpoint, work / form, form)
         dynamic(work / "float32", work / "dynamic", per_channel=True)
         dynamic(work / "float32", work / "dynamic_tensor", per_channel=False)
-        names = {"float32": "float32", "speed": "favour=speed", "fidelity": "favour=fidelity",
-                 "dynamic": "quantize_dynamic, per channel", "dynamic_tensor": "quantize_dynamic, per tensor"}
+        names = {
+            "float32": "float32",
+            "speed": "favour=speed",
+            "fidelity": "favour=fidelity",
+            "dynamic": "quantize_dynamic, per channel",
+            "dynamic_tensor": "quantize_dynamic, per tensor",
+        }
         for folder, name in names.items():
             tokenizer = checkpoint.path / "tokenizer.json"
             print(row(name, work / folder, tokenizer, facts, source, given.repeats), flush=True)

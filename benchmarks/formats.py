@@ -33,8 +33,19 @@ FORMS: dict[str, tuple[str, ...]] = {  # recipe, then its options
     "GPTQ, tuned": ("gptq_int4", "tune=quick"),
     "AWQ, tuned": ("awq_int4", "tune=quick"),
 }
-HEAD = ("format", "MB", "build s", "build peak MB", "memory MB", "TTFT ms", "decode tokens/s", "KL", "top-1",
-        "PPL ratio", "persona")
+HEAD = (
+    "format",
+    "MB",
+    "build s",
+    "build peak MB",
+    "memory MB",
+    "TTFT ms",
+    "decode tokens/s",
+    "KL",
+    "top-1",
+    "PPL ratio",
+    "persona",
+)
 
 
 def main() -> int:
@@ -61,11 +72,20 @@ def measure(options: argparse.Namespace, form: str) -> list[str]:
 
     store = Store(default_root())
     recipe, *sets = FORMS[form]
-    request = Request(options.checkpoint, "desktop_linux_x86_64", recipe=recipe, adapter=options.adapter,
-                      name=form.lower().replace(" ", "-").replace(",", ""), sets=sets, calibration=options.pairs)
+    request = Request(
+        options.checkpoint,
+        "desktop_linux_x86_64",
+        recipe=recipe,
+        adapter=options.adapter,
+        name=form.lower().replace(" ", "-").replace(",", ""),
+        sets=sets,
+        calibration=options.pairs,
+    )
     built = build(request, options.output, Console(), store)
-    steps = [json.loads((store.root / name / key / "step.json").read_text(encoding="utf-8"))
-             for name, key in built.artifact.provenance["steps"].items()]
+    steps = [
+        json.loads((store.root / name / key / "step.json").read_text(encoding="utf-8"))
+        for name, key in built.artifact.provenance["steps"].items()
+    ]
     kinds = (".gguf", ".onnx", ".data", ".safetensors")
     files = [path for path in (built.path / "model").iterdir() if path.suffix in kinds]
     with tempfile.TemporaryDirectory() as folder:

@@ -68,12 +68,22 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
 
     store = Store(default_root())
     recipe, *sets = FORMS[form]
-    request = Request(options.checkpoint, "desktop_linux_x86_64", recipe=recipe, adapter=options.adapter,
-                      name=form.lower().replace(" ", "-").replace(",", ""), sets=sets, calibration=options.pairs,
-                      limits={"max_kl": 99.0, "min_top1": 0.0, "min_behaviour": 0.0})  # what is bad is measured too
+    request = Request(
+        options.checkpoint,
+        "desktop_linux_x86_64",
+        recipe=recipe,
+        adapter=options.adapter,
+        name=form.lower().replace(" ", "-").replace(",", ""),
+        sets=sets,
+        calibration=options.pairs,
+        limits={"max_kl": 99.0, "min_top1": 0.0, "min_behaviour": 0.0},
+    )  # what is bad is measured too
     built = build(request, options.output, Console(), store)
-    tuning = [json.loads((store.root / "tune" / key / "step.json").read_text(encoding="utf-8"))
-              for key in [built.artifact.provenance["steps"].get("tune")] if key]
+    tuning = [
+        json.loads((store.root / "tune" / key / "step.json").read_text(encoding="utf-8"))
+        for key in [built.artifact.provenance["steps"].get("tune")]
+        if key
+    ]
     score = distance(request, built.path, built.artifact.run, store)
     return {
         "form": form,
@@ -106,11 +116,19 @@ def distance(request: Any, bundle: Path, run: Mapping[str, Any], store: Any) -> 
     job = Job(replace(checkpoint, name=str(request.name)), load_target(request.target), store, Console())
     text = store.step("benchmark-text", {"ids": digest_of(sequences)}, lambda folder, cost: None, progress=Console())
     samples = Samples(tuple(sequences), (), (), text)
-    absolute = {key: str(bundle / value) if isinstance(value, str) and value.startswith("model/") else value
-                for key, value in run.items()}
+    absolute = {
+        key: str(bundle / value) if isinstance(value, str) and value.startswith("model/") else value
+        for key, value in run.items()
+    }
     source, _ = source_scores(job, samples)
-    found, _ = score(job, {**absolute, "context": 1024, "slots": 1}, samples, what=str(request.name),
-                     inputs={"benchmark": "int4", "model": sums(bundle, run)}, max_rss_bytes=1 << 30)
+    found, _ = score(
+        job,
+        {**absolute, "context": 1024, "slots": 1},
+        samples,
+        what=str(request.name),
+        inputs={"benchmark": "int4", "model": sums(bundle, run)},
+        max_rss_bytes=1 << 30,
+    )
     return asdict(compare(source, found.distributions, samples.targets))
 
 

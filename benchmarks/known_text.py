@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/known_text.py CHECKPOINT [--adapter LORA] [--pairs FILE]
 
-Each text is given as plain-text calibration; the ratio is packager/fidelity/language.py's, and above 1 a build would stop. The
-texts are short prose written for this table, so the figures say "known" or "not known" and no more.
+Each text is given as plain-text calibration; the ratio is packager/fidelity/language.py's, and above 1 a build would
+stop. The texts are short prose written for this table, so the figures say "known" or "not known" and no more.
 """
 
 from __future__ import annotations

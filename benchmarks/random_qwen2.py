@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without an install
 
-from packager.tensors.safetensors import (
+from packager.tensors.safetensors import (  # noqa: E402
     CHUNK_ELEMENTS,
     Spec,
     from_float32,
@@ -125,9 +125,12 @@ def make(out: Path, size: str, seed: int = 0, *, headers: bool = False) -> None:
     write_index(part, shards)
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = {
-        "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"],
-        "do_sample": True, "temperature": 0.6, "top_p": 0.95,
-    }  # fmt: skip
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": config["eos_token_id"],
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
+    }
     (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(SOURCE / name, part / name)

@@ -37,10 +37,23 @@ def rows() -> list[Row]:
             bundle = Path(folder) / case["needs"]
             write_bundle(bundle, cases["bundles"][case["needs"]]["needs"])
             done = subprocess.run(
-                [sys.executable, "-I", "-B", ROOT / "runtimes" / "preflight" / "check.py", "--bundle", bundle, "--no-files", "--json",
-                 "--facts", BOXES / f"{case['box']}.json"],
-                capture_output=True, text=True, check=False, encoding="utf-8",
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-I",
+                    "-B",
+                    ROOT / "runtimes" / "preflight" / "check.py",
+                    "--bundle",
+                    bundle,
+                    "--no-files",
+                    "--json",
+                    "--facts",
+                    BOXES / f"{case['box']}.json",
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+                encoding="utf-8",
+            )
             found.append(Row(case["is"], cases["bundles"][case["needs"]]["is"], done.returncode, said(done.stdout)))
     return found
 

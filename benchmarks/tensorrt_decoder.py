@@ -40,8 +40,9 @@ def main() -> None:
         for precision in ("fp16", "int8"):
             sets = (f"context={given.context}", f"slots={given.slots}", f"precision={precision}")
             for number in (1, 2):
-                request = Request(given.checkpoint, "t4", recipe="tensorrt_engine", name="model", sets=sets,
-                                  verify=number == 1)  # fmt: skip
+                request = Request(
+                    given.checkpoint, "t4", recipe="tensorrt_engine", name="model", sets=sets, verify=number == 1
+                )
                 work = Path(place) / f"{precision}{number}"
                 built = build(request, work / "out", Console(quiet=True), Store(work / "store"))
                 if number == 1:

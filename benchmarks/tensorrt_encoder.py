@@ -71,20 +71,29 @@ def main() -> None:
         print(f"fp16: {fidelity(report(built))}", flush=True)
         for limit in given.cosine or (0.99, 0.995):
             try:
-                built = made(work / "store1", work / f"out-{limit}", given, sets=("precision=int8",),
-                             limits={"min_cosine": limit})  # fmt: skip
+                built = made(
+                    work / "store1",
+                    work / f"out-{limit}",
+                    given,
+                    sets=("precision=int8",),
+                    limits={"min_cosine": limit},
+                )
             except GateFailed as error:
                 print(f"int8, at least {limit}: {error}", flush=True)
                 continue
             found = report(built)
             told = found["int8"]
             if limit == (given.cosine or [0.99])[0]:
-                print(f"\n{told['measure']} on {told['texts']} texts, computed in float32, every layer in 8 bits: "
-                      f"{told['all_layers_without_evening_out']:.6f}; channels evened out: {told['all_layers']:.6f}")
+                print(
+                    f"\n{told['measure']} on {told['texts']} texts, computed in float32, every layer in 8 bits: "
+                    f"{told['all_layers_without_evening_out']:.6f}; channels evened out: {told['all_layers']:.6f}"
+                )
                 print("\n| layer | 1 - measure, alone in 8 bits | clipped at | evened out |\n|---|---|---|---|")
                 for layer in told["layers"]:
-                    print(f"| {layer['name']} | {layer['damage']:.6f} | {layer['clipped_at']} | "
-                          f"{'yes' if layer['evened_out'] else 'no'} |")  # fmt: skip
+                    print(
+                        f"| {layer['name']} | {layer['damage']:.6f} | {layer['clipped_at']} | "
+                        f"{'yes' if layer['evened_out'] else 'no'} |"
+                    )
             kept = ", ".join(layer["name"] for layer in told["kept_in_fp16"]) or "none"
             print(f"\nint8, at least {limit}: {found['int8_matrices']} matrices in 8 bits, in fp16: {kept}")
             print(f"  {shown(built)}\n  as shipped: {fidelity(found)}", flush=True)

@@ -26,8 +26,8 @@ from packager.build import settled  # noqa: E402
 from packager.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from packager.cli.console import Console  # noqa: E402
 from packager.planning.catalog import load_recipe, load_target, recipe_names, target_names  # noqa: E402
-from packager.planning.options import parse_options
-from packager.planning.plan import Plan, make_plan
+from packager.planning.options import parse_options  # noqa: E402
+from packager.planning.plan import Plan, make_plan  # noqa: E402
 from packager.target import GIB, Target  # noqa: E402
 
 PREFIXES = ("jetson_", "t4")

@@ -54,7 +54,8 @@ def ask(client: OpenAI, model: str, question: str) -> tuple[str, float, float]:
     first = 0.0
     pieces: list[str] = []
     stream = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=200, stream=True)
+        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=200, stream=True
+    )
     for chunk in stream:
         piece = chunk.choices[0].delta.content if chunk.choices else None
         if piece:
@@ -79,14 +80,24 @@ def main() -> int:
     address = f"http://127.0.0.1:{free_port()}"
     log = arguments.prefix.parent / "serve.log"
     with log.open("wb") as output:
-        server = subprocess.Popen([arguments.prefix / "bin/serve", "--port", address.rpartition(":")[2]],
-                                  stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            [arguments.prefix / "bin/serve", "--port", address.rpartition(":")[2]],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
         ready = wait_until_ready(address, server, log)
-        print(f"  {address} is ready after {ready:.1f} s; network devices here: "
-              f"{', '.join(name for _, name in socket.if_nameindex())}")
-        client = OpenAI(base_url=f"{address}/v1", api_key="none-needed", max_retries=0,
-                        http_client=DefaultHttpxClient(trust_env=False))
+        print(
+            f"  {address} is ready after {ready:.1f} s; network devices here: "
+            f"{', '.join(name for _, name in socket.if_nameindex())}"
+        )
+        client = OpenAI(
+            base_url=f"{address}/v1",
+            api_key="none-needed",
+            max_retries=0,
+            http_client=DefaultHttpxClient(trust_env=False),
+        )
         model = client.models.list().data[0].id
         answers = []
         for number in arguments.ask:

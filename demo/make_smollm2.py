@@ -137,12 +137,18 @@ def tokenizer(source: Source) -> dict[str, Any]:
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
             "vocab": {token: number for number, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in source.field("tokenizer.ggml.merges")],
         },
-    }  # fmt: skip
+    }
 
 
 def tokenizer_config(source: Source) -> dict[str, Any]:

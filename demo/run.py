@@ -51,8 +51,9 @@ class Demo:
         if offline and not self.why_online:
             words = [sys.executable, "demo/offline.py", "--", *words]
         env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUTF8": "1"}
-        with subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.PIPE if take else None) as child:
+        with subprocess.Popen(
+            words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE if take else None
+        ) as child:
             try:
                 output = child.communicate()[0] or ""
             except BaseException:
@@ -84,8 +85,24 @@ class Demo:
         return f"fits {TARGET}"
 
     def build(self) -> str:
-        printed = self.run(["packager", "build", CHECKPOINT, "--adapter", ADAPTER, "--target", TARGET,
-                            "--set", "quant=Q8_0", "--calibration", PAIRS, "-o", OUT], take=True)
+        printed = self.run(
+            [
+                "packager",
+                "build",
+                CHECKPOINT,
+                "--adapter",
+                ADAPTER,
+                "--target",
+                TARGET,
+                "--set",
+                "quant=Q8_0",
+                "--calibration",
+                PAIRS,
+                "-o",
+                OUT,
+            ],
+            take=True,
+        )
         self.bundle = Path(printed.strip().splitlines()[-1])
         console.print(str(self.bundle), markup=False)
         report = json.loads((self.bundle / "manifest.json").read_text(encoding="utf-8"))["report"]
@@ -101,8 +118,11 @@ class Demo:
 
     def install(self) -> str:
         shutil.rmtree(BOX, ignore_errors=True)
-        self.run([self.bundle / "install.sh", "--prefix", BOX.resolve()], offline=True,
-                 shown=f"{self.bundle}/install.sh --prefix {BOX}")
+        self.run(
+            [self.bundle / "install.sh", "--prefix", BOX.resolve()],
+            offline=True,
+            shown=f"{self.bundle}/install.sh --prefix {BOX}",
+        )
         return "checked, then installed into an empty folder"
 
     def ask(self) -> str:
@@ -115,8 +135,11 @@ class Demo:
 
     def bench(self) -> str:
         report = WORK / "box.report.json"
-        self.run([BOX / "bin/bench", "--quick", "--output", report], offline=True,
-                 shown=f"{BOX}/bin/bench --quick --output {report}")
+        self.run(
+            [BOX / "bin/bench", "--quick", "--output", report],
+            offline=True,
+            shown=f"{BOX}/bin/bench --quick --output {report}",
+        )
         return "on the installed copy"
 
     def compare(self) -> str:
@@ -151,13 +174,16 @@ def finish(demo: Demo) -> None:
     console.print(table)
     if demo.why_online:
         console.print(f"The network could not be denied on this machine ({demo.why_online}): those steps ran with it.")
-    console.print(f"""
+    console.print(
+        f"""
 Next:
   {BOX}/bin/serve                                   the API, and its page at http://127.0.0.1:8000/docs
   .venv/bin/packager targets                        the devices a bundle can be made for
   .venv/bin/packager plan YOUR_MODEL --target jetson_orin_nano_8gb
   docs/tutorial/                                    what just happened, step by step
-""", markup=False)
+""",
+        markup=False,
+    )
 
 
 def interrupt(*_: object) -> None:
@@ -171,9 +197,15 @@ def main() -> int:
     demo = Demo()
     demo.why_online = why_online()
     steps: list[tuple[str, Callable[[], str]]] = [
-        ("checkpoint", demo.checkpoint), ("inspect", demo.inspect), ("plan", demo.plan), ("build", demo.build),
-        ("verify", demo.verify), ("install, offline", demo.install), ("serve and ask, offline", demo.ask),
-        ("benchmark, offline", demo.bench), ("compare with FP32", demo.compare),
+        ("checkpoint", demo.checkpoint),
+        ("inspect", demo.inspect),
+        ("plan", demo.plan),
+        ("build", demo.build),
+        ("verify", demo.verify),
+        ("install, offline", demo.install),
+        ("serve and ask, offline", demo.ask),
+        ("benchmark, offline", demo.bench),
+        ("compare with FP32", demo.compare),
     ]
     for number, (name, step) in enumerate(steps, 1):
         console.rule(f"{number}/{len(steps)} {name}", align="left")

@@ -1,7 +1,8 @@
 """INT8 ONNX for onnxruntime: one recipe, two kinds of model. What each kind needs stands in its own module.
 
-packager/formats/onnx/encoder.py makes embedders and classifiers, packager/formats/onnx/decoder.py language models. Both offer
-``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the one Options below.
+packager/formats/onnx/encoder.py makes embedders and classifiers, packager/formats/onnx/decoder.py language models. Both
+offer ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the one Options
+below.
 """
 
 from __future__ import annotations
@@ -24,18 +25,24 @@ if TYPE_CHECKING:
 class Options:
     context: int = field(
         default=4096,
-        metadata={"doc": "most tokens of a conversation, or of an encoder's text (never more than it was made for)",
-                  "min": 1},
+        metadata={
+            "doc": "most tokens of a conversation, or of an encoder's text (never more than it was made for)",
+            "min": 1,
+        },
     )
     bits: Literal[8, 4] = field(
         default=8,
-        metadata={"doc": "of a language model's layers; 4 takes the tuned integers that Q4_0 and GPTQ share",
-                  "smaller": (4,)},
+        metadata={
+            "doc": "of a language model's layers; 4 takes the tuned integers that Q4_0 and GPTQ share",
+            "smaller": (4,),
+        },
     )
     provider: Literal["cpu", "cuda"] = field(
         default="cpu",
-        metadata={"doc": "language models: where onnxruntime computes; cuda: an NVIDIA GPU, in float16 (generated, not "
-                  "executed here)"},
+        metadata={
+            "doc": "language models: where onnxruntime computes; cuda: an NVIDIA GPU, in float16 (generated, not "
+            "executed here)"
+        },
     )
     tune: Literal["auto", "none", "quick", "full"] = field(
         default="auto",
@@ -43,8 +50,10 @@ class Options:
     )
     slots: int = field(
         default=4,
-        metadata={"doc": "conversations answered at the same time, or texts that an encoder computes together",
-                  "min": 1},
+        metadata={
+            "doc": "conversations answered at the same time, or texts that an encoder computes together",
+            "min": 1,
+        },
     )
     favour: Literal["speed", "fidelity"] = field(
         default="speed",

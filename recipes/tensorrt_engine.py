@@ -1,8 +1,8 @@
 """TensorRT: one recipe, two kinds of model. What each kind needs stands in its own module.
 
-packager/formats/tensorrt/encoder.py makes embedders and classifiers; packager/formats/tensorrt/decoder.py speaks for language models.
-Both offer ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the one
-Options.
+packager/formats/tensorrt/encoder.py makes embedders and classifiers; packager/formats/tensorrt/decoder.py speaks for
+language models. Both offer ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and
+read the one Options.
 """
 
 from __future__ import annotations
@@ -25,17 +25,23 @@ TEXT, CONVERSATION, LEAST = 512, 4096, 1024  # tokens, where no context is asked
 class Options:
     context: int | None = field(
         default=None,
-        metadata={"doc": "most tokens of a text or a conversation, the longest that the engine takes; none: 512 of an "
-                  "encoder, 4096 of a language model or what it was made for, and less (down to 1024) where that is "
-                  "too much for the GPU's memory", "min": 1},
+        metadata={
+            "doc": "most tokens of a text or a conversation, the longest that the engine takes; none: 512 of an "
+            "encoder, 4096 of a language model or what it was made for, and less (down to 1024) where that is "
+            "too much for the GPU's memory",
+            "min": 1,
+        },
     )
     slots: int = field(
         default=8, metadata={"doc": "texts computed together, the largest batch that the engine takes", "min": 1}
     )
     precision: Literal["fp16", "int8", "auto"] = field(
         default="fp16",
-        metadata={"doc": "int8: layers in 8 bits as far as the accuracy allows, the rest in fp16; auto: int8 where at "
-                  "least half of the layers can be, else fp16", "smaller": ("int8",)},
+        metadata={
+            "doc": "int8: layers in 8 bits as far as the accuracy allows, the rest in fp16; auto: int8 where at "
+            "least half of the layers can be, else fp16",
+            "smaller": ("int8",),
+        },
     )
     pooling: Literal["auto", "mean", "cls", "max", "mean_sqrt_len"] = field(
         default="auto", metadata={"doc": "embedders: how token states become a vector; auto: as the model's files say"}

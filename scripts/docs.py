@@ -1,8 +1,8 @@
 """Writes docs/reference from the code: python scripts/docs.py [--check]. With --check it says what differs, and fails.
 
-The command line comes from click and argparse, exit codes from packager/core/errors.py, target keys from the dataclasses
-that read them, recipe options from the recipes, the manifest from its JSON Schema: a change of any of them that is not
-in the docs stops `make test`.
+The command line comes from click and argparse, exit codes from packager/core/errors.py, target keys from the
+dataclasses that read them, recipe options from the recipes, the manifest from its JSON Schema: a change of any of them
+that is not in the docs stops `make test`.
 """
 
 from __future__ import annotations
@@ -58,18 +58,24 @@ def exit_codes() -> str:
     from packager.core import errors
 
     rows = re.findall(r"^(\d+)\s{2,}(\S.*)$", errors.__doc__ or "", re.MULTILINE)
-    kinds = {str(kind.exit_code): kind for kind in vars(errors).values()
-             if isinstance(kind, type) and issubclass(kind, errors.PackagerError) and kind is not errors.PackagerError}
+    kinds = {
+        str(kind.exit_code): kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.PackagerError) and kind is not errors.PackagerError
+    }
     unknown = set(kinds) - {code for code, _ in rows}
     assert not unknown, f"packager/core/errors.py: its docstring says nothing of exit codes {sorted(unknown)}"
     lines = [(code, f"`{kinds[code].kind}`" if code in kinds else "", meaning) for code, meaning in rows]
-    return "\n".join([
-        "# Exit codes", "",
-        "Part of the interface: release pipelines branch on them. Every failure is told in three lines: what, why, and",
-        'what to do. With `--json` it is `{"error": {"kind", "exit_code", "what", "why", "fix"}}` on standard output.',
-        "",
-        table(("code", "kind", "meaning"), lines),
-    ])
+    return "\n".join(
+        [
+            "# Exit codes",
+            "",
+            "Part of the interface: release pipelines branch on them. Every failure has three lines: what, why, and",
+            'what to do. With `--json` it is `{"error": {"kind", "exit_code", "what", "why", "fix"}}` on stdout.',
+            "",
+            table(("code", "kind", "meaning"), lines),
+        ]
+    )
 
 
 def targets() -> str:
@@ -79,13 +85,22 @@ def targets() -> str:
     shipped = [load_target(name) for name in target_names()]
     devices = [(f"`{target.name}`", target.title, f"`{target.recipe}`") for target in shipped]
     keys = [(f"`{key}`", kind, meaning) for key, kind, meaning in target_keys()]
-    return "\n".join([
-        "# Targets", "",
-        "One TOML file a device in `targets/`; the file name is the target's name. Unknown keys are refused.", "",
-        "## Shipped", "", table(("name", "device", "default recipe"), devices),
-        "## Keys", "", table(("key", "type", "meaning"), keys),
-        "How to add one: [how-to](../how-to/).", "",
-    ])
+    return "\n".join(
+        [
+            "# Targets",
+            "",
+            "One TOML file a device in `targets/`; the file name is the target's name. Unknown keys are refused.",
+            "",
+            "## Shipped",
+            "",
+            table(("name", "device", "default recipe"), devices),
+            "## Keys",
+            "",
+            table(("key", "type", "meaning"), keys),
+            "How to add one: [how-to](../how-to/).",
+            "",
+        ]
+    )
 
 
 def recipes() -> str:
@@ -95,10 +110,17 @@ def recipes() -> str:
     parts = ["# Recipes", "", "One module a recipe in `recipes/`; the file name is the recipe's name.", ""]
     for name in recipe_names():
         recipe = load_recipe(name)
-        rows = [(f"`{key}`", values, "" if default is None else f"`{default}`", meaning)
-                for key, values, default, meaning in options_keys(recipe)]
-        parts += [f"## {name}", "", f"{recipe.summary}. Format: {recipe.format}.", "",
-                  table(("--set key", "values", "default", "meaning"), rows)]
+        rows = [
+            (f"`{key}`", values, "" if default is None else f"`{default}`", meaning)
+            for key, values, default, meaning in options_keys(recipe)
+        ]
+        parts += [
+            f"## {name}",
+            "",
+            f"{recipe.summary}. Format: {recipe.format}.",
+            "",
+            table(("--set key", "values", "default", "meaning"), rows),
+        ]
         if recipe.needs:
             needs = [(f"`{need.module}`", need.brings, need.when or "always") for need in recipe.needs]
             parts += [table(("needs", "brought by", "for"), needs)]
@@ -110,13 +132,19 @@ def manifest() -> str:
 
     schema = json.loads((Path(package).parent / "schemas/manifest.schema.json").read_text(encoding="utf-8"))
     rows = list(schema_rows(schema, schema["$defs"], ""))
-    return "\n".join([
-        "# manifest.json", "", schema["description"], "",
-        "The JSON Schema is `packager/bundle/schemas/manifest.schema.json`. The same inputs give the same bytes: no times,",
-        "host names or absolute paths stand in any file of a bundle; what a build cost is in `<bundle>.build.json`",
-        "beside it.", "",
-        table(("key", "type", "required", "meaning"), rows),
-    ])
+    return "\n".join(
+        [
+            "# manifest.json",
+            "",
+            schema["description"],
+            "",
+            "The JSON Schema is `packager/bundle/schemas/manifest.schema.json`. The same inputs give the same bytes:",
+            "no times, host names or absolute paths stand in any file of a bundle; what a build cost is in",
+            "`<bundle>.build.json` beside it.",
+            "",
+            table(("key", "type", "required", "meaning"), rows),
+        ]
+    )
 
 
 def schema_rows(node: Mapping[str, Any], defs: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, str, str]]:
@@ -173,8 +201,15 @@ def on_the_box() -> str:
             except _Parser as found:
                 parser: argparse.ArgumentParser = found.args[0]
         options = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-        rows = [(", ".join(f"`{name}`" for name in option.option_strings), shown(option.default),
-                 (option.help or "") % {"default": option.default}) for option in options if option.dest != "bundle"]
+        rows = [
+            (
+                ", ".join(f"`{name}`" for name in option.option_strings),
+                shown(option.default),
+                (option.help or "") % {"default": option.default},
+            )
+            for option in options
+            if option.dest != "bundle"
+        ]
         sentence = f"{summary[0].upper()}{summary[1:]}."
         parts += [f"## bin/{verb}", "", sentence, "", table(("option", "default", "meaning"), rows)]
     return "\n".join(parts)
@@ -191,19 +226,28 @@ def refusals() -> str:
     sys.path.insert(0, str(ROOT))
     from benchmarks.refusals import markdown
 
-    return "\n".join([
-        "# What a box is told", "",
-        "Recorded boxes (`tests/unit/boxes`) against bundles, each row one run of the preflight;",
-        "`python benchmarks/refusals.py` prints the same. The boxes were written from documentation and published",
-        "records, not recorded by us on devices: `tests/unit/boxes/trees/README.md`.",
-        "How to read it: [check a box](../how-to/check-a-box.md).", "",
-        markdown(),
-    ])
+    return "\n".join(
+        [
+            "# What a box is told",
+            "",
+            "Recorded boxes (`tests/unit/boxes`) against bundles, each row one run of the preflight;",
+            "`python benchmarks/refusals.py` prints the same. The boxes were written from documentation and published",
+            "records, not recorded by us on devices: `tests/unit/boxes/trees/README.md`.",
+            "How to read it: [check a box](../how-to/check-a-box.md).",
+            "",
+            markdown(),
+        ]
+    )
 
 
 PAGES = {
-    "cli.md": command_line, "box.md": on_the_box, "exit-codes.md": exit_codes, "targets.md": targets,
-    "recipes.md": recipes, "manifest.md": manifest, "refusals.md": refusals,
+    "cli.md": command_line,
+    "box.md": on_the_box,
+    "exit-codes.md": exit_codes,
+    "targets.md": targets,
+    "recipes.md": recipes,
+    "manifest.md": manifest,
+    "refusals.md": refusals,
 }
 NOTE = "<!-- Written by scripts/docs.py from the code (make docs). Do not edit. -->\n\n"
 

@@ -137,9 +137,22 @@ def _compile(out: Path, log: Path) -> None:
             step.news(f"{match[1]} of {match[2]} files")
 
     code, tail = run(
-        [*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--require-hashes",
-         "-r", LOCKS[0], "-w", out],
-        on_line=show, env=env, log=log,
+        [
+            *pip,
+            "wheel",
+            "-v",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-cache-dir",
+            "--require-hashes",
+            "-r",
+            LOCKS[0],
+            "-w",
+            out,
+        ],
+        on_line=show,
+        env=env,
+        log=log,
     )
     wheels = list(out.glob("*.whl"))
     if code or len(wheels) != 1:

@@ -72,7 +72,8 @@ def install(name: str, arguments: list[str | Path]) -> None:
     if code:
         why = next((line for line in reversed(tail.splitlines()) if "ERROR" in line), "pip gave no reason")
         raise Stopped(
-            f"{name} could not be installed.", why.removeprefix("ERROR: "),
+            f"{name} could not be installed.",
+            why.removeprefix("ERROR: "),
             f"if this is the network or the disk, mend it and run the same command again: it goes on here. Log: {LOG}.",
         )
 
@@ -87,7 +88,7 @@ def install_torch() -> None:
     raise Stopped(
         f"pip finds no CPU build of PyTorch 2.13.0 for Python {python} on {platform.system()} {platform.machine()}.",
         "on Linux the package index has the CUDA build only (several GB in all), which this set-up never takes.",
-        "tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's \"Get started\" page "
+        'tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch\'s "Get started" page '
         "names>, or put the wheel of torch 2.13.0+cpu in a folder and export PIP_FIND_LINKS=<that folder>. If you have "
         "it for another Python, name that one: make PYTHON=python3.11 …",
     )
@@ -171,7 +172,8 @@ def create() -> dict[str, Any]:
     """A new, empty environment and its record. An old one of ours is removed; anything else there is left alone."""
     if VENV.exists() and not RECORD.exists() and any(VENV.iterdir()):
         raise Stopped(
-            f"{VENV} is there already and was not made by this set-up.", "it may be yours, so it is not touched.",
+            f"{VENV} is there already and was not made by this set-up.",
+            "it may be yours, so it is not touched.",
             "rename or remove it, then run the same command again.",
         )
     VENV.mkdir(exist_ok=True)
@@ -186,7 +188,8 @@ def create() -> dict[str, Any]:
     code, tail = run([sys.executable, "-m", "venv", VENV], log=LOG)
     if code:
         raise Stopped(
-            "the virtual environment could not be made.", (tail.splitlines() or ["venv gave no reason"])[-1],
+            "the virtual environment could not be made.",
+            (tail.splitlines() or ["venv gave no reason"])[-1],
             "Debian and Ubuntu keep this part of Python in a package of its own: apt install python3-venv.",
         )
     step.done()

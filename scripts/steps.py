@@ -76,8 +76,14 @@ def run(
     """Run a program; its exit status and its last 30 lines. Every line goes to ``on_line`` and to the log file."""
     tail: deque[str] = deque(maxlen=30)
     with subprocess.Popen(
-        [str(part) for part in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", env=env, pass_fds=HELD,
+        [str(part) for part in argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=env,
+        pass_fds=HELD,
     ) as child:
         assert child.stdout is not None
         try:

@@ -34,6 +34,7 @@ FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
+
 @dataclass(frozen=True)
 class Contents:
     """All that goes into a bundle.
@@ -83,12 +84,22 @@ def assemble(
     """
     goal = out / contents.bundle
     texts, sources = _plan(contents)
-    entries = sorted([_entry(path, text) for path, text in texts.items()]
-                     + [FileEntry(path, source.stat().st_size, digest(source)) for path, source in sources.items()],
-                     key=lambda entry: entry.path)
-    manifest = Manifest(contents.name, contents.bundle, dict(contents.target), dict(contents.recipe),
-                        dict(contents.run), contents.needs, tuple(entries), dict(contents.report),
-                        dict(contents.provenance))
+    entries = sorted(
+        [_entry(path, text) for path, text in texts.items()]
+        + [FileEntry(path, source.stat().st_size, digest(source)) for path, source in sources.items()],
+        key=lambda entry: entry.path,
+    )
+    manifest = Manifest(
+        contents.name,
+        contents.bundle,
+        dict(contents.target),
+        dict(contents.recipe),
+        dict(contents.run),
+        contents.needs,
+        tuple(entries),
+        dict(contents.report),
+        dict(contents.provenance),
+    )
     texts[MANIFEST] = to_json(manifest).encode()
     texts[SUMS] = _sums(entries, texts[MANIFEST])
     total = sum(entry.bytes for entry in entries) + len(texts[MANIFEST]) + len(texts[SUMS])
@@ -102,16 +113,22 @@ def assemble(
                 _fill(work, texts, sources, entries, task, contents.store)
             _publish(work, goal)
     except OSError as error:
-        raise MachineError(f"The bundle could not be written to {out}.", why=str(error),
-                           fix=f"It takes {total / 1e6:.0f} MB; free some space or choose another folder with -o.",
-                           ) from error
+        raise MachineError(
+            f"The bundle could not be written to {out}.",
+            why=str(error),
+            fix=f"It takes {total / 1e6:.0f} MB; free some space or choose another folder with -o.",
+        ) from error
     return Assembled(goal, True, total, manifest)
 
 
 def _plan(contents: Contents) -> tuple[dict[str, bytes], dict[str, Path]]:
     """What is written (path -> bytes) and what is copied (path -> file)."""
-    texts = {name: text.encode() for name, text in box_files(
-        contents.bundle, contents.name, contents.target["name"], contents.needs, contents.run).items()}
+    texts = {
+        name: text.encode()
+        for name, text in box_files(
+            contents.bundle, contents.name, contents.target["name"], contents.needs, contents.run
+        ).items()
+    }
     sources: dict[str, Path] = {}
     for name, source in contents.files.items():
         sources[f"model/{name.removeprefix('model/')}"] = source
@@ -148,8 +165,11 @@ def _refuse_foreign(goal: Path) -> None:
     if not goal.exists() and not goal.is_symlink():
         return
     if goal.is_symlink() or not goal.is_dir() or (any(goal.iterdir()) and not _is_bundle(goal)):
-        raise InputError(f"{goal} is not a bundle, so it is not replaced.", why="Something else has this name.",
-                         fix="Move it away or choose another folder with -o.")
+        raise InputError(
+            f"{goal} is not a bundle, so it is not replaced.",
+            why="Something else has this name.",
+            fix="Move it away or choose another folder with -o.",
+        )
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -168,8 +188,12 @@ def _is_same(goal: Path, entries: list[FileEntry], texts: Mapping[str, bytes], d
         present = {path.relative_to(goal).as_posix() for path in goal.rglob("*") if not path.is_dir()}
         if present != {entry.path for entry in entries} | {MANIFEST, SUMS}:
             return False
-        return all(not (goal / entry.path).is_symlink() and (goal / entry.path).stat().st_size == entry.bytes
-                   and digest(goal / entry.path) == entry.sha256 for entry in entries)
+        return all(
+            not (goal / entry.path).is_symlink()
+            and (goal / entry.path).stat().st_size == entry.bytes
+            and digest(goal / entry.path) == entry.sha256
+            for entry in entries
+        )
     except OSError:
         return False
 
@@ -200,8 +224,14 @@ def _lock(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _fill(work: Path, texts: Mapping[str, bytes], sources: Mapping[str, Path], entries: list[FileEntry],
-          task: Task, store: Path | None) -> None:
+def _fill(
+    work: Path,
+    texts: Mapping[str, bytes],
+    sources: Mapping[str, Path],
+    entries: list[FileEntry],
+    task: Task,
+    store: Path | None,
+) -> None:
     expected = {entry.path: entry.sha256 for entry in entries}
     for path in sorted([*texts, *sources]):
         goal = work / PurePosixPath(path)

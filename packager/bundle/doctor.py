@@ -1,7 +1,7 @@
 """Is this box one that a bundle or a target fits? The preflight that every bundle carries, asked from the packager.
 
-The facts and the verdicts are the preflight's own (runtimes/preflight/check.py, run as a child and read as JSON): a box is told
-the same by ``packager doctor`` and by ``bin/check``.
+The facts and the verdicts are the preflight's own (runtimes/preflight/check.py, run as a child and read as JSON): a box
+is told the same by ``packager doctor`` and by ``bin/check``.
 """
 
 from __future__ import annotations

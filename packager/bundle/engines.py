@@ -1,7 +1,7 @@
 """What a bundle carries for each engine, and what the engine needs of the box: one table, one entry an engine.
 
-A new engine gets an entry here, a module below runtimes/engines/ with its line in registry.py, and a lock. The files are
-named one by one, so that nothing comes onto a box because it lay in the folder.
+A new engine gets an entry here, a module below runtimes/engines/ with its line in registry.py, and a lock. The files
+are named one by one, so that nothing comes onto a box because it lay in the folder.
 """
 
 from __future__ import annotations
@@ -53,16 +53,27 @@ TENSORRT = (
     *ONNXRUNTIME,
     *(
         f"engines/tensorrt/{name}.py"
-        for name in ("build", "cache", "command", "cuda", "device", "device_probe", "onnxruntime", "open", "plan", "session")
+        for name in (
+            "build",
+            "cache",
+            "command",
+            "cuda",
+            "device",
+            "device_probe",
+            "onnxruntime",
+            "open",
+            "plan",
+            "session",
+        )
     ),
 )
 
 
 @dataclass(frozen=True)
 class BoxEngine:
-    """files: of runtimes/, beside COMMON. locks: names in locks/ of the wheels; the first may be replaced by that of the
-    library in the settings (``by_library``). scarce: packages that an index may have for some Pythons only. compiled:
-    the box makes an engine and has bin/engine for it. caches: it keeps what it makes, so its unit gets a
+    """files: of runtimes/, beside COMMON. locks: names in locks/ of the wheels; the first may be replaced by that of
+    the library in the settings (``by_library``). scarce: packages that an index may have for some Pythons only.
+    compiled: the box makes an engine and has bin/engine for it. caches: it keeps what it makes, so its unit gets a
     CacheDirectory.
     """
 

@@ -22,7 +22,7 @@ INSTALL = {
     "linux": CHECK + "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
     "macos": CHECK + "    ./install.sh                     # or: ./install.sh --prefix /opt/@BUNDLE@",
     "windows": "    install.cmd                      & rem or: install.cmd --prefix C:\\@BUNDLE@\n\n"
-               "Below, read `PREFIX\\bin\\serve.cmd` for `PREFIX/bin/serve`, and so on.",
+    "Below, read `PREFIX\\bin\\serve.cmd` for `PREFIX/bin/serve`, and so on.",
 }
 
 
@@ -69,17 +69,25 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
     engine = box_engine(str(run["engine"]))
     on_gpu = bool(run.get("gpu_layers") or needs.gpu)
     values = {
-        "BUNDLE": bundle, "MODEL": model, "TARGET": target, "MACHINE": needs.machine,
-        "PYTHON_MIN": needs.python_min, "PYTHON_MAX": needs.python_max,
+        "BUNDLE": bundle,
+        "MODEL": model,
+        "TARGET": target,
+        "MACHINE": needs.machine,
+        "PYTHON_MIN": needs.python_min,
+        "PYTHON_MAX": needs.python_max,
     }
     for key, value in values.items():
         if not SAFE.fullmatch(value):
-            raise PackagerError(f"{value!r} cannot stand in an installer ({key.lower()}).",
-                                why="Only letters, digits, dot, dash and underscore may.", fix="Choose a plain name.")
+            raise PackagerError(
+                f"{value!r} cannot stand in an installer ({key.lower()}).",
+                why="Only letters, digits, dot, dash and underscore may.",
+                fix="Choose a plain name.",
+            )
     values |= {
         "SYSTEM": SYSTEMS[needs.system],
         "GLIBC": f"glibc {needs.glibc_min} or newer" if needs.glibc_min else "any",
-        "RAM": f"at least {_size(needs.ram_bytes)}", "DISK": f"{_size(needs.disk_bytes)} free",
+        "RAM": f"at least {_size(needs.ram_bytes)}",
+        "DISK": f"{_size(needs.disk_bytes)} free",
         "GPU": _gpu(needs.gpu),
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
         "CACHE": _service(bundle, needs) if engine.caches else "",

@@ -1,7 +1,7 @@
 """manifest.json: what is in a bundle, how the box runs it, what the box must have. Typed here, described by a schema.
 
-The schema (packager/bundle/schemas/manifest.schema.json, JSON Schema draft 2020-12) is the reference; a box reads the JSON
-with the standard library alone. No times, host names or absolute paths: the same inputs give the same bytes.
+The schema (packager/bundle/schemas/manifest.schema.json, JSON Schema draft 2020-12) is the reference; a box reads the
+JSON with the standard library alone. No times, host names or absolute paths: the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -76,18 +76,28 @@ def to_json(manifest: Manifest) -> str:
     text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     problems = violations(json.loads(text))
     if problems:
-        raise PackagerError(f"The manifest of {manifest.bundle} breaks its schema: {problems[0]}",
-                            why=f"{len(problems)} violation(s) in what the recipe or target gave.",
-                            fix="Correct the recipe; the schema is packager/bundle/schemas/manifest.schema.json.")
+        raise PackagerError(
+            f"The manifest of {manifest.bundle} breaks its schema: {problems[0]}",
+            why=f"{len(problems)} violation(s) in what the recipe or target gave.",
+            fix="Correct the recipe; the schema is packager/bundle/schemas/manifest.schema.json.",
+        )
     return text
 
 
 def from_dict(plain: Mapping[str, Any]) -> Manifest:
     """A Manifest from parsed JSON that keeps to the schema."""
     return Manifest(
-        name=plain["name"], bundle=plain["bundle"], target=plain["target"], recipe=plain["recipe"], run=plain["run"],
-        needs=Needs(**plain["needs"]), files=tuple(FileEntry(**entry) for entry in plain["files"]),
-        report=plain["report"], provenance=plain["provenance"], schema_version=plain["schema_version"])
+        name=plain["name"],
+        bundle=plain["bundle"],
+        target=plain["target"],
+        recipe=plain["recipe"],
+        run=plain["run"],
+        needs=Needs(**plain["needs"]),
+        files=tuple(FileEntry(**entry) for entry in plain["files"]),
+        report=plain["report"],
+        provenance=plain["provenance"],
+        schema_version=plain["schema_version"],
+    )
 
 
 def load(bundle: Path) -> Manifest:
@@ -96,14 +106,20 @@ def load(bundle: Path) -> Manifest:
     try:
         plain = json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise VerifyFailed(f"{bundle} has no readable {MANIFEST}.", why=str(error),
-                           fix="Give the folder that `packager build` printed.") from error
+        raise VerifyFailed(
+            f"{bundle} has no readable {MANIFEST}.",
+            why=str(error),
+            fix="Give the folder that `packager build` printed.",
+        ) from error
     except ValueError as error:
         raise VerifyFailed(f"{path} is not JSON.", why=str(error), fix="Copy the bundle again.") from error
     problems = violations(plain)
     if problems:
-        raise VerifyFailed(f"{path} breaks its schema: {problems[0]}", why=f"{len(problems)} violation(s).",
-                           fix="Copy the bundle again, or build it with this version of packager.")
+        raise VerifyFailed(
+            f"{path} breaks its schema: {problems[0]}",
+            why=f"{len(problems)} violation(s).",
+            fix="Copy the bundle again, or build it with this version of packager.",
+        )
     return from_dict(plain)
 
 
@@ -151,5 +167,10 @@ def _file_list_problems(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 def is_inside(path: str) -> bool:
     """Whether a path from a manifest is relative, plain, and stays in its bundle, on every system."""
     parts = path.split("/")
-    return bool(path) and "\\" not in path and ":" not in path and "\0" not in path and all(
-        part not in ("", ".", "..") for part in parts)
+    return (
+        bool(path)
+        and "\\" not in path
+        and ":" not in path
+        and "\0" not in path
+        and all(part not in ("", ".", "..") for part in parts)
+    )

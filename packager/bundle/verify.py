@@ -47,8 +47,14 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form that ``--json`` prints."""
-        return {"bundle": str(self.bundle), "ok": self.ok, "files": self.files, "bytes": self.bytes,
-                "model": self.model, "problems": [asdict(problem) for problem in self.problems]}
+        return {
+            "bundle": str(self.bundle),
+            "ok": self.ok,
+            "files": self.files,
+            "bytes": self.bytes,
+            "model": self.model,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
 
     def raise_if_bad(self) -> None:
         """Raise VerifyFailed, which names the first problem, when there is one."""
@@ -83,8 +89,11 @@ def verify(bundle: Path, progress: Progress | None = None, *, digest: Callable[[
             read += present[path]
             problems += _compare(bundle / path, present[path], entry, digest)
             task.advance(entry.bytes)
-    problems += [Problem("extra", path, "neither manifest nor sums know it")
-                 for path in present if path not in listed and path not in (MANIFEST, SUMS)]
+    problems += [
+        Problem("extra", path, "neither manifest nor sums know it")
+        for path in present
+        if path not in listed and path not in (MANIFEST, SUMS)
+    ]
     problems += _compare_sums(bundle, sums, manifest, digest)
     model, found = _model(bundle, manifest, listed)
     problems += found
@@ -150,10 +159,14 @@ def _compare_sums(
         return []
     expected = {entry.path: entry.sha256 for entry in manifest.files} | {MANIFEST: digest(bundle / MANIFEST)}
     problems = [Problem("sums", path, f"{SUMS} has no line for it") for path in expected.keys() - sums.keys()]
-    problems += [Problem("sums", path, f"{SUMS} lists it, the manifest does not")
-                 for path in sums.keys() - expected.keys()]
-    problems += [Problem("changed" if path == MANIFEST else "sums", path, f"{SUMS} has another digest for it")
-                 for path in expected.keys() & sums.keys() if expected[path] != sums[path]]
+    problems += [
+        Problem("sums", path, f"{SUMS} lists it, the manifest does not") for path in sums.keys() - expected.keys()
+    ]
+    problems += [
+        Problem("changed" if path == MANIFEST else "sums", path, f"{SUMS} has another digest for it")
+        for path in expected.keys() & sums.keys()
+        if expected[path] != sums[path]
+    ]
     return problems
 
 
@@ -176,6 +189,10 @@ def _model(bundle: Path, manifest: Manifest, listed: dict[str, FileEntry]) -> tu
     problems += [Problem("model", model, text) for text in wrong[:3]]
     if len(wrong) > 3:
         problems.append(Problem("model", model, f"and {len(wrong) - 3} more tensors"))
-    facts = {"format": f"GGUF {header.version}", "architecture": header.architecture, "tensors": len(header.tensors),
-             "tensor_types": header.type_counts()}
+    facts = {
+        "format": f"GGUF {header.version}",
+        "architecture": header.architecture,
+        "tensors": len(header.tensors),
+        "tensor_types": header.type_counts(),
+    }
     return facts, problems

@@ -103,8 +103,10 @@ def read_lock(path: Path) -> list[Locked]:
             raise InputError(f"{path.name}: {pinned!r} is not a requirement.", why=str(error)) from error
         exact = [part for part in requirement.specifier if part.operator == "=="]
         if len(exact) != 1 or len(requirement.specifier) != 1 or not hashes or requirement.url:
-            raise InputError(f"{path.name}: {pinned!r} is not pinned with == and a sha256 hash.",
-                             fix="Make the lock again with the script beside it.")
+            raise InputError(
+                f"{path.name}: {pinned!r} is not pinned with == and a sha256 hash.",
+                fix="Make the lock again with the script beside it.",
+            )
         entries.append(Locked(requirement, tuple(sorted(hash_.strip() for hash_ in hashes))))
     return sorted(entries, key=lambda entry: (entry.name.lower(), str(entry.requirement)))
 
@@ -112,13 +114,23 @@ def read_lock(path: Path) -> list[Locked]:
 def environments(target: Platform, python: str) -> list[dict[str, str]]:
     """The marker environments (PEP 508) of a target for one minor version of Python."""
     if target.system not in SYSTEMS:
-        raise InputError(f"Target {target.name} has the unknown system {target.system!r}.",
-                         fix=f"Known: {', '.join(SYSTEMS)}.")
+        raise InputError(
+            f"Target {target.name} has the unknown system {target.system!r}.", fix=f"Known: {', '.join(SYSTEMS)}."
+        )
     machine = "AMD64" if (target.system, target.machine) == ("windows", "x86_64") else target.machine
     return [
-        {**SYSTEMS[target.system], "platform_machine": machine, "platform_release": "", "platform_version": "",
-         "platform_python_implementation": "CPython", "implementation_name": "cpython", "python_version": python,
-         "python_full_version": f"{python}.{patch}", "implementation_version": f"{python}.{patch}", "extra": ""}
+        {
+            **SYSTEMS[target.system],
+            "platform_machine": machine,
+            "platform_release": "",
+            "platform_version": "",
+            "platform_python_implementation": "CPython",
+            "implementation_name": "cpython",
+            "python_version": python,
+            "python_full_version": f"{python}.{patch}",
+            "implementation_version": f"{python}.{patch}",
+            "extra": "",
+        }
         for patch in PATCH_ENDS
     ]
 
@@ -126,16 +138,38 @@ def environments(target: Platform, python: str) -> list[dict[str, str]]:
 def select(lock: Iterable[Locked], target: Platform, python: str) -> list[Locked]:
     """The entries of the lock that a target needs with one minor version of Python."""
     wanted = environments(target, python)
-    return [entry for entry in lock
-            if entry.requirement.marker is None or any(entry.requirement.marker.evaluate(env) for env in wanted)]
+    return [
+        entry
+        for entry in lock
+        if entry.requirement.marker is None or any(entry.requirement.marker.evaluate(env) for env in wanted)
+    ]
 
 
 def pip_download(lines: Path, platforms: Sequence[str], python: str, folder: Path) -> list[str]:
     """The command that fetches wheels for another platform; the index is whatever pip is configured for."""
     tag = "cp" + python.replace(".", "")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-               "--no-deps", "--only-binary=:all:", "--require-hashes", "--implementation", "cp",
-               "--python-version", python, "--abi", tag, "--abi", "abi3", "--abi", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--implementation",
+        "cp",
+        "--python-version",
+        python,
+        "--abi",
+        tag,
+        "--abi",
+        "abi3",
+        "--abi",
+        "none",
+    ]
     for platform in platforms:
         command += ["--platform", platform]
     return [*command, "--dest", str(folder), "--requirement", str(lines)]
@@ -148,8 +182,16 @@ def run_pip(command: Sequence[str]) -> None:
     run(command, name="pip download")
 
 
-def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, *, more: Sequence[Path] = (),
-                 scarce: Collection[str] = (), run: Run = run_pip) -> WheelSet:
+def fetch_wheels(
+    lock: Path,
+    target: Platform,
+    cache: Path,
+    progress: Progress,
+    *,
+    more: Sequence[Path] = (),
+    scarce: Collection[str] = (),
+    run: Run = run_pip,
+) -> WheelSet:
     """Fetch the wheels of a lock for every Python of a target; a set already in ``cache`` is not fetched again.
 
     more: further locks, read as one with the first. scarce: packages that the index may have for some Pythons only:
@@ -158,8 +200,9 @@ def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, 
     """
     entries = [entry for path in (lock, *more) for entry in read_lock(path)]
     if not target.python or not target.wheel_platforms:
-        raise InputError(f"Target {target.name} names no Python version or no wheel platform.",
-                         fix="Give it at least one of each.")
+        raise InputError(
+            f"Target {target.name} names no Python version or no wheel platform.", fix="Give it at least one of each."
+        )
     platforms = target.wheel_platforms
     wanted = {python: select(entries, target, python) for python in target.python}
     home = cache / _key(wanted, platforms)
@@ -183,13 +226,23 @@ def fetch_wheels(lock: Path, target: Platform, cache: Path, progress: Progress, 
     used = [entry for entry in entries if any(entry in needed for needed in wanted.values())]
     header = "# Every package the server needs, with hashes; installed with --require-hashes --no-deps.\n"
     bundled = {hash_file(file) for file in files}  # the lock also knows source archives and other platforms
-    lines = "".join(replace(entry, hashes=tuple(h for h in entry.hashes if h in bundled)).line(marker=True) + "\n"
-                    for entry in used if entry.name != "pip")
+    lines = "".join(
+        replace(entry, hashes=tuple(h for h in entry.hashes if h in bundled)).line(marker=True) + "\n"
+        for entry in used
+        if entry.name != "pip"
+    )
     return WheelSet(files, header + lines, tuple(wanted))
 
 
-def _narrowed(wanted: Mapping[str, list[Locked]], scarce: Collection[str], platforms: Sequence[str], target: Platform,
-              work: Path, progress: Progress, run: Run) -> dict[str, list[Locked]]:
+def _narrowed(
+    wanted: Mapping[str, list[Locked]],
+    scarce: Collection[str],
+    platforms: Sequence[str],
+    target: Platform,
+    work: Path,
+    progress: Progress,
+    run: Run,
+) -> dict[str, list[Locked]]:
     """The first neighbouring Pythons for which the index has every scarce package; raises as fetch_wheels does when it
     has them for none. A box may have any version between the first and the last.
     """
@@ -208,8 +261,10 @@ def _narrowed(wanted: Mapping[str, list[Locked]], scarce: Collection[str], platf
     if not kept and refusal is not None:
         raise refusal
     if left := [python for python in wanted if python not in kept]:
-        progress.note(f"The bundle is for Python {', '.join(kept)}: the package index has no wheel of "
-                      f"{', '.join(sorted(scarce))} for {', '.join(left)} on {platforms[0]}.")
+        progress.note(
+            f"The bundle is for Python {', '.join(kept)}: the package index has no wheel of "
+            f"{', '.join(sorted(scarce))} for {', '.join(left)} on {platforms[0]}."
+        )
     return kept
 
 
@@ -234,26 +289,33 @@ def _lacking(needed: Iterable[Locked], folder: Path, python: str, platforms: Seq
         name, version, _, tags = parse_wheel_filename(wheel.name)
         if tags & loads:
             present.add((name, str(version)))
-    return [entry for entry in needed
-            if (canonicalize_name(entry.name), next(iter(entry.requirement.specifier)).version) not in present]
+    return [
+        entry
+        for entry in needed
+        if (canonicalize_name(entry.name), next(iter(entry.requirement.specifier)).version) not in present
+    ]
 
 
-def _checked(home: Path, entries: Sequence[Locked], wanted: Mapping[str, Sequence[Locked]],
-             platforms: Sequence[str]) -> tuple[Path, ...]:
+def _checked(
+    home: Path, entries: Sequence[Locked], wanted: Mapping[str, Sequence[Locked]], platforms: Sequence[str]
+) -> tuple[Path, ...]:
     """The wheels of a cached set; a cache is not trusted: every file must have a hash of the lock, none may lack."""
     known = {digest for entry in entries for digest in entry.hashes}
     wheels = tuple(sorted(home.glob("*.whl")))
     changed = [wheel.name for wheel in wheels if hash_file(wheel) not in known]
     lacking = {entry.name for python, needed in wanted.items() for entry in _lacking(needed, home, python, platforms)}
     if changed or lacking:
-        raise ToolError(f"The cached wheels are not those of the lock: {', '.join([*changed, *sorted(lacking)])}.",
-                        why="A file in the cache was changed or deleted.",
-                        fix=f"Delete the folder {home} and build again.")
+        raise ToolError(
+            f"The cached wheels are not those of the lock: {', '.join([*changed, *sorted(lacking)])}.",
+            why="A file in the cache was changed or deleted.",
+            fix=f"Delete the folder {home} and build again.",
+        )
     return wheels
 
 
-def _download(wanted: Sequence[Locked], platforms: Sequence[str], python: str, target: Platform, work: Path,
-              run: Run) -> None:
+def _download(
+    wanted: Sequence[Locked], platforms: Sequence[str], python: str, target: Platform, work: Path, run: Run
+) -> None:
     lines = work / "requirements.txt"
     lines.write_text("".join(entry.line(marker=False) + "\n" for entry in wanted), "utf-8")
     try:
@@ -262,12 +324,22 @@ def _download(wanted: Sequence[Locked], platforms: Sequence[str], python: str, t
         raise _explain(error, wanted, platforms, python, target, work, run) from error
 
 
-def _explain(error: PackagerError, wanted: Sequence[Locked], platforms: Sequence[str], python: str, target: Platform,
-             work: Path, run: Run) -> PackagerError:
+def _explain(
+    error: PackagerError,
+    wanted: Sequence[Locked],
+    platforms: Sequence[str],
+    python: str,
+    target: Platform,
+    work: Path,
+    run: Run,
+) -> PackagerError:
     """Which packages failed, asked one by one (pip stops at the first), and whether for want of a wheel."""
     if "No module named pip" in _output(error):
-        return ToolError("pip is missing from the environment that packager runs in.", why=str(error.why),
-                         fix=f"Run `{sys.executable} -m ensurepip`.")
+        return ToolError(
+            "pip is missing from the environment that packager runs in.",
+            why=str(error.why),
+            fix=f"Run `{sys.executable} -m ensurepip`.",
+        )
     missing: list[Locked] = []
     other: list[Locked] = []
     for entry in wanted:
@@ -285,10 +357,14 @@ def _explain(error: PackagerError, wanted: Sequence[Locked], platforms: Sequence
         return PlanRefused(
             f"There is no wheel of {names} for {target.wheel_platforms[0]} and Python {python} (target {target.name}).",
             why="A box cannot compile, so only wheels are bundled.",
-            fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own.")
+            fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own.",
+        )
     names = ", ".join(entry.name for entry in other) or "the wheels"
-    return NetworkError(f"The package index did not deliver {names}.", why=error.why,
-                        fix="Check pip's index configuration (`pip config list`) and the connection, then build again.")
+    return NetworkError(
+        f"The package index did not deliver {names}.",
+        why=error.why,
+        fix="Check pip's index configuration (`pip config list`) and the connection, then build again.",
+    )
 
 
 def _output(error: PackagerError) -> str:

@@ -52,7 +52,6 @@ def _hugging_face(name: str, revision: str | None, progress: Progress) -> tuple[
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own retries are not news
     from huggingface_hub import snapshot_download
 
-
     pinned = revision or "main"
     try:
         with progress.step(f"Fetching {name} from {_endpoint()}", unit="B") as task:

@@ -211,5 +211,3 @@ class _Advance:
 
 def _colours() -> bool:
     return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-

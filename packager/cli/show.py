@@ -280,7 +280,9 @@ def verify(console: Console, bundle: Path) -> None:
     benchmark = check(bundle, console)
     document = benchmark.as_dict()
     if not benchmark.problems:
-        console.result(document, lambda: console.line(f"{bundle}: whole, {benchmark.files} files, {size(benchmark.bytes)}."))
+        console.result(
+            document, lambda: console.line(f"{bundle}: whole, {benchmark.files} files, {size(benchmark.bytes)}.")
+        )
         return
 
     def render() -> None:

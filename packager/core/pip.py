@@ -19,9 +19,17 @@ def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str)
     Raises ToolError when a hash differs and NetworkError when pip fails otherwise.
     """
     command: list[str | Path] = [
-        sys.executable, "-m", "pip", *arguments[:1], "--quiet", "--disable-pip-version-check", "--no-input",
-        "--no-deps", "--require-hashes", *arguments[1:],
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        *arguments[:1],
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-deps",
+        "--require-hashes",
+        *arguments[1:],
+    ]
     try:
         run(command, name=f"pip {arguments[0]}")
     except ChildFailed as error:

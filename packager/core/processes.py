@@ -48,8 +48,9 @@ class ChildFailed(ToolError):
         reason = f"was ended by signal {-code} ({_signal_name(-code)})" if code < 0 else f"exited with status {code}"
         hint = "Most often that means the machine ran out of memory; or somebody ended it." if code == -9 else ""
         super().__init__(
-            f"{name} {reason}.", why=hint or last_words(output), fix="Set PACKAGER_DEBUG=1 and run it again "
-            "to see its last lines."
+            f"{name} {reason}.",
+            why=hint or last_words(output),
+            fix="Set PACKAGER_DEBUG=1 and run it again to see its last lines.",
         )
         self.code = code
         self.output = output

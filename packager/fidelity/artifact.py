@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Scored:
     """What the runtime answered. distributions: token -> log-probability (natural) a position. tokenized: the ids of
     the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages. vocabulary:
-    what an engine that reads tokens out of the artifact does with them (runtimes/engines/llamacpp/logits.py), None for others. run,
-    inputs, max_rss_bytes: how it was run and what identifies it, to ask it more.
+    what an engine that reads tokens out of the artifact does with them (runtimes/engines/llamacpp/logits.py), None for
+    others. run, inputs, max_rss_bytes: how it was run and what identifies it, to ask it more.
     """
 
     distributions: list[dict[int, float]]

@@ -104,8 +104,9 @@ def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded
         }
         count = float(len(texts.all))
         name = "the source's answers (float32)"
-        follow(CHILD, asked, name, job.progress, cost, work=folder, total=count, unit="texts",
-               path=[WORKERS.parent.parent])  # fmt: skip
+        follow(
+            CHILD, asked, name, job.progress, cost, work=folder, total=count, unit="texts", path=[WORKERS.parent.parent]
+        )
 
     inputs = {
         "checkpoint": job.checkpoint.digest,
@@ -119,9 +120,7 @@ def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded
     return Encoded(**step.read_json("encoded.json")), step
 
 
-def shipped_outputs(
-    job: Job, run: Mapping[str, Any], texts: Texts, *, what: str, model: str
-) -> tuple[Encoded, Step]:
+def shipped_outputs(job: Job, run: Mapping[str, Any], texts: Texts, *, what: str, model: str) -> tuple[Encoded, Step]:
     """What the runtime that ships makes of them. run: the manifest's with absolute paths; model: identifies it."""
     runtime = runtime_copy(job, str(run["engine"]))
 

@@ -79,8 +79,10 @@ def make_plan(
         checkpoint=checkpoint.name,
         target=target.name,
         recipe=recipe.name,
-        options={key: estimate.context if key == "context" and value is None else value
-                 for key, value in dataclasses.asdict(options).items()},
+        options={
+            key: estimate.context if key == "context" and value is None else value
+            for key, value in dataclasses.asdict(options).items()
+        },
         estimate=estimate,
         box_bytes=box,
         budget_bytes=budget,
@@ -270,5 +272,3 @@ def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
-
-

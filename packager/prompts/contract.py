@@ -83,8 +83,13 @@ def _difference(
         why=f"Conversation {number}{kind} ({asked!r}); the checkpoint's own tokenizer and chat template are the truth.",
         fix=fix,
     )
-    error.details = {"source": who, "conversation": number, "token": at, "found": list(found[at : at + SHOWN]),
-                     "expected": list(expected[:SHOWN])}  # fmt: skip
+    error.details = {
+        "source": who,
+        "conversation": number,
+        "token": at,
+        "found": list(found[at : at + SHOWN]),
+        "expected": list(expected[:SHOWN]),
+    }
     return error
 
 

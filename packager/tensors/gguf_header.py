@@ -59,8 +59,10 @@ class Header:
                 found.append(f"tensor {tensor.name} overlaps the one before it")
             end = tensor.offset + tensor.nbytes
             if self.data_start + end > self.size:
-                found.append(f"tensor {tensor.name} ends at byte {self.data_start + end}, "
-                             f"but the file has only {self.size} bytes: it is cut off")
+                found.append(
+                    f"tensor {tensor.name} ends at byte {self.data_start + end}, "
+                    f"but the file has only {self.size} bytes: it is cut off"
+                )
         if not self.tensors:
             found.append("it holds no tensor")
         names = [tensor.name for tensor in self.tensors]

@@ -62,7 +62,7 @@ def hollow(checkpoint: str, *, classify: bool) -> torch.nn.Module:
 
 
 def _arguments(kind: Any, config: Any) -> str:
-    """"pooling" where the model's class can be made without its pooler."""
+    """ "pooling" where the model's class can be made without its pooler."""
     import inspect
 
     found = kind._model_mapping[type(config)]

@@ -6,9 +6,9 @@ arena of its own, at a multiple of 64 MiB. So all address space above a fixed ad
 stored in it), holes between libraries as well; what is mapped afterwards lies below it, one after the other. One thread
 loads the library and another, whose arena is still empty, calls it. The library has threads of its own, which take
 memory of their own and give back some of the caller's: small pieces stay with the thread that gives them back
-(packager/formats/tensorrt/compiler.py's ENVIRONMENT), and on one processor, where a thread that wakes does not take it from the one that
-runs (SCHED_BATCH), the rest has an order. This takes no right and no outside program, unlike a process without random
-addresses (personality(2)), which a container may not start.
+(packager/formats/tensorrt/compiler.py's ENVIRONMENT), and on one processor, where a thread that wakes does not take it
+from the one that runs (SCHED_BATCH), the rest has an order. This takes no right and no outside program, unlike a
+process without random addresses (personality(2)), which a container may not start.
 """
 
 from __future__ import annotations

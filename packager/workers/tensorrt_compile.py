@@ -2,8 +2,8 @@
 
 JOB.json: {"onnx", "profile": {input: {"min", "opt", "max"}}, "sm": ["7.5", …], "output", "told"}. Writes the engine,
 and into "told" {"settled"}: whether it was compiled where the same file gives the same engine (fixed_addresses.py). The
-module tensorrt_rtx_bindings is on the module search path (packager/formats/tensorrt/compiler.py). A process of its own: the library is
-large, and a library that fails to load must not take the build with it.
+module tensorrt_rtx_bindings is on the module search path (packager/formats/tensorrt/compiler.py). A process of its own:
+the library is large, and a library that fails to load must not take the build with it.
 """
 
 from __future__ import annotations

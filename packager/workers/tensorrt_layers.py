@@ -233,8 +233,12 @@ def main(job: dict[str, Any]) -> None:
         }
         for group in groups
     ]
-    answer = {"groups": entries, "measure": "variance" if classify else "cosine", "plain": plain,
-              **{key: found[key] for key in ("all", "chosen", "path")}}  # fmt: skip
+    answer = {
+        "groups": entries,
+        "measure": "variance" if classify else "cosine",
+        "plain": plain,
+        **{key: found[key] for key in ("all", "chosen", "path")},
+    }
     Path(job["output"]).write_text(json.dumps(answer, sort_keys=True), encoding="utf-8")
 
 

@@ -1,5 +1,5 @@
-"""Runs a script or module here and ends it when the parent dies: ``with_parent.py PARENT SCRIPT ARGUMENTS``, ``with_parent.py PARENT
--m MODULE ARGUMENTS``; PARENT is the parent's process id.
+"""Runs a script or module here and ends it when the parent dies: ``with_parent.py PARENT SCRIPT ARGUMENTS``,
+``with_parent.py PARENT -m MODULE ARGUMENTS``; PARENT is the parent's process id.
 
 A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next
 run.

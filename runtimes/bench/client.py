@@ -15,10 +15,50 @@ from urllib.parse import urlsplit
 
 # Words that every tokenizer knows as one or two tokens; a random row of them is a prompt no cache has seen.
 WORDS = (
-    "time", "water", "people", "house", "light", "river", "stone", "green", "music", "paper", "story", "table",
-    "window", "garden", "market", "summer", "winter", "number", "letter", "school", "animal", "bridge", "castle",
-    "doctor", "engine", "forest", "glass", "history", "island", "jacket", "kitchen", "ladder", "machine", "nature",
-    "ocean", "planet", "question", "road", "silver", "travel", "uncle", "valley", "wheel", "yellow",
+    "time",
+    "water",
+    "people",
+    "house",
+    "light",
+    "river",
+    "stone",
+    "green",
+    "music",
+    "paper",
+    "story",
+    "table",
+    "window",
+    "garden",
+    "market",
+    "summer",
+    "winter",
+    "number",
+    "letter",
+    "school",
+    "animal",
+    "bridge",
+    "castle",
+    "doctor",
+    "engine",
+    "forest",
+    "glass",
+    "history",
+    "island",
+    "jacket",
+    "kitchen",
+    "ladder",
+    "machine",
+    "nature",
+    "ocean",
+    "planet",
+    "question",
+    "road",
+    "silver",
+    "travel",
+    "uncle",
+    "valley",
+    "wheel",
+    "yellow",
 )
 
 
@@ -82,8 +122,13 @@ class Client:
 
     def ask(self, prompt: str, max_tokens: int) -> Answer:
         """Stream one completion. Raises BenchError when the server answers anything but a whole stream."""
-        body: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0,
-                                "stream_options": {"include_usage": True}}
+        body: dict[str, Any] = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "temperature": 0,
+            "stream_options": {"include_usage": True},
+        }
         if self.bias:
             body["logit_bias"] = self.bias
         connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
@@ -145,8 +190,13 @@ def _read(answer: Answer, line: bytes, now: float) -> None:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation (of the sample), least, most and all the values."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "min": min(values), "max": max(values), "values": [round(value, 6) for value in values]}
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "min": min(values),
+        "max": max(values),
+        "values": [round(value, 6) for value in values],
+    }
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -163,8 +213,9 @@ def percentiles(values: Sequence[float], scale: float = 1000.0) -> dict[str, flo
     return {**{f"p{p}": percentile(values, p) * scale for p in (50, 95, 99)}, "count": len(values)}
 
 
-def measure(client: Client, streams: int, *, repeats: int, prompt_words: int, prefill_words: int,
-            tokens: int) -> dict[str, Any]:
+def measure(
+    client: Client, streams: int, *, repeats: int, prompt_words: int, prefill_words: int, tokens: int
+) -> dict[str, Any]:
     """One row of the report: ``streams`` answers at a time, ``repeats`` times, never with a prompt seen before."""
     short: list[list[Answer]] = []
     long: list[list[Answer]] = []
@@ -173,7 +224,9 @@ def measure(client: Client, streams: int, *, repeats: int, prompt_words: int, pr
         long.append(client.together([client.words(prefill_words) for _ in range(streams)], 1))
     every = [answer for row in short for answer in row]
     row: dict[str, Any] = {
-        "streams": streams, "repeats": repeats, "tokens_per_answer": tokens,
+        "streams": streams,
+        "repeats": repeats,
+        "tokens_per_answer": tokens,
         "prompt_tokens": round(statistics.fmean(answer.prompt_tokens for answer in every)),
         "prefill_prompt_tokens": round(statistics.fmean(answer.prompt_tokens for row in long for answer in row)),
         "cached_prompt_tokens": max(answer.cached_tokens for rows in (short, long) for row in rows for answer in row),
@@ -185,8 +238,9 @@ def measure(client: Client, streams: int, *, repeats: int, prompt_words: int, pr
         "prefill_tokens_per_second": spread([prefill_rate(row) for row in long]),
     }
     per_repeat = [percentiles([gap for answer in row for gap in answer.gaps]) for row in short]
-    row["inter_token_ms"] |= {f"{name}_repeats": spread([one[name] for one in per_repeat])
-                              for name in ("p50", "p95", "p99")}
+    row["inter_token_ms"] |= {
+        f"{name}_repeats": spread([one[name] for one in per_repeat]) for name in ("p50", "p95", "p99")
+    }
     return row
 
 
@@ -212,21 +266,38 @@ def roofline(decode: float, read_per_token: int, bytes_per_second: float, *, gpu
     GPU, and the bytes per second are what the processor's threads read.
     """
     if gpu:
-        return {"percent": None, "verdict": "unknown",
-                "note": "The GPU reads the weights, and its memory's speed is not measured here: `packager plan` has "
-                        "the ceiling by the data sheet."}
+        return {
+            "percent": None,
+            "verdict": "unknown",
+            "note": "The GPU reads the weights, and its memory's speed is not measured here: `packager plan` has "
+            "the ceiling by the data sheet.",
+        }
     if read_per_token <= 0 or bytes_per_second <= 0:
         return {"percent": None, "verdict": "unknown", "note": "The manifest does not say what a token reads."}
     percent = decode * read_per_token / bytes_per_second * 100
     verdict, note = "plausible", ""
     if percent > 100:
-        verdict, note = "invalid", ("Faster than the memory that was measured: the weights fit the processor's cache, "
-                                    "the bandwidth was measured under load, or the bytes per token are wrong.")
+        verdict, note = (
+            "invalid",
+            (
+                "Faster than the memory that was measured: the weights fit the processor's cache, "
+                "the bandwidth was measured under load, or the bytes per token are wrong."
+            ),
+        )
     elif percent < 30:
-        verdict, note = "suspicious", ("Far below the memory's speed: too few threads, a busy or throttled machine, "
-                                       "or a slow code path for this processor.")
-    return {"percent": percent, "ceiling_tokens_per_second": bytes_per_second / read_per_token, "verdict": verdict,
-            "note": note}
+        verdict, note = (
+            "suspicious",
+            (
+                "Far below the memory's speed: too few threads, a busy or throttled machine, "
+                "or a slow code path for this processor."
+            ),
+        )
+    return {
+        "percent": percent,
+        "ceiling_tokens_per_second": bytes_per_second / read_per_token,
+        "verdict": verdict,
+        "note": note,
+    }
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -235,9 +306,17 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [head]
     for row in report["streams"]:
         gap = row["inter_token_ms"]
-        lines.append((str(row["streams"]), _pm(row["ttft_ms"]), f"{gap['p50']:.1f}", f"{gap['p95']:.1f}",
-                      f"{gap['p99']:.1f}", _pm(row["decode_tokens_per_second"]),
-                      _pm(row["prefill_tokens_per_second"])))
+        lines.append(
+            (
+                str(row["streams"]),
+                _pm(row["ttft_ms"]),
+                f"{gap['p50']:.1f}",
+                f"{gap['p95']:.1f}",
+                f"{gap['p99']:.1f}",
+                _pm(row["decode_tokens_per_second"]),
+                _pm(row["prefill_tokens_per_second"]),
+            )
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 

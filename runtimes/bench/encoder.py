@@ -84,9 +84,7 @@ def measure(client: Client, path: str, plan: Plan) -> list[dict[str, Any]]:
             every: list[float] = []
             rates, tokens, p99 = [], 0, []
             for _ in range(plan.repeats):
-                asked = [
-                    ask(client, path, [client.words(words) for _ in range(texts)]) for _ in range(plan.requests)
-                ]
+                asked = [ask(client, path, [client.words(words) for _ in range(texts)]) for _ in range(plan.requests)]
                 seconds = [one for one, _ in asked]
                 every += seconds
                 tokens += sum(count for _, count in asked)
@@ -125,7 +123,8 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
             report["engine_details"] = engine_details(client)
             report["batches"] = measure(client, path, plan)
             report["memory"] = box.process_memory(child.pid) | {
-                "method": "VmHWM and Pss of the server's process tree after the last repeat"}
+                "method": "VmHWM and Pss of the server's process tree after the last repeat"
+            }
     else:
         client = Client(url)
         if not client.ready():
@@ -142,9 +141,14 @@ def table(report: Mapping[str, Any]) -> str:
     lines: list[tuple[str, ...]] = [("texts", "tokens each", "p50 ms", "p95 ms", "p99 ms", "texts/s")]
     for row in report["batches"]:
         latency, rate = row["latency_ms"], row["texts_per_second"]
-        lines.append((str(row["texts"]), f"{row['tokens_per_text']:.0f}",
-                      *(f"{latency[name]:.1f}" for name in ("p50", "p95", "p99")),
-                      f"{rate['mean']:.1f} ± {rate['sd'] or 0:.1f}"))
+        lines.append(
+            (
+                str(row["texts"]),
+                f"{row['tokens_per_text']:.0f}",
+                *(f"{latency[name]:.1f}" for name in ("p50", "p95", "p99")),
+                f"{rate['mean']:.1f} ± {rate['sd'] or 0:.1f}",
+            )
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -157,8 +161,10 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"cold start to first answer {first['mean']:.2f} ± {first['sd']:.2f} s")
     if memory := report["memory"]:
         peak, pss = memory["peak_rss_bytes"], memory["pss_bytes"]
-        lines.append(f"peak memory                {size(peak) if peak else 'unknown'}"
-                     f" (proportional {size(pss) if pss else 'unknown'})")
+        lines.append(
+            f"peak memory                {size(peak) if peak else 'unknown'}"
+            f" (proportional {size(pss) if pss else 'unknown'})"
+        )
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 
 

@@ -62,7 +62,8 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
     speed = box.bandwidth(used)
     settings = {"repeats": plan.repeats, "tokens_per_answer": plan.tokens, "temperature": 0, "threads": used}
     report = head(manifest, url, settings) | {
-        "read_per_token_bytes": int(run_facts.get("read_per_token_bytes") or 0), "bandwidth": speed,
+        "read_per_token_bytes": int(run_facts.get("read_per_token_bytes") or 0),
+        "bandwidth": speed,
     }
     if url is None:
         starts = []
@@ -78,7 +79,8 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
             report["streams"] = rows(client, plan)
             report["memory"] = box.process_memory(child.pid) | {
                 "method": "VmHWM and Pss of the server's process tree after the last repeat; Pss counts mapped weights "
-                          "that are in use, VmHWM the most it ever held"}
+                "that are in use, VmHWM the most it ever held"
+            }
     else:
         client = Client(url, avoid=run_facts.get("stop_ids") or ())
         if not client.ready():
@@ -101,8 +103,16 @@ def rows(client: Client, plan: Plan) -> list[dict[str, Any]]:
     found = []
     for streams in plan.streams:
         say(f"{streams} stream(s), {plan.repeats} repeats …")
-        found.append(measure(client, streams, repeats=plan.repeats, prompt_words=plan.prompt,
-                             prefill_words=plan.prefill, tokens=plan.tokens))
+        found.append(
+            measure(
+                client,
+                streams,
+                repeats=plan.repeats,
+                prompt_words=plan.prompt,
+                prefill_words=plan.prefill,
+                tokens=plan.tokens,
+            )
+        )
     return found
 
 
@@ -115,8 +125,10 @@ def notes(report: dict[str, Any]) -> list[str]:
     slots = report["settings"]["slots"] or 0
     waiting = [row["streams"] for row in report["streams"] if slots and row["streams"] > slots]
     if waiting:
-        found.append(f"With {slots} slots, {', '.join(map(str, waiting))} streams wait for each other: their TTFT "
-                     "includes the wait.")
+        found.append(
+            f"With {slots} slots, {', '.join(map(str, waiting))} streams wait for each other: their TTFT "
+            "includes the wait."
+        )
     if any(row["cached_prompt_tokens"] > 4 for row in report["streams"]):
         found.append("Some prompt tokens came from a cache; they are not counted as prefilled.")
     return found
@@ -145,19 +157,24 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"cold start to first token  {first['mean']:.2f} ± {first['sd']:.2f} s")
     if memory := report["memory"]:
         peak, pss = memory["peak_rss_bytes"], memory["pss_bytes"]
-        lines.append(f"peak memory                {size(peak) if peak else 'unknown'}"
-                     f" (proportional {size(pss) if pss else 'unknown'})")
+        lines.append(
+            f"peak memory                {size(peak) if peak else 'unknown'}"
+            f" (proportional {size(pss) if pss else 'unknown'})"
+        )
     speed, roof = report["bandwidth"], report["roofline"]
-    lines.append(f"memory bandwidth           {size(speed['bytes_per_second'])}/s "
-                 f"({speed['threads']} threads, reading)")
+    lines.append(
+        f"memory bandwidth           {size(speed['bytes_per_second'])}/s ({speed['threads']} threads, reading)"
+    )
     if roof["percent"] is not None:
-        lines.append(f"roofline                   {roof['percent']:.0f} % of {roof['ceiling_tokens_per_second']:.0f} "
-                     f"tok/s at {size(report['read_per_token_bytes'])} a token: {roof['verdict']}")
+        lines.append(
+            f"roofline                   {roof['percent']:.0f} % of {roof['ceiling_tokens_per_second']:.0f} "
+            f"tok/s at {size(report['read_per_token_bytes'])} a token: {roof['verdict']}"
+        )
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 
 
 def stream_counts(text: str) -> tuple[int, ...]:
-    """"4,8" as (1, 4, 8): the roofline is of one stream, so 1 is always there. Raises ValueError (argparse's usage)."""
+    """The text "4,8" as (1, 4, 8): the roofline is of one stream, so 1 is always there. Raises ValueError."""
     counts = {int(part) for part in text.split(",")}
     if min(counts) < 1 or max(counts) > 64:
         raise ValueError
@@ -174,16 +191,23 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; the exit code: 0 measured, 2 usage, 9 the server or the machine failed, 130 interrupted."""
     options = argparse.ArgumentParser(
-        prog="bench", description="Latency, throughput and memory of this bundle's server on this box.",
-        epilog="Example: bin/bench --quick --output report.json")
+        prog="bench",
+        description="Latency, throughput and memory of this bundle's server on this box.",
+        epilog="Example: bin/bench --quick --output report.json",
+    )
     options.add_argument("--bundle", type=Path, required=True, help="the bundle's folder, or an install of it")
     options.add_argument("--url", help="measure a server that already runs, for example http://127.0.0.1:8000")
     options.add_argument("--output", type=Path, default=Path("report.json"), help="where the report goes")
     options.add_argument("--json", action="store_true", help="print the report on standard output, write no file")
     options.add_argument("--quick", action="store_true", help="short answers and prompts (five repeats all the same)")
     options.add_argument("--repeats", type=int, default=5, help="repeats of everything, at least 5")
-    options.add_argument("--streams", type=stream_counts, default=STREAMS, metavar="N,N",
-                         help="answers at a time, always beginning with 1 (default: 1,4,8)")
+    options.add_argument(
+        "--streams",
+        type=stream_counts,
+        default=STREAMS,
+        metavar="N,N",
+        help="answers at a time, always beginning with 1 (default: 1,4,8)",
+    )
     options.add_argument("--wait", type=float, default=600.0, help="seconds the server may take to load the model")
     given = options.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is ended, no report is written

@@ -81,8 +81,12 @@ def bandwidth(threads: int, *, total_bytes: int | None = None, passes: int = 7) 
         rates.append(size * threads / (time.perf_counter() - began))
     for worker in workers:
         worker.join()
-    return {"bytes_per_second": max(rates), "threads": threads, "passes": [round(rate) for rate in rates],
-            "method": METHOD.format(passes=passes, mib=size * threads // MIB)}
+    return {
+        "bytes_per_second": max(rates),
+        "threads": threads,
+        "passes": [round(rate) for rate in rates],
+        "method": METHOD.format(passes=passes, mib=size * threads // MIB),
+    }
 
 
 def tree(pid: int) -> Iterator[int]:
@@ -130,9 +134,17 @@ def load_average() -> list[float] | None:
 def machine() -> dict[str, Any]:
     """Facts that a figure is worth nothing without. No host name, no user."""
     facts = read_facts()
-    return {"system": facts["system"], "machine": facts["machine"], "processor": _processor(),
-            "logical_cores": os.cpu_count(), "physical_cores": physical_cores(), "ram_bytes": facts["ram_bytes"],
-            "last_level_cache_bytes": last_level_cache(), "kernel": platform.release(), "glibc": facts["glibc"]}
+    return {
+        "system": facts["system"],
+        "machine": facts["machine"],
+        "processor": _processor(),
+        "logical_cores": os.cpu_count(),
+        "physical_cores": physical_cores(),
+        "ram_bytes": facts["ram_bytes"],
+        "last_level_cache_bytes": last_level_cache(),
+        "kernel": platform.release(),
+        "glibc": facts["glibc"],
+    }
 
 
 def _processor() -> str | None:

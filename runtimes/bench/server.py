@@ -49,9 +49,15 @@ def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes],
     avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
-        child = subprocess.Popen(command, env=env, cwd=runtime, stdin=subprocess.DEVNULL, stdout=log,
-                                 stderr=subprocess.STDOUT,
-                                 preexec_fn=die_with_parent if sys.platform == "linux" else None)
+        child = subprocess.Popen(
+            command,
+            env=env,
+            cwd=runtime,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        )
         try:
             client = Client(f"http://127.0.0.1:{port}", avoid=avoid)
             while not client.ready():
@@ -75,12 +81,20 @@ def head(manifest: Mapping[str, Any], url: str | None, settings: Mapping[str, An
     """What every report begins with. url: a server that already runs, instead of the bundle's own."""
     facts = manifest["run"]
     return {
-        "schema_version": SCHEMA_VERSION, "bundle": manifest["bundle"], "name": manifest.get("name"),
-        "target": manifest.get("target"), "recipe": manifest.get("recipe"), "engine": facts["engine"],
+        "schema_version": SCHEMA_VERSION,
+        "bundle": manifest["bundle"],
+        "name": manifest.get("name"),
+        "target": manifest.get("target"),
+        "recipe": manifest.get("recipe"),
+        "engine": facts["engine"],
         "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 - Python 3.10
         "settings": {**settings, "slots": facts.get("slots"), "context": facts.get("context"), "server": url or "own"},
-        "machine": box.machine(), "versions": box.versions(), "model_bytes": facts.get("model_bytes"),
-        "cold_start": None, "memory": None, "notes": [],
+        "machine": box.machine(),
+        "versions": box.versions(),
+        "model_bytes": facts.get("model_bytes"),
+        "cold_start": None,
+        "memory": None,
+        "notes": [],
     }
 
 

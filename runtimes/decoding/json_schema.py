@@ -28,8 +28,11 @@ class Guides:
 
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(self._path.read_text(encoding="utf-8"), n_vocab=self._vocabulary,
-                                              eos_token=self._stops[0] if self._stops else None)
+                self._tokenizer = LLTokenizer(
+                    self._path.read_text(encoding="utf-8"),
+                    n_vocab=self._vocabulary,
+                    eos_token=self._stops[0] if self._stops else None,
+                )
         try:
             matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(schema), log_level=0)
             reason = matcher.get_error() if matcher.is_error() else ""

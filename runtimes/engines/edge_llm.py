@@ -24,8 +24,11 @@ KEPT = "edgellm"  # below each of the places where engines may be kept
 CACHE = "PACKAGER_ENGINE_CACHE"  # where engines are kept, for a place other than the install's own
 # what JetPack's packages of TensorRT consist of; tensorrt alone has to be there
 PARTS = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_libs", "tensorrt_bindings")
-SYSTEM = ("/usr/lib/python{0}/dist-packages", "/usr/lib/python3/dist-packages",
-          "/usr/local/lib/python{0}/dist-packages")  # fmt: skip
+SYSTEM = (
+    "/usr/lib/python{0}/dist-packages",
+    "/usr/lib/python3/dist-packages",
+    "/usr/local/lib/python{0}/dist-packages",
+)
 # its module has no entry of its own, and its script's first line names the place where pip ran
 START = "from experimental.server.cli import main; main()"
 PARSERS = ("auto", "none", "qwen3", "deepseek_r1")
@@ -36,10 +39,29 @@ def command(run: Run, python: str, host: str, port: int, cache: Path) -> list[st
     reasoning = run.settings.get("reasoning")
     if reasoning not in PARSERS:
         raise ManifestError(f"The manifest's run.settings.reasoning is {reasoning!r}; {', '.join(PARSERS)} are known.")
-    words = [python, "-P", "-c", START, str(run.model.parent), "--host", host, "--port", str(port),
-             "--served-model-name", run.name, "--cache-dir", str(cache), "--max-input-len", str(run.context),
-             "--max-kv-cache-capacity", str(run.context), "--max-batch-size", str(run.slots),
-             "--reasoning-parser", reasoning]  # fmt: skip
+    words = [
+        python,
+        "-P",
+        "-c",
+        START,
+        str(run.model.parent),
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--served-model-name",
+        run.name,
+        "--cache-dir",
+        str(cache),
+        "--max-input-len",
+        str(run.context),
+        "--max-kv-cache-capacity",
+        str(run.context),
+        "--max-batch-size",
+        str(run.slots),
+        "--reasoning-parser",
+        reasoning,
+    ]
     if run.slots > 1:
         words.append("--enable-in-flight-batching")  # else requests take turns
     return words
@@ -47,8 +69,12 @@ def command(run: Run, python: str, host: str, port: int, cache: Path) -> list[st
 
 def environment(given: Mapping[str, str], tensorrt: Path) -> dict[str, str]:
     """The environment that the server gets. tensorrt: the folder of links."""
-    return {**{key: value for key, value in given.items() if key not in OURS}, **OFFLINE,
-            "PYTHONPATH": str(tensorrt), "PYTHONNOUSERSITE": "1"}  # fmt: skip
+    return {
+        **{key: value for key, value in given.items() if key not in OURS},
+        **OFFLINE,
+        "PYTHONPATH": str(tensorrt),
+        "PYTHONNOUSERSITE": "1",
+    }
 
 
 def serve(run: Run, options: argparse.Namespace) -> int:
@@ -57,8 +83,10 @@ def serve(run: Run, options: argparse.Namespace) -> int:
     found = find_tensorrt(os.environ)
     if found is None:
         version = sysconfig.get_python_version()
-        sys.stderr.write(f"TensorRT: expected JetPack's Python package tensorrt for Python {version}, found none; "
-                         f"install python3-libnvinfer, or name its folder in {SETTING}.\n")  # fmt: skip
+        sys.stderr.write(
+            f"TensorRT: expected JetPack's Python package tensorrt for Python {version}, found none; "
+            f"install python3-libnvinfer, or name its folder in {SETTING}.\n"
+        )
         return REFUSED
     cache = cache_folder(home, os.environ)
     links = link_tensorrt(found, cache / "tensorrt")
@@ -68,8 +96,10 @@ def serve(run: Run, options: argparse.Namespace) -> int:
     if options.log_json:
         sys.stderr.write("--log-json is our own server's; Edge-LLM writes its own log.\n")
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    sys.stdout.write(f"{run.name} by TensorRT Edge-LLM on http://{shown}:{words[words.index('--port') + 1]} (the first "
-                     f"start builds the engine, which takes minutes, into {cache})\n")  # fmt: skip
+    sys.stdout.write(
+        f"{run.name} by TensorRT Edge-LLM on http://{shown}:{words[words.index('--port') + 1]} (the first "
+        f"start builds the engine, which takes minutes, into {cache})\n"
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     try:

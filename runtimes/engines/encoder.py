@@ -143,7 +143,7 @@ class Reader:
 
     def _too_long(self, count: int, param: str) -> RequestRefused:
         return RequestRefused(
-            f"A text has {count} tokens and this model takes {self.longest}; shorten it, or send \"truncate\": true.",
+            f'A text has {count} tokens and this model takes {self.longest}; shorten it, or send "truncate": true.',
             code="context_length_exceeded",
             param=param,
         )

@@ -1,8 +1,9 @@
 """The engine that a manifest names: one module of this folder, of which a bundle carries only its own.
 
 A module that serves in this process offers ``load(run, verbose=...)`` (an Engine) and ``open_scorer(run, ...)`` (a
-Scorer). ``APP`` names the module of runtimes/server/ that serves it, where that is not ``chat_app``: it has ``open_service`` and
-``make_app``. One that starts an outside server instead offers ``serve(run, options)``, which gives the exit code.
+Scorer). ``APP`` names the module of runtimes/server/ that serves it, where that is not ``chat_app``: it has
+``open_service`` and ``make_app``. One that starts an outside server instead offers ``serve(run, options)``, which gives
+the exit code.
 """
 
 from __future__ import annotations
@@ -76,5 +77,6 @@ def scorer(name: str) -> OpenScorer:
         raise ManifestError(f"The engine {name!r} cannot be scored here.")
     opened: OpenScorer = found
     return opened
+
 
 COMPILED = ("tensorrt", "tensorrt_decoder")  # engines that bin/engine tells of and makes again

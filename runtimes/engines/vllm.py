@@ -39,11 +39,31 @@ def command(run: Run, program: str, host: str, port: int) -> list[str]:
     settings, folder = run.settings, run.model.parent
     try:
         parallel, share = int(settings["tensor_parallel"]), float(settings["gpu_share"])
-        words = [program, "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", run.name,
-                 "--quantization", str(settings["quantization"]), "--dtype", str(settings["dtype"]),
-                 "--max-model-len", str(run.context), "--max-num-seqs", str(run.slots),
-                 "--gpu-memory-utilization", str(share), "--tensor-parallel-size", str(parallel),
-                 "--generation-config", str(folder)]  # fmt: skip
+        words = [
+            program,
+            "serve",
+            str(folder),
+            "--host",
+            host,
+            "--port",
+            str(port),
+            "--served-model-name",
+            run.name,
+            "--quantization",
+            str(settings["quantization"]),
+            "--dtype",
+            str(settings["dtype"]),
+            "--max-model-len",
+            str(run.context),
+            "--max-num-seqs",
+            str(run.slots),
+            "--gpu-memory-utilization",
+            str(share),
+            "--tensor-parallel-size",
+            str(parallel),
+            "--generation-config",
+            str(folder),
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"The manifest's run.settings cannot be used for vLLM: {error!r}.") from None
     if run.chat_template is not None:

@@ -78,32 +78,43 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
         build_and_publish(bundle, prefix, manifest, digest, interpreter, skip_engine=skip_engine)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        raise Refused(f"The install failed: {error.strerror or error}{place}; nothing was changed at {prefix}, "
-                      "repair the cause and run it again.", check.MACHINE) from error
+        raise Refused(
+            f"The install failed: {error.strerror or error}{place}; nothing was changed at {prefix}, "
+            "repair the cause and run it again.",
+            check.MACHINE,
+        ) from error
     return True
 
 
 def look_at_place(bundle: Path, prefix: Path) -> bool:
     """Whether an install of ours is at the prefix; Refused when something else is, or the place cannot be written."""
     if prefix == bundle or prefix in bundle.parents or bundle in prefix.parents:
-        raise Refused(f"Refused: the prefix {prefix} must lie apart from the bundle {bundle}; "
-                      "choose another place with --prefix.")
+        raise Refused(
+            f"Refused: the prefix {prefix} must lie apart from the bundle {bundle}; choose another place with --prefix."
+        )
     parent = prefix.parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise Refused(f"Refused: expected a folder that {user()} may write, found {parent} which is not; "
-                      "choose another place with --prefix, or run it as its owner.", check.MACHINE)
+        raise Refused(
+            f"Refused: expected a folder that {user()} may write, found {parent} which is not; "
+            "choose another place with --prefix, or run it as its owner.",
+            check.MACHINE,
+        )
     if not prefix.exists():
         return False
     if prefix.is_dir() and os.path.ismount(prefix):
-        raise Refused(f"Refused: {prefix} is a mount point and cannot be replaced in one step; "
-                      f"choose a folder below it, for example --prefix {prefix / 'packager'}.")
+        raise Refused(
+            f"Refused: {prefix} is a mount point and cannot be replaced in one step; "
+            f"choose a folder below it, for example --prefix {prefix / 'packager'}."
+        )
     if is_ours(prefix):
         return True
     if not prefix.is_dir() or any(prefix.iterdir()):
-        raise Refused(f"Refused: expected an empty or new folder or an earlier install, found other files at {prefix}; "
-                      "choose another place with --prefix, or move them away.")
+        raise Refused(
+            f"Refused: expected an empty or new folder or an earlier install, found other files at {prefix}; "
+            "choose another place with --prefix, or move them away."
+        )
     return False
 
 
@@ -137,13 +148,22 @@ def is_whole(prefix: Path, manifest_sha256: str, names: tuple[str, ...]) -> bool
 
 def starts(home: Path) -> bool:
     """Whether everything that was installed can be imported (an illegal instruction ends only the child)."""
-    code = ("import importlib, importlib.metadata as m, sys\n"
-            "names = [f.parts[0] for d in m.distributions() for f in (d.files or ()) "
-            "if len(f.parts) == 2 and f.parts[1] == '__init__.py']\n"
-            "[importlib.import_module(n) for n in sorted(set(names)) if not n.startswith('_')]\n")
-    return subprocess.run(
-        [home / "venv" / BIN / "python", "-I", "-B", "-c", code], check=False, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    code = (
+        "import importlib, importlib.metadata as m, sys\n"
+        "names = [f.parts[0] for d in m.distributions() for f in (d.files or ()) "
+        "if len(f.parts) == 2 and f.parts[1] == '__init__.py']\n"
+        "[importlib.import_module(n) for n in sorted(set(names)) if not n.startswith('_')]\n"
+    )
+    return (
+        subprocess.run(
+            [home / "venv" / BIN / "python", "-I", "-B", "-c", code],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ).returncode
+        == 0
+    )
 
 
 def siblings(prefix: Path) -> tuple[str, Path]:
@@ -192,12 +212,15 @@ def have_engine(manifest: dict[str, Any], home: Path, old: Path | None) -> None:
     say("looking for this box's engine …")
     code, said = make_engine(home, old)
     if code:
-        raise Refused(f"{said} To install without it, add --skip-engine.",
-                      check.REFUSED if code == check.REFUSED else check.MACHINE)
+        raise Refused(
+            f"{said} To install without it, add --skip-engine.",
+            check.REFUSED if code == check.REFUSED else check.MACHINE,
+        )
 
 
-def build_and_publish(bundle: Path, prefix: Path, manifest: dict[str, Any], digest: str, interpreter: str, *,
-                      skip_engine: bool = False) -> None:
+def build_and_publish(
+    bundle: Path, prefix: Path, manifest: dict[str, Any], digest: str, interpreter: str, *, skip_engine: bool = False
+) -> None:
     """Make the whole install beside the prefix, then give it the prefix's name."""
     work = Path(tempfile.mkdtemp(prefix=siblings(prefix)[0], dir=prefix.parent))
     held = hold(work)
@@ -210,12 +233,18 @@ def build_and_publish(bundle: Path, prefix: Path, manifest: dict[str, Any], dige
         write_wrappers(work, verbs(manifest))
         write_units(bundle, work, prefix)
         if not starts(work):
-            raise Refused("The installed packages do not start on this processor and Python, found by importing them; "
-                          f"nothing was changed at {prefix}, use a bundle for another target or another --python.")
+            raise Refused(
+                "The installed packages do not start on this processor and Python, found by importing them; "
+                f"nothing was changed at {prefix}, use a bundle for another target or another --python."
+            )
         if not skip_engine:
             have_engine(manifest, work, prefix)
-        marker = {"schema_version": 1, "bundle": manifest["bundle"], "manifest_sha256": digest,
-                  "python": sys.version.split()[0]}
+        marker = {
+            "schema_version": 1,
+            "bundle": manifest["bundle"],
+            "manifest_sha256": digest,
+            "python": sys.version.split()[0],
+        }
         (work / check.MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
         settle(work)
         publish(work, prefix)
@@ -234,8 +263,9 @@ def copy_files(bundle: Path, work: Path) -> None:
         goal = work / path
         goal.parent.mkdir(parents=True, exist_ok=True)
         if not clone(bundle / path, goal) and copy(bundle / path, goal) != expected:
-            raise Refused(f"{path} changed while it was copied, found by its sha256; copy the bundle again.",
-                          check.DAMAGED)
+            raise Refused(
+                f"{path} changed while it was copied, found by its sha256; copy the bundle again.", check.DAMAGED
+            )
         goal.chmod(0o755 if path.endswith(".sh") else 0o644)
     (work / check.SUMS).write_bytes((bundle / check.SUMS).read_bytes())
     compileall.compile_dir(work / "runtime", quiet=2, stripdir=str(work), prependdir=None)
@@ -281,11 +311,30 @@ def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
     clean |= {"PIP_CONFIG_FILE": os.devnull, "TMPDIR": str(scratch), "TEMP": str(scratch)}
     step([interpreter, "-I", "-m", "venv", "--without-pip", str(work / "venv")], clean, "making a virtual environment")
     python = work / "venv" / BIN / "python"
-    step([str(python), "-I", str(pip[-1] / "pip"), "--isolated", "install", "--quiet", "--no-index", "--no-deps",
-          "--require-hashes", "--no-cache-dir", "--disable-pip-version-check", "--no-input",
-          "--no-warn-script-location", "--root-user-action=ignore", "--find-links", str(wheels),
-          "--requirement", str(wheels / "requirements.txt")],
-         clean, "installing the packages")
+    step(
+        [
+            str(python),
+            "-I",
+            str(pip[-1] / "pip"),
+            "--isolated",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--require-hashes",
+            "--no-cache-dir",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-warn-script-location",
+            "--root-user-action=ignore",
+            "--find-links",
+            str(wheels),
+            "--requirement",
+            str(wheels / "requirements.txt"),
+        ],
+        clean,
+        "installing the packages",
+    )
     shutil.rmtree(scratch, ignore_errors=True)
     for script in (work / "venv" / BIN).iterdir():  # they hold this temporary path; bin/ is what is used
         if not script.name.lower().startswith("python"):
@@ -294,13 +343,17 @@ def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
 
 def step(command: list[str], env: dict[str, str], what: str) -> None:
     """Run one child; its last words become the refusal when it fails."""
-    done = subprocess.run(command, env=env, check=False, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command, env=env, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if done.returncode != 0:
         lines = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
         cause = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no message")
-        raise Refused(f"{what} failed with status {done.returncode} ({cause[:300]}); nothing was changed at the "
-                      "prefix, repair the cause and run it again.", check.MACHINE)
+        raise Refused(
+            f"{what} failed with status {done.returncode} ({cause[:300]}); nothing was changed at the "
+            "prefix, repair the cause and run it again.",
+            check.MACHINE,
+        )
 
 
 def settle(work: Path) -> None:

@@ -2,8 +2,8 @@
 
 A fact that cannot be read stays unknown: it is shown as such and never guessed. ``--facts FILE`` compares the facts
 recorded in a JSON file instead of this box's (``--facts-only`` prints this box's, to record them). Needs no install: as
-a file, python3 runtime/runtimes/preflight/check.py --bundle ., also with Python 3.8. Exit codes: 0 fits (warnings included), 2
-usage, 4 the box does not fit, 5 the files are damaged.
+a file, python3 runtime/runtimes/preflight/check.py --bundle ., also with Python 3.8. Exit codes: 0 fits (warnings
+included), 2 usage, 4 the box does not fit, 5 the files are damaged.
 """
 
 from __future__ import annotations
@@ -125,8 +125,10 @@ def is_installed(path: str) -> bool:
 def parser() -> argparse.ArgumentParser:
     """The options of ``check``."""
     options = argparse.ArgumentParser(
-        prog="check", description="Does this box fit the bundle, and are its files whole? Writes nothing.",
-        epilog="Exit codes: 0 fits, 4 the box does not fit, 5 files are damaged. Example: bin/check --json")
+        prog="check",
+        description="Does this box fit the bundle, and are its files whole? Writes nothing.",
+        epilog="Exit codes: 0 fits, 4 the box does not fit, 5 files are damaged. Example: bin/check --json",
+    )
     options.add_argument("--bundle", type=Path, help="the bundle's folder, or an install of it")
     options.add_argument("--prefix", type=Path, help="where it would be installed: the disk there is looked at")
     options.add_argument("--facts", type=Path, help="compare these recorded facts (JSON) instead of this box's")
@@ -173,8 +175,13 @@ def main(argv: list[str] | None = None) -> int:
 def verdict(findings: list[Finding], files: list[Finding]) -> dict[str, Any]:
     """What was found, as the JSON document has it."""
     code = exit_code(findings, files)
-    return {"ok": code == FITS, "exit_code": code, "refusal": refusal(findings, files), "warnings": warnings(findings),
-            "findings": [asdict(item) for item in [*findings, *files]]}
+    return {
+        "ok": code == FITS,
+        "exit_code": code,
+        "refusal": refusal(findings, files),
+        "warnings": warnings(findings),
+        "findings": [asdict(item) for item in [*findings, *files]],
+    }
 
 
 def compared(needs: Mapping[str, Any], facts: dict[str, Any] | None) -> dict[str, Any]:

@@ -41,12 +41,14 @@ def cuda() -> dict[str, Any]:
                 values[attribute] = value.value
         named = library.cuDeviceGetName(name, len(name), device) == 0
         sized = library.cuDeviceTotalMem_v2(ctypes.byref(size), device) == 0
-        gpus.append({
-            "name": name.value.decode("utf-8", "replace") if named else None,
-            "capability": f"{values[MAJOR]}.{values[MINOR]}" if MAJOR in values and MINOR in values else None,
-            "bytes": size.value if sized else None,
-            "unified": bool(values[INTEGRATED]) if INTEGRATED in values else None,
-        })  # fmt: skip
+        gpus.append(
+            {
+                "name": name.value.decode("utf-8", "replace") if named else None,
+                "capability": f"{values[MAJOR]}.{values[MINOR]}" if MAJOR in values and MINOR in values else None,
+                "bytes": size.value if sized else None,
+                "unified": bool(values[INTEGRATED]) if INTEGRATED in values else None,
+            }
+        )
     return {**found, "gpus": gpus}
 
 

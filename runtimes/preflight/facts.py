@@ -107,7 +107,8 @@ def memory(box: Box) -> tuple[int | None, int | None]:
 def _windows_memory() -> tuple[int | None, int | None]:
     class Status(ctypes.Structure):  # MEMORYSTATUSEX
         _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
-            (name, ctypes.c_ulonglong) for name in ("total", "available", "c", "d", "e", "f", "g")]  # fmt: skip
+            (name, ctypes.c_ulonglong) for name in ("total", "available", "c", "d", "e", "f", "g")
+        ]
 
     status = Status()
     status.length = ctypes.sizeof(Status)
@@ -188,5 +189,7 @@ def _check(found: dict[str, Any], kinds: dict[str, tuple[type, ...]], file: Path
     for name, kind in kinds.items():
         value = found.get(name)
         if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind)):
-            raise ValueError(f"{file}: {place}{name} has to be {kind[0].__name__} or null, and is {value!r}; "
-                             "record the facts again with --facts-only.")  # fmt: skip
+            raise ValueError(
+                f"{file}: {place}{name} has to be {kind[0].__name__} or null, and is {value!r}; "
+                "record the facts again with --facts-only."
+            )

@@ -55,15 +55,29 @@ def compare(needs: Mapping[str, Any], facts: Mapping[str, Any], *, installing: b
     if gpu and "vllm" in gpu:
         found.append(Finding(*fit_gpu.vllm(str(gpu["vllm"]), facts)))
     if installing:
-        found.append(_look(
-            facts, "disk", "disk_free_bytes", f"{size(needs['disk_bytes'])} free where it is installed",
-            lambda value: value >= needs["disk_bytes"], "free some space or choose another place with --prefix", size,
-        ))  # fmt: skip
+        found.append(
+            _look(
+                facts,
+                "disk",
+                "disk_free_bytes",
+                f"{size(needs['disk_bytes'])} free where it is installed",
+                lambda value: value >= needs["disk_bytes"],
+                "free some space or choose another place with --prefix",
+                size,
+            )
+        )
     return found + [Finding(*row, severity=WARNS) for row in fit_gpu.slow(needs, facts)]
 
 
-def _look(facts: Mapping[str, Any], name: str, fact: str, expected: str, test: Callable[[Any], bool], fix: str,
-          show: Callable[[Any], str] = str) -> Finding:  # fmt: skip
+def _look(
+    facts: Mapping[str, Any],
+    name: str,
+    fact: str,
+    expected: str,
+    test: Callable[[Any], bool],
+    fix: str,
+    show: Callable[[Any], str] = str,
+) -> Finding:
     value = facts.get(fact)
     if value is None:
         return Finding(name, None, expected, UNKNOWN, fix)
@@ -74,13 +88,24 @@ def _system(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> Sequence[Find
     system, machine = needs["system"], needs["machine"]
     name = SYSTEMS.get(system, system)
     return (
-        _look(facts, "system", "system", name, lambda value: value == system,
-              f"use a bundle that was built for this system, or a {name} box",
-              lambda value: SYSTEMS.get(value, value)),
-        _look(facts, "processor", "machine", machine,
-              lambda value: MACHINES.get(value.lower(), value.lower()) == machine,
-              "use a bundle that was built for this processor"),
-    )  # fmt: skip
+        _look(
+            facts,
+            "system",
+            "system",
+            name,
+            lambda value: value == system,
+            f"use a bundle that was built for this system, or a {name} box",
+            lambda value: SYSTEMS.get(value, value),
+        ),
+        _look(
+            facts,
+            "processor",
+            "machine",
+            machine,
+            lambda value: MACHINES.get(value.lower(), value.lower()) == machine,
+            "use a bundle that was built for this processor",
+        ),
+    )
 
 
 def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]:
@@ -88,36 +113,85 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
     low, high = numbers(oldest), numbers(newest)
     pythons = f"Python {oldest} to {newest}" if oldest != newest else f"Python {oldest}"
     found = [
-        _look(facts, "Python", "python", pythons, lambda value: low <= numbers(value)[:2] <= high,
-              f"install one of them beside the system's own and name it with --python python{newest}",
-              lambda value: f"Python {value}"),
-        _look(facts, "Python implementation", "implementation", "CPython", lambda value: value == "CPython",
-              "name a CPython with --python"),
-        _look(facts, "Python word size", "bits", "64 bit", lambda value: value == 64,
-              "install a 64-bit system or name a 64-bit Python with --python", lambda value: f"{value} bit"),
-        _look(facts, "Python build", "free_threaded", "a Python with its global lock", lambda value: not value,
-              "name an ordinary build with --python", lambda value: "a free-threaded one" if value else "one with it"),
-        _look(facts, "Python modules", "modules_missing", ", ".join(NEEDED_MODULES), lambda value: not value,
-              "install the full python3 of the system (on Debian and Ubuntu the package python3)",
-              lambda value: f"no {', '.join(value)}" if value else "all"),
-    ]  # fmt: skip
+        _look(
+            facts,
+            "Python",
+            "python",
+            pythons,
+            lambda value: low <= numbers(value)[:2] <= high,
+            f"install one of them beside the system's own and name it with --python python{newest}",
+            lambda value: f"Python {value}",
+        ),
+        _look(
+            facts,
+            "Python implementation",
+            "implementation",
+            "CPython",
+            lambda value: value == "CPython",
+            "name a CPython with --python",
+        ),
+        _look(
+            facts,
+            "Python word size",
+            "bits",
+            "64 bit",
+            lambda value: value == 64,
+            "install a 64-bit system or name a 64-bit Python with --python",
+            lambda value: f"{value} bit",
+        ),
+        _look(
+            facts,
+            "Python build",
+            "free_threaded",
+            "a Python with its global lock",
+            lambda value: not value,
+            "name an ordinary build with --python",
+            lambda value: "a free-threaded one" if value else "one with it",
+        ),
+        _look(
+            facts,
+            "Python modules",
+            "modules_missing",
+            ", ".join(NEEDED_MODULES),
+            lambda value: not value,
+            "install the full python3 of the system (on Debian and Ubuntu the package python3)",
+            lambda value: f"no {', '.join(value)}" if value else "all",
+        ),
+    ]
     if needs.get("glibc_min"):
         least = needs["glibc_min"]
         fix = f"use a system with glibc {least} or newer, or a bundle that was built for this older one"
         if facts.get("libc") not in (None, "glibc"):
             found.append(Finding("C library", False, f"glibc {least} or newer", str(facts["libc"]), fix))
         else:
-            found.append(_look(facts, "C library", "glibc", f"glibc {least} or newer",
-                               lambda value: numbers(value) >= numbers(least), fix, lambda value: f"glibc {value}"))
+            found.append(
+                _look(
+                    facts,
+                    "C library",
+                    "glibc",
+                    f"glibc {least} or newer",
+                    lambda value: numbers(value) >= numbers(least),
+                    fix,
+                    lambda value: f"glibc {value}",
+                )
+            )
     return found
 
 
 def _memory(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]:
     if not needs["ram_bytes"]:
         return []
-    return [_look(facts, "memory", "ram_bytes", f"at least {size(needs['ram_bytes'])} of RAM",
-                  lambda value: value >= needs["ram_bytes"],
-                  "use a box with more memory, or a bundle with a smaller context or smaller weights", size)]
+    return [
+        _look(
+            facts,
+            "memory",
+            "ram_bytes",
+            f"at least {size(needs['ram_bytes'])} of RAM",
+            lambda value: value >= needs["ram_bytes"],
+            "use a box with more memory, or a bundle with a smaller context or smaller weights",
+            size,
+        )
+    ]
 
 
 def exit_code(findings: Sequence[Finding], files: Sequence[Finding]) -> int:

@@ -42,11 +42,25 @@ def lacking(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[st
         rows.append(_tensorrt(needs["tensorrt"], facts))
     if needs.get("driver_min"):
         least = str(needs["driver_min"])
-        rows.append(_version("driver", facts.get("driver"), "NVIDIA driver", {"min": least},
-                             f"update NVIDIA's driver to {least} or newer and start the box again"))
+        rows.append(
+            _version(
+                "driver",
+                facts.get("driver"),
+                "NVIDIA driver",
+                {"min": least},
+                f"update NVIDIA's driver to {least} or newer and start the box again",
+            )
+        )
     if needs.get("cuda"):
-        rows.append(_version("CUDA", facts.get("cuda_driver"), "a driver for CUDA", needs["cuda"],
-                             "update NVIDIA's driver: it brings the CUDA that it can run"))
+        rows.append(
+            _version(
+                "CUDA",
+                facts.get("cuda_driver"),
+                "a driver for CUDA",
+                needs["cuda"],
+                "update NVIDIA's driver: it brings the CUDA that it can run",
+            )
+        )
     return rows
 
 
@@ -120,8 +134,13 @@ def _tensorrt(wanted: Mapping[str, str], facts: Mapping[str, Any]) -> tuple[str,
     return _version("TensorRT", facts.get("tensorrt"), "TensorRT", wanted, fix)
 
 
-def _version(name: str, there: str | None, what: str, wanted: Mapping[str, str], fix: str,
-             ) -> tuple[str, bool | None, str, str, str]:  # fmt: skip
+def _version(
+    name: str,
+    there: str | None,
+    what: str,
+    wanted: Mapping[str, str],
+    fix: str,
+) -> tuple[str, bool | None, str, str, str]:
     """A range with its lower end allowed and its upper end not; either may be left out."""
     low, high = wanted.get("min"), wanted.get("below")
     expected = what + (f" {low} or newer" if low else "") + (" and" if low and high else "")
@@ -150,17 +169,38 @@ def slow(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, 
     rows: list[tuple[str, bool | None, str, str, str]] = []
     available = facts.get("ram_available_bytes")
     if available is not None and needs["ram_bytes"]:
-        rows.append(("free memory", available >= needs["ram_bytes"], f"{size(needs['ram_bytes'])} available now",
-                     size(available), "end other programs before you start the server"))
+        rows.append(
+            (
+                "free memory",
+                available >= needs["ram_bytes"],
+                f"{size(needs['ram_bytes'])} available now",
+                size(available),
+                "end other programs before you start the server",
+            )
+        )
     gpus = facts.get("gpus") or []
     if gpu:
         rows += _crowded(gpu, gpus)
     if gpu and gpus and facts.get("driver") is None and not gpu.get("driver_min"):
-        rows.append(("driver", None, "an NVIDIA driver whose version is known", UNKNOWN,
-                     "look at it with nvidia-smi if the server does not start"))
+        rows.append(
+            (
+                "driver",
+                None,
+                "an NVIDIA driver whose version is known",
+                UNKNOWN,
+                "look at it with nvidia-smi if the server does not start",
+            )
+        )
     if any(one.get("mig") for one in gpus) and gpu:
-        rows.append(("MIG", False, "a whole GPU", "one that is cut into slices (MIG), of which a server gets one",
-                     "choose the slice with CUDA_VISIBLE_DEVICES, or switch MIG off"))
+        rows.append(
+            (
+                "MIG",
+                False,
+                "a whole GPU",
+                "one that is cut into slices (MIG), of which a server gets one",
+                "choose the slice with CUDA_VISIBLE_DEVICES, or switch MIG off",
+            )
+        )
     return rows + _jetson(facts)
 
 
@@ -171,8 +211,15 @@ def _crowded(needs: Mapping[str, Any], gpus: list[Mapping[str, Any]]) -> list[tu
     if len(known) < count:
         return []
     roomy = sum(free >= least for free in known) >= count
-    return [("free GPU memory", roomy, f"{size(least)} free now", ", ".join(map(size, known)),
-             "end the programs that nvidia-smi lists before you start the server")]
+    return [
+        (
+            "free GPU memory",
+            roomy,
+            f"{size(least)} free now",
+            ", ".join(map(size, known)),
+            "end the programs that nvidia-smi lists before you start the server",
+        )
+    ]
 
 
 def _jetson(facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
@@ -181,13 +228,27 @@ def _jetson(facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, 
     if mode and modes:
         best = max(modes, key=_watts)
         number = f"the number of {best} in /etc/nvpmodel.conf"
-        rows.append(("power mode", _watts(mode) >= _watts(best), f"{best}, the fastest of this board", mode,
-                     f"where its cooling and power supply allow it, set it with sudo nvpmodel -m and {number}"))
+        rows.append(
+            (
+                "power mode",
+                _watts(mode) >= _watts(best),
+                f"{best}, the fastest of this board",
+                mode,
+                f"where its cooling and power supply allow it, set it with sudo nvpmodel -m and {number}",
+            )
+        )
     least, most = facts.get("gpu_clock_least_hz"), facts.get("gpu_clock_most_hz")
     if least is not None and most is not None:
         shown = f"{least / 1e6:.0f} to {most / 1e6:.0f} MHz" if least != most else f"locked at {most / 1e6:.0f} MHz"
-        rows.append(("clocks", least == most, "GPU clocks that are locked, for figures that can be compared", shown,
-                     "run sudo jetson_clocks before you measure"))
+        rows.append(
+            (
+                "clocks",
+                least == most,
+                "GPU clocks that are locked, for figures that can be compared",
+                shown,
+                "run sudo jetson_clocks before you measure",
+            )
+        )
     return rows
 
 

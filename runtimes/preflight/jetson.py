@@ -27,8 +27,17 @@ JETPACKS = {
 # A release that is not in the list is still told by its first number.
 GENERATIONS = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
 GPU_CLOCKS = re.compile(r"\.(gpu|ga10b|gv11b|gp10b|gm20b)$|^gpu-gpc")
-NONE: dict[str, Any] = {"jetson_model": "", "jetson_module": "", "soc": "", "l4t": "", "jetpack": "", "power_mode": "",
-                        "power_modes": [], "gpu_clock_least_hz": None, "gpu_clock_most_hz": None}  # fmt: skip
+NONE: dict[str, Any] = {
+    "jetson_model": "",
+    "jetson_module": "",
+    "soc": "",
+    "l4t": "",
+    "jetpack": "",
+    "power_mode": "",
+    "power_modes": [],
+    "gpu_clock_least_hz": None,
+    "gpu_clock_most_hz": None,
+}
 
 
 def read_facts(box: Box, packages: Mapping[str, str] | None, *, programs: bool) -> dict[str, Any]:
@@ -61,7 +70,7 @@ def read_facts(box: Box, packages: Mapping[str, str] | None, *, programs: bool) 
 
 
 def l4t_release(text: str | None, packages: Mapping[str, str] | None) -> str | None:
-    """"36.4.3" from "# R36 (release), REVISION: 4.3, …", else from the package that holds Jetson Linux."""
+    """ "36.4.3" from "# R36 (release), REVISION: 4.3, …", else from the package that holds Jetson Linux."""
     if found := re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text or ""):
         return f"{found[1]}.{found[2]}"
     found = re.match(r"\d+\.\d+(\.\d+)?", (packages or {}).get("nvidia-l4t-core", ""))
@@ -80,8 +89,10 @@ def jetpack(l4t: str | None, packages: Mapping[str, str] | None) -> str | None:
 def power(box: Box, *, programs: bool) -> tuple[str | None, list[str] | None]:
     """The power mode by its name ("7W", "MAXN_SUPER"), and the names of all that this board has."""
     text = box.text("/etc/nvpmodel.conf")
-    named = {int(number): name for number, name in re.findall(
-        r"<\s*POWER_MODEL\s+ID\s*=\s*(\d+)\s+NAME\s*=\s*([^\s>]+)", text or "")}  # fmt: skip
+    named = {
+        int(number): name
+        for number, name in re.findall(r"<\s*POWER_MODEL\s+ID\s*=\s*(\d+)\s+NAME\s*=\s*([^\s>]+)", text or "")
+    }
     modes = [named[number] for number in sorted(named)] or None
     if found := re.search(r"pmode:\s*(\d+)", box.text("/var/lib/nvpmodel/status") or ""):
         return named.get(int(found[1])), modes

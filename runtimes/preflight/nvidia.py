@@ -20,10 +20,23 @@ MIB = 1 << 20
 HANGS = "nvidia-smi does not answer"
 VERSION = r"\d+(?:\.\d+)+"
 PACKAGES = ("nvidia-", "libnvinfer", "cuda-toolkit-", "cuda-cudart-")
-LIBRARIES = ("/usr/lib/aarch64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/lib", "/usr/lib",
-             "/usr/local/cuda/lib64", "/opt/tensorrt/lib", "/usr/local/tensorrt/lib")  # fmt: skip
-HEADERS = ("/usr/include/aarch64-linux-gnu", "/usr/include/x86_64-linux-gnu", "/usr/include",
-           "/usr/local/tensorrt/include", "/opt/tensorrt/include")  # fmt: skip
+LIBRARIES = (
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/usr/lib",
+    "/usr/local/cuda/lib64",
+    "/opt/tensorrt/lib",
+    "/usr/local/tensorrt/lib",
+)
+HEADERS = (
+    "/usr/include/aarch64-linux-gnu",
+    "/usr/include/x86_64-linux-gnu",
+    "/usr/include",
+    "/usr/local/tensorrt/include",
+    "/opt/tensorrt/include",
+)
 
 
 def installed(box: Box) -> dict[str, str] | None:
@@ -90,14 +103,16 @@ def _from_smi(box: Box) -> tuple[list[dict[str, Any]] | None, str | None, str]:
         told = dict(zip(fields, row))  # noqa: B905 - Python 3.8 has no strict; the lengths are checked above
         driver = told["driver_version"] if re.fullmatch(VERSION, told["driver_version"]) else driver
         capability = told.get("compute_cap", "")
-        gpus.append({
-            "name": told["name"],
-            "capability": capability if re.fullmatch(r"\d+\.\d+", capability) else None,
-            "bytes": _mib(told["memory.total"]),
-            "free_bytes": _mib(told["memory.free"]),
-            "mig": told["mig.mode.current"] == "Enabled",
-            "unified": None,
-        })  # fmt: skip
+        gpus.append(
+            {
+                "name": told["name"],
+                "capability": capability if re.fullmatch(r"\d+\.\d+", capability) else None,
+                "bytes": _mib(told["memory.total"]),
+                "free_bytes": _mib(told["memory.free"]),
+                "mig": told["mig.mode.current"] == "Enabled",
+                "unified": None,
+            }
+        )
     return gpus, driver, ""
 
 
@@ -115,8 +130,10 @@ def _together(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dic
     asked = probed.get("gpus") or []
     free = probed.get("free") or []
     if not gpus:
-        return [{**gpu, "free_bytes": free[at] if len(free) == len(asked) else None, "mig": None}
-                for at, gpu in enumerate(asked)]  # fmt: skip
+        return [
+            {**gpu, "free_bytes": free[at] if len(free) == len(asked) else None, "mig": None}
+            for at, gpu in enumerate(asked)
+        ]
     if len(asked) != len(gpus):
         asked = [{}] * len(gpus)
     together = []
@@ -131,8 +148,14 @@ def _together(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dic
 def _of_soc(jetson: Mapping[str, Any]) -> dict[str, Any]:
     """A Jetson's GPU, which is part of its processor and needs no program to be known."""
     soc = jetson["soc"]
-    return {"name": GPUS[soc], "capability": CAPABILITIES[soc], "bytes": None, "free_bytes": None, "mig": None,
-            "unified": True}  # fmt: skip
+    return {
+        "name": GPUS[soc],
+        "capability": CAPABILITIES[soc],
+        "bytes": None,
+        "free_bytes": None,
+        "mig": None,
+        "unified": True,
+    }
 
 
 def _cuda_of_smi(box: Box) -> str | None:
@@ -154,22 +177,34 @@ def tensorrt(box: Box, packages: Mapping[str, str] | None) -> str:
     """TensorRT's version: its package's, else its library's name, else its header, else its Python package; "" when
     none of them is there. Of several the newest.
     """
-    found = [match[0] for name, version in (packages or {}).items()
-             if re.fullmatch(r"libnvinfer\d+", name) and (match := re.match(VERSION, version))]  # fmt: skip
+    found = [
+        match[0]
+        for name, version in (packages or {}).items()
+        if re.fullmatch(r"libnvinfer\d+", name) and (match := re.match(VERSION, version))
+    ]
     if not found:
-        found = [match[1] for folder in LIBRARIES for name in box.names(folder)
-                 if (match := re.fullmatch(rf"libnvinfer\.so\.({VERSION})", name))]  # fmt: skip
+        found = [
+            match[1]
+            for folder in LIBRARIES
+            for name in box.names(folder)
+            if (match := re.fullmatch(rf"libnvinfer\.so\.({VERSION})", name))
+        ]
     if not found:
         found = [version for folder in HEADERS if (version := _header(box.text(f"{folder}/NvInferVersion.h") or ""))]
     if not found:
-        found = [match[1] for place in ("/usr/lib", "/usr/local/lib") for python in box.names(place)
-                 if python.startswith("python3") for name in box.names(f"{place}/{python}/dist-packages")
-                 if (match := re.fullmatch(rf"tensorrt-({VERSION})\.dist-info", name))]  # fmt: skip
+        found = [
+            match[1]
+            for place in ("/usr/lib", "/usr/local/lib")
+            for python in box.names(place)
+            if python.startswith("python3")
+            for name in box.names(f"{place}/{python}/dist-packages")
+            if (match := re.fullmatch(rf"tensorrt-({VERSION})\.dist-info", name))
+        ]
     return max(found, key=lambda text: [int(part) for part in text.split(".")], default="")
 
 
 def _header(text: str) -> str:
-    """"10.16.2" from NvInferVersion.h, whose newer forms name the numbers TRT_MAJOR_ENTERPRISE and so on."""
+    """ "10.16.2" from NvInferVersion.h, whose newer forms name the numbers TRT_MAJOR_ENTERPRISE and so on."""
     numbers = dict(re.findall(r"#define\s+(?:NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH)(?:_ENTERPRISE)?\s+(\d+)", text))
     return ".".join(numbers[part] for part in ("MAJOR", "MINOR", "PATCH")) if len(numbers) == 3 else ""
 
@@ -181,7 +216,9 @@ def toolkit(box: Box, packages: Mapping[str, str] | None) -> str:
     told = told or re.search(rf"CUDA Version ({VERSION})", box.text("/usr/local/cuda/version.txt") or "")
     if told:
         return told[1]
-    found = [match[0] for name, version in (packages or {}).items()
-             if re.fullmatch(r"cuda-(toolkit|cudart)-\d+-\d+", name)
-             and (match := re.match(VERSION, version))]  # fmt: skip
+    found = [
+        match[0]
+        for name, version in (packages or {}).items()
+        if re.fullmatch(r"cuda-(toolkit|cudart)-\d+-\d+", name) and (match := re.match(VERSION, version))
+    ]
     return max(found, key=lambda text: [int(part) for part in text.split(".")], default="")

@@ -119,8 +119,14 @@ def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = 
     """
     end = time.monotonic() + seconds
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                 start_new_session=True, env=env)  # fmt: skip
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=env,
+        )
     except OSError:
         return Said(None, "")
     taken: list[bytes] = []

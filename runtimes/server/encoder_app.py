@@ -163,9 +163,7 @@ def _add_embedder(app: FastAPI, service: EncoderService) -> None:
             return [float(value) for value in row]
 
         def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:
-            data = [
-                {"object": "embedding", "index": place, "embedding": vector(row)} for place, row in enumerate(rows)
-            ]
+            data = [{"object": "embedding", "index": place, "embedding": vector(row)} for place, row in enumerate(rows)]
             return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
 
         return Computed(service, lambda: _texts(service, request.input, request.truncate), finish)
@@ -187,8 +185,7 @@ def _add_classifier(app: FastAPI, service: EncoderService) -> None:
                 raise RequestRefused("input and pair have different lengths.", param="pair")
             _few(firsts)
             return [
-                reader.read(one, other, truncate=request.truncate)
-                for one, other in zip(firsts, seconds, strict=True)
+                reader.read(one, other, truncate=request.truncate) for one, other in zip(firsts, seconds, strict=True)
             ]
 
         def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:

@@ -63,9 +63,7 @@ class Metrics(BaseMetrics):
     def __init__(self, memory: Callable[[], int]) -> None:
         super().__init__(memory)
         registry = self.registry
-        self.cancelled = Counter(
-            "packager_cancelled", "Generations that the client gave up on", registry=registry
-        )
+        self.cancelled = Counter("packager_cancelled", "Generations that the client gave up on", registry=registry)
         self.cached_tokens = Counter(
             "packager_cached_prompt_tokens", "Prompt tokens that a slot still held", registry=registry
         )

@@ -15,8 +15,18 @@ from runtimes.server.metrics import BaseMetrics
 from runtimes.server.openai_responses import error_body
 
 PATHS = frozenset(
-    ["/v1/chat/completions", "/v1/completions", "/v1/models", "/predict", "/answer", "/health", "/metrics", "/docs",
-     "/v1/embeddings", "/classify"]
+    [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/predict",
+        "/answer",
+        "/health",
+        "/metrics",
+        "/docs",
+        "/v1/embeddings",
+        "/classify",
+    ]
 )
 
 LINGER_S = 2.0  # a connection closed on bytes that nobody read is reset, and the refusal lost with it

@@ -53,7 +53,7 @@ class Reply:
         self._chunk = chunk
         null_usage = ',"usage":null' if usage else ""
         before = '{"index":0,"delta":{"content":' if chat else '{"index":0,"text":'
-        after = "},\"logprobs\":null,\"finish_reason\":null}" if chat else ",\"logprobs\":null,\"finish_reason\":null}"
+        after = '},"logprobs":null,"finish_reason":null}' if chat else ',"logprobs":null,"finish_reason":null}'
         self._before = ("data: " + dumps(chunk)[:-1] + null_usage + ',"choices":[' + before).encode()
         self._after = (after + "]}\n\n").encode()
         self._offset = 0

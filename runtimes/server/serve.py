@@ -47,8 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for any free one (default: %(default)s)")
     parser.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES", help="largest request (8 MiB)")
-    parser.add_argument("--device", help="bundles for a GPU: gpu (default) or cpu; TensorRT's also onnxruntime, and "
-                        "both by an onnxruntime of your own in the install's venv")  # fmt: skip
+    parser.add_argument(
+        "--device",
+        help="bundles for a GPU: gpu (default) or cpu; TensorRT's also onnxruntime, and "
+        "both by an onnxruntime of your own in the install's venv",
+    )
     parser.add_argument("--log-json", action="store_true", help="one JSON line a request on standard output")
     parser.add_argument("--verbose", action="store_true", help="show the engine's own log")
     return parser
@@ -58,17 +61,17 @@ def _device(name: str, engine: ModuleType, run: Run) -> str:
     """What --device said. Raises ManifestError where the engine has no such device."""
     known = getattr(engine, "DEVICES", ())
     if name not in known:
-        raise ManifestError(f"The engine {run.engine} knows no --device {name}"
-                            + (f"; it knows {', '.join(known)}." if known else "; leave it out."))  # fmt: skip
+        raise ManifestError(
+            f"The engine {run.engine} knows no --device {name}"
+            + (f"; it knows {', '.join(known)}." if known else "; leave it out.")
+        )
     return name
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises ManifestError with one sentence when the address is taken or not ours."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, OverflowError) as error:
         raise ManifestError(f"{host} port {port} is no address to listen on: {error}.") from None
@@ -111,6 +114,7 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
         return FAILED if isinstance(error, EngineError) else UNUSABLE
     finally:
         signal.signal(signal.SIGINT, interrupt)
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             """Let answers end for a while, then end them: uvicorn itself would cut them with a traceback."""

@@ -42,8 +42,9 @@ def packages() -> dict[str, str]:
     """Versions of JetPack's packages, as dpkg has them."""
     names = ("nvidia-jetpack", "libnvinfer10", "python3-libnvinfer")
     try:
-        done = subprocess.run(["dpkg-query", "-W", "-f=${Package} ${Version}\n", *names], capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            ["dpkg-query", "-W", "-f=${Package} ${Version}\n", *names], capture_output=True, text=True, check=False
+        )
     except OSError:
         return {}
     return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
@@ -78,8 +79,9 @@ def end(child: subprocess.Popen[bytes]) -> int | None:
 
 def install(bundle: Path, prefix: Path, verdict: dict[str, Any]) -> None:
     """Install the bundle; the verdict has what it said. Raises RuntimeError."""
-    done = subprocess.run([bundle / "install.sh", "--prefix", prefix], stdout=sys.stderr, stderr=subprocess.PIPE,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [bundle / "install.sh", "--prefix", prefix], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
+    )
     verdict["install"] = {"code": done.returncode, "said": done.stderr.strip().splitlines()[-1:]}
     if done.returncode:
         raise RuntimeError("the bundle did not install")

@@ -29,19 +29,44 @@ from runtimes.manifest import Run  # noqa: E402
 
 def parsed() -> dict[str, Any]:
     """What the wheel's server understands of our command line."""
-    run = Run("edgellm", Path("m/model.safetensors"), Path("m/tokenizer.json"), None, name="tiny", context=2048,
-              slots=4, settings={"reasoning": "deepseek_r1"})  # fmt: skip
+    run = Run(
+        "edgellm",
+        Path("m/model.safetensors"),
+        Path("m/tokenizer.json"),
+        None,
+        name="tiny",
+        context=2048,
+        slots=4,
+        settings={"reasoning": "deepseek_r1"},
+    )
     words = command(run, "python", "127.0.0.1", 8000, Path("/cache"))
     config = importlib.import_module("experimental.server.config").parse_server_config(words[words.index(START) + 1 :])
-    return {"model": config.model.model, "host": config.api.host, "port": config.api.port,
-            "name": config.api.served_model_name, "input": config.model.max_input_len,
-            "capacity": config.model.max_kv_cache_capacity, "batch": config.model.max_batch_size,
-            "together": config.model.enable_in_flight_batching, "cache": config.model.cache_dir,
-            "reasoning": config.api.reasoning_parser}  # fmt: skip
+    return {
+        "model": config.model.model,
+        "host": config.api.host,
+        "port": config.api.port,
+        "name": config.api.served_model_name,
+        "input": config.model.max_input_len,
+        "capacity": config.model.max_kv_cache_capacity,
+        "batch": config.model.max_batch_size,
+        "together": config.model.enable_in_flight_batching,
+        "cache": config.model.cache_dir,
+        "reasoning": config.api.reasoning_parser,
+    }
 
 
-EXPECTED = {"model": "m", "host": "127.0.0.1", "port": 8000, "name": "tiny", "input": 2048, "capacity": 2048,
-            "batch": 4, "together": True, "cache": "/cache", "reasoning": "deepseek_r1"}  # fmt: skip
+EXPECTED = {
+    "model": "m",
+    "host": "127.0.0.1",
+    "port": 8000,
+    "name": "tiny",
+    "input": 2048,
+    "capacity": 2048,
+    "batch": 4,
+    "together": True,
+    "cache": "/cache",
+    "reasoning": "deepseek_r1",
+}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -54,17 +79,23 @@ def read(folder: Path) -> dict[str, Any]:
     expected = ("int4_gptq", GROUP) if ours else ("fp16", 1)
     theta = float(rope.get("rope_theta", 10000.0))
     same = (found.quant.quant_type, found.quant.group_size) == expected and found.rope_theta == theta
-    return {"folder": folder.name, "quantization": found.quant.quant_type, "group": found.quant.group_size,
-            "zero_point_offset": found.quant.gptq_zero_point_offset, "rope_theta": found.rope_theta,
-            "fine": same}  # fmt: skip
+    return {
+        "folder": folder.name,
+        "quantization": found.quant.quant_type,
+        "group": found.quant.group_size,
+        "zero_point_offset": found.quant.gptq_zero_point_offset,
+        "rope_theta": found.rope_theta,
+        "fine": same,
+    }
 
 
 def main() -> int:
     wheel, folders = Path(sys.argv[1]).resolve(), [Path(name) for name in sys.argv[2:]]
     sys.path.insert(0, str(wheel))  # imported out of the archive: its Python files alone
     with zipfile.ZipFile(wheel) as archive:
-        payloads = sorted({found[1] for name in archive.namelist()
-                           if (found := re.search(r"_native/payloads/([^/]+)/", name))})  # fmt: skip
+        payloads = sorted(
+            {found[1] for name in archive.namelist() if (found := re.search(r"_native/payloads/([^/]+)/", name))}
+        )
     families = importlib.import_module("experimental.builder.models.registry").FAMILIES
     known = {variant for family in families for variant in family.variants}
     native = {name.rsplit("-", 1)[1] for name in payloads if name.startswith("jetson-")}

@@ -25,8 +25,14 @@ from runtimes.engines.vllm import command  # noqa: E402
 from runtimes.manifest import Run  # noqa: E402
 
 LOADERS = "vllm/model_executor/layers/quantization"
-SETTINGS = {"quantization": "gptq", "dtype": "half", "tensor_parallel": 2, "gpu_share": 0.9, "enforce_eager": True,
-            "ray": True}  # fmt: skip
+SETTINGS = {
+    "quantization": "gptq",
+    "dtype": "half",
+    "tensor_parallel": 2,
+    "gpu_share": 0.9,
+    "enforce_eager": True,
+    "ray": True,
+}
 
 
 def missing_flags(parser: str, frontend: str) -> list[str]:
@@ -34,8 +40,11 @@ def missing_flags(parser: str, frontend: str) -> list[str]:
     known = set(re.findall(r'"(--[a-z0-9-]+)"', parser + frontend))
     for node in ast.walk(ast.parse(frontend)):
         if isinstance(node, ast.ClassDef):
-            fields = [item.target.id for item in node.body
-                      if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]  # fmt: skip
+            fields = [
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            ]
             known |= {f"--{name.replace('_', '-')}" for name in fields}
     run = Run("vllm", Path("m/model.safetensors"), Path("m/tokenizer.json"), Path("m/t.jinja"), settings=SETTINGS)
     return [word for word in command(run, "vllm", "127.0.0.1", 1) if word.startswith("--") and word not in known]
@@ -66,9 +75,12 @@ def same_packing(loader: str) -> bool:
         return torch.from_numpy(np.frombuffer(form.data(part, q, scales, 32), "<i4").reshape(shape).copy())
 
     wanted = ("_REVERSE_AWQ_PACK_ORDER", "_convert_awq_to_standard_format")
-    body: list[ast.stmt] = [node for node in ast.parse(loader).body
-            if (isinstance(node, ast.FunctionDef) and node.name == wanted[1])
-            or (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == wanted[0])]  # fmt: skip
+    body: list[ast.stmt] = [
+        node
+        for node in ast.parse(loader).body
+        if (isinstance(node, ast.FunctionDef) and node.name == wanted[1])
+        or (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == wanted[0])
+    ]
     names: dict[str, Any] = {
         "torch": torch,
         "PackedvLLMParameter": lambda data, **_: SimpleNamespace(data=data),

@@ -55,8 +55,12 @@ def agreement(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
             one["ids"], one["logprobs"], other["ids"], other["logprobs"], strict=True
         ):
             theirs = dict(zip(their_ids, their_logs, strict=True))
-            found.append(sum(math.exp(log) * (log - theirs.get(token, math.log(OUTSIDE)))
-                             for token, log in zip(ids, logs, strict=True)))  # fmt: skip
+            found.append(
+                sum(
+                    math.exp(log) * (log - theirs.get(token, math.log(OUTSIDE)))
+                    for token, log in zip(ids, logs, strict=True)
+                )
+            )
             equal += ids[0] == their_ids[0]
     return {"positions": len(found), "kl_mean": sum(found) / len(found), "top1": equal / len(found)}
 
@@ -73,8 +77,13 @@ def run(bundle: Path, prefix: Path, pairs: list[dict[str, str]], scratch: Path, 
         verdict |= measure(port, pairs, str(verdict["model"]))
     finally:
         verdict["ended_by_sigterm"] = end(child)
-    done = subprocess.run([prefix / "bin" / "bench", "--quick", "--json"], stdout=subprocess.PIPE, stderr=sys.stderr,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [prefix / "bin" / "bench", "--quick", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=sys.stderr,
+        text=True,
+        check=False,
+    )
     verdict["bench"] = json.loads(done.stdout) if done.returncode == 0 else {"code": done.returncode}
     agree = same["kl_mean"] <= MOST_KL and same["top1"] >= LEAST_TOP1
     if agree and verdict["streams"] and verdict["kept"] >= ENOUGH * verdict["pairs"]:

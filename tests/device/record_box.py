@@ -20,8 +20,9 @@ from typing import Any
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("out", type=Path, help="a new folder")
-    options.add_argument("--runtimes", type=Path, default=Path(__file__).resolve().parents[2],
-                         help="the folder that holds runtimes/")  # fmt: skip
+    options.add_argument(
+        "--runtimes", type=Path, default=Path(__file__).resolve().parents[2], help="the folder that holds runtimes/"
+    )
     given = options.parse_args()
     sys.path.insert(0, str(given.runtimes))
     from runtimes.preflight.facts import process_facts, read_facts
@@ -104,8 +105,18 @@ def main() -> int:
     (given.out / "commands.json").write_text(json.dumps(box.asked, indent=1) + "\n", encoding="utf-8")
     again = read_facts(box=Box(given.out))
     different = sorted(name for name in {*facts, *again} if facts.get(name) != again.get(name))
-    sys.stdout.write(json.dumps({"recorded": str(given.out), "same": not different, "different": different,
-                                 "jetson": bool(facts["jetson_model"]), "gpus": facts["gpus"]}) + "\n")  # fmt: skip
+    sys.stdout.write(
+        json.dumps(
+            {
+                "recorded": str(given.out),
+                "same": not different,
+                "different": different,
+                "jetson": bool(facts["jetson_model"]),
+                "gpus": facts["gpus"],
+            }
+        )
+        + "\n"
+    )
     return 1 if different else 0
 
 

@@ -39,13 +39,22 @@ class Failed(Exception):
     """A step that did not hold: one sentence."""
 
 
-def run(words: Sequence[object], *, env: dict[str, str] | None = None, cwd: Path = Path("/"), seconds: float = 7200
-        ) -> tuple[int, str, str]:  # fmt: skip
+def run(
+    words: Sequence[object], *, env: dict[str, str] | None = None, cwd: Path = Path("/"), seconds: float = 7200
+) -> tuple[int, str, str]:
     """Exit code (negative: the signal), standard output and error of a program. cwd: not this checkout, whose runtimes/
     ``python -m`` would take.
     """
-    done = subprocess.run([str(word) for word in words], env=env, cwd=cwd, capture_output=True, text=True, check=False,
-                          errors="replace", timeout=seconds)  # fmt: skip
+    done = subprocess.run(
+        [str(word) for word in words],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        errors="replace",
+        timeout=seconds,
+    )
     sys.stderr.write(done.stderr)
     return done.returncode, done.stdout, done.stderr
 
@@ -99,8 +108,7 @@ def served(install: Install, wait: float) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    child = subprocess.Popen([install.prefix / "bin" / "serve", "--port", str(port)], stdout=sys.stderr,
-                             cwd="/")  # fmt: skip
+    child = subprocess.Popen([install.prefix / "bin" / "serve", "--port", str(port)], stdout=sys.stderr, cwd="/")
     try:
         end = time.monotonic() + wait
         while call(port, "/health")[0] != 200:
@@ -137,6 +145,7 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
 
 def compared(port: int, reference: dict[str, Any]) -> dict[str, float]:
     """An embedder's vectors through HTTP: against the source's, and alone against in a batch. Raises Failed."""
+
     def vectors(ids: list[list[int]]) -> list[list[float]]:
         code, answer = call(port, "/v1/embeddings", {"input": ids})
         if code != 200:

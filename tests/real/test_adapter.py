@@ -26,9 +26,16 @@ def small_model(folder: Path, dtype: Any, tied: bool = False) -> Path:
 
     torch.manual_seed(3)
     config = transformers.Qwen2Config(
-        vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
     transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
     write_json(folder / "tokenizer.json", tokenizer_json([f"w{number}" for number in range(300)]))
     return folder

@@ -16,9 +16,12 @@ SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if "ar
 
 def printed(script: str, *arguments: str | Path) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *arguments], capture_output=True, text=True, check=False,
+        [sys.executable, ROOT / "benchmarks" / script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -49,8 +49,10 @@ def pythons() -> list[str]:
 
 
 def _python(minor: int) -> str | None:
-    candidates = [shutil.which(f"python3.{minor}"), *(str(path) for path in sorted(
-        Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3")))]
+    candidates = [
+        shutil.which(f"python3.{minor}"),
+        *(str(path) for path in sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3"))),
+    ]
     for path in candidates:
         if path and subprocess.run([path, "-c", "import venv"], capture_output=True, check=False).returncode == 0:
             return str(path)
@@ -76,24 +78,32 @@ def place(tmp_path: Path) -> Iterator[Path]:
 def install(bundle: Path, prefix: Path, python: str, before: list[str]) -> subprocess.CompletedProcess[str]:
     """Run install.sh; pip settings of this machine must not matter, so a wrong index is set."""
     env = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_FIND_LINKS": "/nowhere", "PYTHONPATH": "/nowhere"}
-    return subprocess.run([*before, str(bundle / "install.sh"), "--prefix", str(prefix), "--python", python],
-                          capture_output=True, text=True, check=False, env=env)
+    return subprocess.run(
+        [*before, str(bundle / "install.sh"), "--prefix", str(prefix), "--python", python],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+    )
 
 
 @pytest.mark.parametrize("python", pythons())
-def test_it_installs_and_answers_where_no_network_exists(q8_bundle: Path, place: Path, alone: list[str],
-                                                         python: str) -> None:
+def test_it_installs_and_answers_where_no_network_exists(
+    q8_bundle: Path, place: Path, alone: list[str], python: str
+) -> None:
     """Into an empty folder; then served and asked there; a second run changes nothing; check finds all in order."""
     place.mkdir()
     done = install(q8_bundle, place, python, alone)
     assert done.returncode == 0, done.stderr
     inode = (place / "installed.json").stat().st_ino
-    asked = subprocess.run([*alone, sys.executable, "-c", ASK, str(place / "bin" / "serve")], capture_output=True,
-                           text=True, check=False)
+    asked = subprocess.run(
+        [*alone, sys.executable, "-c", ASK, str(place / "bin" / "serve")], capture_output=True, text=True, check=False
+    )
     assert asked.returncode == 0 and len(asked.stdout.split()) > 2, asked.stderr[-2000:]
     again = install(q8_bundle, place, python, alone)
-    assert again.returncode == 0 and "nothing to do" in again.stderr and (
-        place / "installed.json").stat().st_ino == inode
+    assert (
+        again.returncode == 0 and "nothing to do" in again.stderr and (place / "installed.json").stat().st_ino == inode
+    )
     checked = subprocess.run([str(place / "bin" / "check"), "--json"], capture_output=True, text=True, check=False)
     assert checked.returncode == 0 and json.loads(checked.stdout)["ok"], checked.stdout
     assert [path.name for path in place.parent.iterdir()] == [place.name]
@@ -120,8 +130,12 @@ def test_a_killed_installer_leaves_no_half_install_and_the_next_run_cleans_up(q8
         if round_ == "an install there":
             (place / "model" / "tokenizer.json").write_text("damaged", "utf-8")  # so that the next run replaces it
         before = sorted(path.name for path in place.glob("*"))
-        child = subprocess.Popen([str(q8_bundle / "install.sh"), "--prefix", str(place), "--python", sys.executable],
-                                 stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        child = subprocess.Popen(
+            [str(q8_bundle / "install.sh"), "--prefix", str(place), "--python", sys.executable],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         end = time.monotonic() + 120
         while not any(path.joinpath("venv").exists() for path in place.parent.glob(start)):
             assert child.poll() is None and time.monotonic() < end, "the installer was never half way"
@@ -140,8 +154,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(q8_bundle: Path, tmp_pat
     """A filesystem of 64 MB, where this machine allows one to be mounted."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)], capture_output=True,
-                      check=False).returncode != 0:
+    if (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)], capture_output=True, check=False
+        ).returncode
+        != 0
+    ):
         pytest.skip("this machine does not let a test mount a filesystem")
     try:
         done = install(q8_bundle, small / "box", sys.executable, [])

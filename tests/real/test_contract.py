@@ -96,7 +96,7 @@ def test_a_modelfile_that_contradicts_the_tokenizer_stops_the_build(
     (folder / "Modelfile").write_text(
         'FROM .\nTEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}'
         '{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
-        '<|im_start|>assistant\n'
+        "<|im_start|>assistant\n"
         '{{ else if eq .Role "assistant" }}{{ .Content }}<|im_end|>\n{{ end }}{{ end }}"""\n',
         encoding="utf-8",
     )

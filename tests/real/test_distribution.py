@@ -40,8 +40,12 @@ def test_the_wheel_holds_everything_that_is_read_at_run_time(wheel: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"packager"}
-    for folder, place in (("packager", "packager"), ("recipes", "packager/recipes"), ("runtimes", "packager/runtimes"),
-                          ("targets", "packager/targets")):
+    for folder, place in (
+        ("packager", "packager"),
+        ("recipes", "packager/recipes"),
+        ("runtimes", "packager/runtimes"),
+        ("targets", "packager/targets"),
+    ):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."):
                 assert f"{place}/{path.relative_to(ROOT / folder).as_posix()}" in names

@@ -23,8 +23,12 @@ def test_float16_is_the_source_and_says_what_the_box_must_be(store: Store, rando
     """Every tensor in 16 bits, scored by the reference; for JetPack 7.2 and compute capability 8.7 alone."""
     checkpoint = open_checkpoint(str(random_qwen2), progress=Silent(), cache=cache_root())
     made = RECIPE.build(Job(checkpoint, AGX, store, Silent()), RECIPE.options(context=256))
-    weights = {name: info for path in made.files.values() if path.suffix == ".safetensors"
-               for name, info in read_header(path).items()}  # fmt: skip
+    weights = {
+        name: info
+        for path in made.files.values()
+        if path.suffix == ".safetensors"
+        for name, info in read_header(path).items()
+    }
     assert set(weights) == set(checkpoint.tensors)
     assert {info.dtype for info in weights.values()} == {"F16"}
     config = json.loads(made.files["config.json"].read_text(encoding="utf-8"))

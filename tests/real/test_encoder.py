@@ -41,8 +41,9 @@ def source_vectors(checkpoint: Path, texts: list[str], work: Path) -> np.ndarray
         "open(sys.argv[3], 'w').write(json.dumps(torch.nn.functional.normalize(mean, dim=1).tolist()))\n"
     )
     output = work / "vectors.json"
-    subprocess.run([sys.executable, "-c", script, checkpoint, json.dumps(texts), output], check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", script, checkpoint, json.dumps(texts), output], check=True, capture_output=True
+    )
     return np.array(json.loads(output.read_text(encoding="utf-8")))
 
 
@@ -80,7 +81,11 @@ def test_minilm_keeps_its_cosine_at_a_quarter_of_the_bytes(minilm_bundle: Path) 
     assert run["model_bytes"] <= 0.27 * 4 * 22_565_376  # parameters without the pooler, which is not exported
     assert report["tensor_types"]["INT8"] == 39  # 6 layers of 6 matrices, and three embedding tables
     assert (run["task"], run["context"], run["settings"]["pooling"], run["settings"]["normalize"]) == (
-        "embed", 256, "mean", True)  # fmt: skip
+        "embed",
+        256,
+        "mean",
+        True,
+    )
     assert (minilm_bundle / "model" / "1_Pooling" / "config.json").is_file()
     assert verify(minilm_bundle).ok
 
@@ -158,8 +163,9 @@ def test_a_classifier_keeps_its_labels(classifier_bundle: Path, classifier: Path
         "open(sys.argv[3], 'w').write(json.dumps(ask(json.loads(sys.argv[2]))))\n"
     )
     output = tmp_path / "labels.json"
-    subprocess.run([sys.executable, "-c", script, classifier, json.dumps(TEXTS), output], check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", script, classifier, json.dumps(TEXTS), output], check=True, capture_output=True
+    )
     expected = json.loads(output.read_text(encoding="utf-8"))
     with served(classifier_bundle, tmp_path / "log.txt") as base:
         status, body = call(base, "/classify", {"input": TEXTS})

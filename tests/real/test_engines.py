@@ -50,8 +50,14 @@ class Case:
 def greedy_reference(model: Any) -> Callable[[Sequence[int], int], list[int]]:
     def reference(prompt: Sequence[int], count: int) -> list[int]:
         with torch.inference_mode():
-            made = model.generate(torch.tensor([list(prompt)]), do_sample=False, max_new_tokens=count,
-                                  eos_token_id=None, pad_token_id=0, attention_mask=torch.ones(1, len(prompt)))
+            made = model.generate(
+                torch.tensor([list(prompt)]),
+                do_sample=False,
+                max_new_tokens=count,
+                eos_token_id=None,
+                pad_token_id=0,
+                attention_mask=torch.ones(1, len(prompt)),
+            )
         return [int(token) for token in made[0, len(prompt) :]]
 
     return reference
@@ -87,8 +93,16 @@ def ort(request: pytest.FixtureRequest, folder: Path) -> Case:
             model = decoder_graph.Decoder(checkpoint, weights, 256).model()
             (place / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
     run = Run("ort", eight / "model.onnx", source / "tokenizer.json", None, context=256, slots=3, threads=2)
-    whole = Run("ort", exact / "model.onnx", source / "tokenizer.json", None, context=256, slots=1, threads=2,
-                settings={"optimized": False})
+    whole = Run(
+        "ort",
+        exact / "model.onnx",
+        source / "tokenizer.json",
+        None,
+        context=256,
+        slots=1,
+        threads=2,
+        settings={"optimized": False},
+    )
     reference, prompts = request.getfixturevalue("real")
     return Case(run, whole, prompts, 49152, greedy_reference(reference))
 
@@ -178,8 +192,11 @@ def test_max_tokens_and_a_full_context_end_an_answer(case: Case, engine: Engine)
 
 def test_what_cannot_be_served_is_refused(case: Case, engine: Engine) -> None:
     """An empty prompt, one as long as the context, an id outside the vocabulary: before anything is computed."""
-    for prompt, code in (([], "empty_prompt"), ([5] * engine.context, "context_length_exceeded"),
-                         ([5, case.vocabulary + 7], "invalid_value")):
+    for prompt, code in (
+        ([], "empty_prompt"),
+        ([5] * engine.context, "context_length_exceeded"),
+        ([5, case.vocabulary + 7], "invalid_value"),
+    ):
         with pytest.raises(RequestRefused) as refusal:
             ask(engine, prompt)
         assert refusal.value.code == code

@@ -110,9 +110,7 @@ def test_greedy_is_transformers_greedy(engine: Transformers, small: tuple[Path, 
     assert (pieces[-1].finish, pieces[-1].tokens, pieces[-1].prompt_tokens) == ("length", 12, len(PROMPT))
 
 
-def test_stop_ids_and_stop_strings_end_an_answer(
-    engine: Transformers, small: tuple[Path, Path, Path, Tuned]
-) -> None:
+def test_stop_ids_and_stop_strings_end_an_answer(engine: Transformers, small: tuple[Path, Path, Path, Tuned]) -> None:
     """The end token counts and gives no text; a stop string is not part of the answer."""
     whole = greedy(engine)
     ids, text = ids_of(whole), "".join(piece.text for piece in whole)

@@ -195,8 +195,12 @@ def test_json_schema_holds_and_a_schema_that_cannot_is_refused(served: Served) -
     from openai import BadRequestError
 
     client = served.client()
-    ask: dict[str, Any] = {"model": None, "messages": [{"role": "user", "content": "France?"}], "max_tokens": 120,
-                           "temperature": 0}  # chance may not end its strings in time
+    ask: dict[str, Any] = {
+        "model": None,
+        "messages": [{"role": "user", "content": "France?"}],
+        "max_tokens": 120,
+        "temperature": 0,
+    }  # chance may not end its strings in time
     ask["model"] = client.models.list().data[0].id
     schema = {
         "type": "object",

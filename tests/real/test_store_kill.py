@@ -47,8 +47,12 @@ def finished(child: subprocess.Popen[str]) -> Path:
 
 def partials(*folders: Path) -> list[Path]:
     """What an interrupted write would leave: hidden temporary files and folders."""
-    return [path for folder in folders for path in folder.rglob("*")
-            if path.name.startswith(".") or path.name.endswith((".partial", ".tmp", ".part"))]  # fmt: skip
+    return [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.name.startswith(".") or path.name.endswith((".partial", ".tmp", ".part"))
+    ]
 
 
 def same(left: Path, right: Path) -> bool:

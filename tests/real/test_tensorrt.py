@@ -29,8 +29,9 @@ if compiler.why_not_here() is not None:
 
 def made(store: Store, out: Path, checkpoint: Path, target: str, **request: Any) -> Path:
     """A bundle of recipe tensorrt_engine."""
-    return build(Request(str(checkpoint), target, recipe="tensorrt_engine", **request), out, Console(quiet=True),
-                 store).path  # fmt: skip
+    return build(
+        Request(str(checkpoint), target, recipe="tensorrt_engine", **request), out, Console(quiet=True), store
+    ).path
 
 
 def manifest(bundle: Path) -> dict[str, Any]:
@@ -99,8 +100,7 @@ def test_int8_says_what_every_layer_cost_and_keeps_the_worst_in_fp16(int8_bundle
     assert told["all_layers_without_evening_out"] < told["all_layers"]
     assert report["fidelity"]["general"]["cosine_mean"] >= 0.995
     matrices = sum(3 if name.endswith("attention.self") else 1 for name in damages if name not in kept)
-    assert report["int8_matrices"] == matrices == sum(
-        1 for name in initializers(int8_bundle) if name.endswith(".q8"))  # fmt: skip
+    assert report["int8_matrices"] == matrices == sum(1 for name in initializers(int8_bundle) if name.endswith(".q8"))
     assert found["run"]["model_bytes"] < 0.9 * manifest(t4_bundle)["run"]["model_bytes"]
     assert plan(int8_bundle)["precision"] == "int8" and verify(int8_bundle).ok
 
@@ -128,15 +128,23 @@ def test_an_orin_gets_a_plan_and_no_engine(store: Store, minilm: Path, tmp_path:
     assert verify(bundle).ok
 
 
-def test_a_classifier_keeps_its_labels(store: Store, classifier: Path, labelled_file: Path, tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_classifier_keeps_its_labels(
+    store: Store, classifier: Path, labelled_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Random weights are the hardest: labels agree in fp16 and INT8. "auto" is INT8 then; where more is asked of the
     logits than any rounding keeps, "auto" is fp16, and INT8 stops with the figures.
     """
 
     def asked(precision: str, name: str) -> dict[str, Any]:
-        bundle = made(store, tmp_path / name, classifier, "t4", name="classifier", calibration=labelled_file,
-                      sets=(f"precision={precision}",))  # fmt: skip
+        bundle = made(
+            store,
+            tmp_path / name,
+            classifier,
+            "t4",
+            name="classifier",
+            calibration=labelled_file,
+            sets=(f"precision={precision}",),
+        )
         found = manifest(bundle)
         assert found["run"]["task"] == "classify" and plan(bundle)["outputs"][0]["name"] == "logits"
         assert found["run"]["settings"]["precision"] == plan(bundle)["precision"]
@@ -162,8 +170,9 @@ def test_a_model_that_float16_ruins_is_stopped(store: Store, minilm: Path, tmp_p
     assert not list((tmp_path / "out").glob("minilm*"))
 
 
-def test_a_broken_library_is_told_in_one_sentence(t4_bundle: Path, minilm: Path, store: Store, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_library_is_told_in_one_sentence(
+    t4_bundle: Path, minilm: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A module that does not load, and one that is missing: exit code 7, and what to remove."""
     broken = tmp_path / "broken" / compiler.MODULE
     broken.mkdir(parents=True)
@@ -189,10 +198,19 @@ def test_the_parser_s_refusal_names_the_node(tmp_path: Path) -> None:
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nobody", 1)]
     model = helper.make_model(helper.make_graph([node], "g", [value], [out]), opset_imports=opsets, ir_version=9)
     onnx.save(model, str(tmp_path / "model.onnx"))
-    job = {"onnx": str(tmp_path / "model.onnx"), "sm": ["7.5"], "output": str(tmp_path / "out.rtx"),
-           "profile": {"input_ids": {"min": [1, 1], "opt": [1, 1], "max": [1, 1]}}}  # fmt: skip
+    job = {
+        "onnx": str(tmp_path / "model.onnx"),
+        "sm": ["7.5"],
+        "output": str(tmp_path / "out.rtx"),
+        "profile": {"input_ids": {"min": [1, 1], "opt": [1, 1], "max": [1, 1]}},
+    }
     (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
     place = compiler.compiler(Console(quiet=True))
-    ran = subprocess.run([sys.executable, ROOT / "packager/workers/tensorrt_compile.py", tmp_path / "job.json"],
-                         env={"PYTHONPATH": str(place)}, capture_output=True, text=True, check=False)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, ROOT / "packager/workers/tensorrt_compile.py", tmp_path / "job.json"],
+        env={"PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ran.returncode == 1 and "Unheard" in ran.stdout and not (tmp_path / "out.rtx").exists()

@@ -92,8 +92,10 @@ def test_a_t4_bundle_is_compiled_here(store: Store, random_qwen2: Path, tmp_path
     assert plan["engine"]["sm"] == ["7.5"]
     again = build(
         Request(str(random_qwen2), "t4", recipe="tensorrt_engine", sets=sets, verify=False),
-        tmp_path / "again", Console(quiet=True), Store(tmp_path / "a-store-whose-path-is-longer" / "store"),
-    ).path  # fmt: skip
+        tmp_path / "again",
+        Console(quiet=True),
+        Store(tmp_path / "a-store-whose-path-is-longer" / "store"),
+    ).path
     names = [path.name for path in sorted((bundle / "model").iterdir())]
     assert {"engine.rtx", "model.onnx", "plan.json"} <= set(names)
     for name in names:

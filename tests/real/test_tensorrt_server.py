@@ -97,7 +97,8 @@ def without_needs(bundle: Path) -> None:
     (bundle / "SHA256SUMS").unlink()
     (bundle / "SHA256SUMS").write_text(
         "".join(f"{digest}  manifest.json\n" if line.endswith("  manifest.json") else f"{line}\n" for line in sums),
-        encoding="utf-8")  # fmt: skip
+        encoding="utf-8",
+    )
 
 
 def test_an_install_says_that_there_is_no_gpu(t4_bundle: Path, alone: list[str], tmp_path: Path) -> None:
@@ -145,14 +146,27 @@ def standing_in(work: Path) -> Path:
     target = load_target("t4")
     lock = ROOT / "locks" / "box-tensorrt.lock"
     wheels = fetch_wheels(lock, target, cache_root() / "box-wheels", Console(quiet=True))
-    gpu = {"capability": "8.7", "exact": True, "count": 1, "bytes": 10**8, "driver_min": None, "cuda": None,
-           "tensorrt": None, "jetpack": None}  # fmt: skip
+    gpu = {
+        "capability": "8.7",
+        "exact": True,
+        "count": 1,
+        "bytes": 10**8,
+        "driver_min": None,
+        "cuda": None,
+        "tensorrt": None,
+        "jetpack": None,
+    }
     run = json.loads((source / "manifest.json").read_text("utf-8"))["run"]
     contents = Contents(
-        name="tiny", target={"name": "orin", "digest": "0" * 64}, recipe={"name": "tensorrt_engine", "options": {}},
-        needs=Needs("linux", "x86_64", wheels.python[0], wheels.python[-1], None, 1000, 10**8, gpu), wheels=wheels,
-        run={**RUN, **run}, files={path.name: path for path in (source / "model").iterdir()},
-        runtimes=runtimes_folder())  # fmt: skip
+        name="tiny",
+        target={"name": "orin", "digest": "0" * 64},
+        recipe={"name": "tensorrt_engine", "options": {}},
+        needs=Needs("linux", "x86_64", wheels.python[0], wheels.python[-1], None, 1000, 10**8, gpu),
+        wheels=wheels,
+        run={**RUN, **run},
+        files={path.name: path for path in (source / "model").iterdir()},
+        runtimes=runtimes_folder(),
+    )
     bundle = assemble(contents, work / "out", Console(quiet=True)).path
     sums = (bundle / "SHA256SUMS").read_text("utf-8")
     for name in ("cuda/bindings/__init__.py", "cuda/bindings/driver.py"):
@@ -180,8 +194,18 @@ def test_the_device_script_goes_through_all_its_steps(tmp_path: Path) -> None:
     engine = {"sm": "8.6", "version": "10.3.0.30", "onnx": "echo", "profile": {}}
     wrong.write_text(json.dumps(engine), encoding="utf-8")
     script = ROOT / "tests" / "device" / "tensorrt_box.py"
-    command = [sys.executable, script, bundle, "--quick", "--wrong-engine", wrong,
-               "--prefix", tmp_path / "prefix", "--python", pythons()[0]]  # fmt: skip
+    command = [
+        sys.executable,
+        script,
+        bundle,
+        "--quick",
+        "--wrong-engine",
+        wrong,
+        "--prefix",
+        tmp_path / "prefix",
+        "--python",
+        pythons()[0],
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     verdict = json.loads(done.stdout)
     assert (done.returncode, verdict["verdict"]) == (0, "pass"), (verdict, done.stderr)

@@ -45,9 +45,14 @@ def job_for(folder: Path, output: Path, *, iterations: int = 8, group: int = GRO
     random = np.random.default_rng(2)
     calibration = [random.integers(3, 320, length).tolist() for length in (60, 5, 64, 31)]
     return {
-        "checkpoint": str(folder), "calibration": calibration, "group": group, "iterations": iterations, "seed": 0,
-        "threads": 1, "output": str(output),
-    }  # fmt: skip
+        "checkpoint": str(folder),
+        "calibration": calibration,
+        "group": group,
+        "iterations": iterations,
+        "seed": 0,
+        "threads": 1,
+        "output": str(output),
+    }
 
 
 def tuned(folder: Path, output: Path, **more: Any) -> Tuned:

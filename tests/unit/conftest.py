@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 
 HEAVY = ("torch", "transformers")
-TALKERS = ("packager.cli.console", "packager.workers")  # the console's owner, and scripts that run in a child of their own
+TALKERS = (
+    "packager.cli.console",
+    "packager.workers",
+)  # the console's owner, and scripts that run in a child of their own
 
 
 @pytest.fixture(scope="module", autouse=True)  # not the session: it would outlast the ring and blind the real one

@@ -41,7 +41,18 @@ def sketch(config: dict[str, Any], name: str = "sketch", path: Path = Path("nowh
         tensors[key] = TensorInfo(key, "BF16", tuple(size), "model.safetensors", start, 2 * elements)
         start += 2 * elements
     return Checkpoint(
-        path=path, name=name, origin=Origin("folder", name), architecture=config["architectures"][0],
-        model_type=config["model_type"], config=config, tensors=tensors, identity=lambda: "0" * 64, shape=shape,
-        parameters=start // 2, dtype="BF16", weight_bytes=start, tokenizer=cast(Any, None), family=family,
-    )  # fmt: skip
+        path=path,
+        name=name,
+        origin=Origin("folder", name),
+        architecture=config["architectures"][0],
+        model_type=config["model_type"],
+        config=config,
+        tensors=tensors,
+        identity=lambda: "0" * 64,
+        shape=shape,
+        parameters=start // 2,
+        dtype="BF16",
+        weight_bytes=start,
+        tokenizer=cast(Any, None),
+        family=family,
+    )

@@ -45,7 +45,7 @@ def statements(block: ast.AST, *, top_only: bool = False) -> Iterator[ast.AST]:
 
 
 def dotted(node: ast.expr) -> str:
-    """"torch.load" of an expression that is only names; "" of any other."""
+    """ "torch.load" of an expression that is only names; "" of any other."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (before := dotted(node.value)):

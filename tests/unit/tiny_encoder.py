@@ -25,9 +25,14 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
         "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
     }
-    layer = {"attention.self.query": (hidden, hidden), "attention.self.key": (hidden, hidden),
-             "attention.self.value": (hidden, hidden), "attention.output.dense": (hidden, hidden),
-             "intermediate.dense": (wide, hidden), "output.dense": (hidden, wide)}  # fmt: skip
+    layer = {
+        "attention.self.query": (hidden, hidden),
+        "attention.self.key": (hidden, hidden),
+        "attention.self.value": (hidden, hidden),
+        "attention.output.dense": (hidden, hidden),
+        "intermediate.dense": (wide, hidden),
+        "output.dense": (hidden, wide),
+    }
     norms = ["embeddings.LayerNorm"]
     for number in range(config["num_hidden_layers"]):
         for name, size in layer.items():

@@ -238,9 +238,7 @@ def _quantized(
     return made / "model.gguf", said(made)
 
 
-def _score(
-    job: Job, options: Options, model: Path, what: str, samples: Samples, steps: list[Step]
-) -> Scored:
+def _score(job: Job, options: Options, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
     """Score a GGUF through the engine that serves it."""
     from packager.core.processes import version_of
     from packager.fidelity.artifact import score

@@ -273,7 +273,8 @@ MIB = 1024**2
 RUNTIME_BASE_BYTES = 70 * MIB
 # The vocabulary, in tokenizers and in llama.cpp: 59 MiB for SmolLM2's 49152 tokens, 152 MiB for Qwen2's 152064.
 RUNTIME_BYTES_PER_TOKEN = 1050
-# Prompts are read 512 tokens at a time (runtimes/engines/llamacpp/engine.py); llama.cpp then holds about this many float32 rows.
+# Prompts are read 512 tokens at a time (runtimes/engines/llamacpp/engine.py); llama.cpp then holds about this many
+# float32 rows.
 PROMPT_BATCH = 512
 ROWS_OF_HIDDEN, ROWS_OF_INTERMEDIATE = 4, 3
 

@@ -261,8 +261,11 @@ def score_folder(
     from packager.core.processes import version_of
     from packager.fidelity.artifact import score
 
-    absolute = {key: str(folder.path / Path(value).name) for key, value in run.items()
-                if isinstance(value, str) and value.startswith("model/")}  # fmt: skip
+    absolute = {
+        key: str(folder.path / Path(value).name)
+        for key, value in run.items()
+        if isinstance(value, str) and value.startswith("model/")
+    }
     found, step = score(
         job,
         {**run, **absolute, "engine": "transformers", "settings": {}, "context": 1024, "slots": 1},

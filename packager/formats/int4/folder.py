@@ -89,8 +89,9 @@ def write(form: Form, checkpoint: Checkpoint, tuned: Tuned, beside: Iterable[Pat
 
 def write_half(checkpoint: Checkpoint, beside: Iterable[Path], folder: Path) -> None:
     """The same folder with every tensor in float16 and none quantized. Raises InputError as ``write`` does."""
-    found = sorted((Spec(name, "F16", info.shape) for name, info in checkpoint.tensors.items()),
-                   key=lambda spec: spec.name)
+    found = sorted(
+        (Spec(name, "F16", info.shape) for name, info in checkpoint.tensors.items()), key=lambda spec: spec.name
+    )
     _write(found, lambda spec: _half(checkpoint, spec.name, "What runs it computes"), folder)
     _finish(checkpoint, {}, beside, folder)
 

@@ -95,8 +95,9 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         ram, seconds = max(ram, more), seconds + longer
     if cuda:
         middle = shape.vocab * shape.hidden // BLOCK
-        return decoder_cuda.estimate(checkpoint, target, options, weights=packed + middle, read=packed - embedding,
-                                  ram=ram, seconds=seconds)  # fmt: skip
+        return decoder_cuda.estimate(
+            checkpoint, target, options, weights=packed + middle, read=packed - embedding, ram=ram, seconds=seconds
+        )
     return Estimate(
         artifact_bytes=packed + graph,
         build_ram_bytes=ram,
@@ -184,8 +185,7 @@ def _engine(options: Options) -> str:
 
 
 def _code() -> str:
-    return code_digest(*(Path(str(module.__file__)) for module in (decoder_graph, matrices, rope)),
-                       Path(__file__))
+    return code_digest(*(Path(str(module.__file__)) for module in (decoder_graph, matrices, rope)), Path(__file__))
 
 
 def _inputs(job: Job, options: Options) -> dict[str, object]:
@@ -302,8 +302,9 @@ def _score(
         "settings": dict(settings),
     }
     version = version_of("onnxruntime")
-    found, step = score(job, run, samples, what=what, inputs={"model": model.key, "engine": version},
-                        max_rss_bytes=1 << 30)
+    found, step = score(
+        job, run, samples, what=what, inputs={"model": model.key, "engine": version}, max_rss_bytes=1 << 30
+    )
     steps.append(step)
     return found
 

@@ -3,7 +3,8 @@
 Which types have CUDA kernels decides it (docs/OperatorKernels.md there): GroupQueryAttention has float16 and bfloat16
 alone, and a T4 has no bfloat16. MatMulNBits and GatherBlockQuantized take uint8 with scales in float16, norms,
 QuickGelu and the rest take float16. Every node has a kernel there, so a session can be told to refuse any other
-provider (runtimes/engines/onnxruntime/cuda.py). The graph runs on the processor too, which is how it is scored on the build machine.
+provider (runtimes/engines/onnxruntime/cuda.py). The graph runs on the processor too, which is how it is scored on the
+build machine.
 
 Inputs as in onnx_graph, but for ``wanted`` (kept,), which of the tokens get logits: a Gather stays on the GPU, where a
 Slice would read its bounds from main memory. Caches and logits are float16.
@@ -167,13 +168,32 @@ class HalfPacked(Packed):
         from onnx import TensorProto
 
         place = self._place((EMBEDDING,))
-        table = graph.external(f"{EMBEDDING}.rows", TensorProto.UINT8, (place.rows, place.inputs), DATA,
-                               place.integers, place.rows * place.inputs)
+        table = graph.external(
+            f"{EMBEDDING}.rows",
+            TensorProto.UINT8,
+            (place.rows, place.inputs),
+            DATA,
+            place.integers,
+            place.rows * place.inputs,
+        )
         # without zero points the first CUDA kernels of this operator took 0 for the middle, not 128
-        middle = graph.external(f"{EMBEDDING}.middle", TensorProto.UINT8, (place.rows, place.inputs // self.block),
-                                DATA, self._middle(place), place.rows * place.inputs // self.block)
-        return graph.add("GatherBlockQuantized", [table, ids, self._scales(graph, EMBEDDING, place), middle],
-                         domain=MICROSOFT, bits=place.bits, block_size=self.block, gather_axis=0, quantize_axis=1)
+        middle = graph.external(
+            f"{EMBEDDING}.middle",
+            TensorProto.UINT8,
+            (place.rows, place.inputs // self.block),
+            DATA,
+            self._middle(place),
+            place.rows * place.inputs // self.block,
+        )
+        return graph.add(
+            "GatherBlockQuantized",
+            [table, ids, self._scales(graph, EMBEDDING, place), middle],
+            domain=MICROSOFT,
+            bits=place.bits,
+            block_size=self.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
 
     def _scales(self, graph: Graph, name: str, place: Place) -> str:
         return self._stored_scales(graph, name, place)
@@ -197,10 +217,12 @@ class HalfDecoder(Decoder):
         from onnx import TensorProto, helper
 
         graph, shape = self.graph, self.shape
-        inputs = [value_info("input_ids", TensorProto.INT64, ["batch", "tokens"]),
-                  value_info("seqlens_k", TensorProto.INT32, ["batch"]),
-                  value_info("total_length", TensorProto.INT32, []),
-                  value_info("wanted", TensorProto.INT64, ["logits_kept"])]
+        inputs = [
+            value_info("input_ids", TensorProto.INT64, ["batch", "tokens"]),
+            value_info("seqlens_k", TensorProto.INT32, ["batch"]),
+            value_info("total_length", TensorProto.INT32, []),
+            value_info("wanted", TensorProto.INT64, ["logits_kept"]),
+        ]
         outputs = [value_info("logits", TensorProto.FLOAT16, ["batch", "logits_kept", shape.vocab])]
         cache: list[str | int] = ["batch", shape.kv_heads, "capacity", shape.head_dim]
         for index in range(shape.layers):

@@ -93,10 +93,12 @@ class Decoder:
         from onnx import TensorProto, helper
 
         graph, shape = self.graph, self.shape
-        inputs = [value_info("input_ids", TensorProto.INT64, ["batch", "tokens"]),
-                  value_info("seqlens_k", TensorProto.INT32, ["batch"]),
-                  value_info("total_length", TensorProto.INT32, []),
-                  value_info("kept", TensorProto.INT64, [1])]
+        inputs = [
+            value_info("input_ids", TensorProto.INT64, ["batch", "tokens"]),
+            value_info("seqlens_k", TensorProto.INT32, ["batch"]),
+            value_info("total_length", TensorProto.INT32, []),
+            value_info("kept", TensorProto.INT64, [1]),
+        ]
         outputs = [value_info("logits", TensorProto.FLOAT, ["batch", "logits_kept", shape.vocab])]
         cache = [shape.kv_heads, shape.head_dim]
         for index in range(shape.layers):
@@ -204,8 +206,9 @@ class Decoder:
     def _rotation(self, kind: str) -> list[str]:
         names = [f"rope.{kind}.{part}" for part in ("cos", "sin")]
         if names[0] not in self.graph.initializers:
-            for name, table in zip(names, rope.tables(self.config, kind, self.shape.head_dim, self.context),
-                                   strict=True):
+            for name, table in zip(
+                names, rope.tables(self.config, kind, self.shape.head_dim, self.context), strict=True
+            ):
                 self.graph.constant(name, table)
         return names
 
@@ -257,14 +260,20 @@ class Decoder:
         return float(self.config.get("rms_norm_eps", 1e-6))
 
     def _norm(self, x: str, name: str) -> str:
-        return self.graph.add("SimplifiedLayerNormalization", [x, self._norm_weight(name)], axis=-1,
-                              epsilon=self._epsilon, stash_type=1)
+        return self.graph.add(
+            "SimplifiedLayerNormalization", [x, self._norm_weight(name)], axis=-1, epsilon=self._epsilon, stash_type=1
+        )
 
     def _add_norm(self, x: str, branch: str, name: str) -> tuple[str, str]:
         """The next norm of x + branch, and the sum itself."""
         normed, total = f"{name}.normed", f"{name}.sum"
-        self.graph.add("SkipSimplifiedLayerNormalization", [x, branch, self._norm_weight(name)],
-                       outputs=[normed, "", "", total], domain=MICROSOFT, epsilon=self._epsilon)
+        self.graph.add(
+            "SkipSimplifiedLayerNormalization",
+            [x, branch, self._norm_weight(name)],
+            outputs=[normed, "", "", total],
+            domain=MICROSOFT,
+            epsilon=self._epsilon,
+        )
         return normed, total
 
     def _integers(self, name: str, values: Sequence[int]) -> str:
@@ -276,5 +285,3 @@ class Decoder:
         import numpy as np
 
         return self.graph.constant(name, np.array(value, np.float32))
-
-

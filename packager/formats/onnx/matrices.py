@@ -129,21 +129,47 @@ class Packed(Base):
 
         place = self._place((EMBEDDING,))
         # the very bytes of the head where that is tied, in the shape that this operator wants
-        table = graph.external(f"{EMBEDDING}.rows", TensorProto.UINT8, (place.rows, place.inputs), DATA,
-                               place.integers, place.rows * place.inputs)
-        return graph.add("GatherBlockQuantized", [table, ids, self._scales(graph, EMBEDDING, place)], domain=MICROSOFT,
-                         bits=place.bits, block_size=self.block, gather_axis=0, quantize_axis=1)
+        table = graph.external(
+            f"{EMBEDDING}.rows",
+            TensorProto.UINT8,
+            (place.rows, place.inputs),
+            DATA,
+            place.integers,
+            place.rows * place.inputs,
+        )
+        return graph.add(
+            "GatherBlockQuantized",
+            [table, ids, self._scales(graph, EMBEDDING, place)],
+            domain=MICROSOFT,
+            bits=place.bits,
+            block_size=self.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
 
     def linear(self, graph: Graph, x: str, modules: Sequence[str]) -> str:
         from onnx import TensorProto
 
         place, name = self._place(tuple(modules)), "+".join(modules)
         blocks, width = place.inputs // self.block, self.block * place.bits // 8
-        integers = graph.external(f"{name}.integers", TensorProto.UINT8, (place.rows, blocks, width), DATA,
-                                  place.integers, place.rows * blocks * width)
-        return graph.add("MatMulNBits", [x, integers, self._scales(graph, name, place)], domain=MICROSOFT,
-                         K=place.inputs, N=place.rows, bits=place.bits, block_size=self.block,
-                         **self.product)
+        integers = graph.external(
+            f"{name}.integers",
+            TensorProto.UINT8,
+            (place.rows, blocks, width),
+            DATA,
+            place.integers,
+            place.rows * blocks * width,
+        )
+        return graph.add(
+            "MatMulNBits",
+            [x, integers, self._scales(graph, name, place)],
+            domain=MICROSOFT,
+            K=place.inputs,
+            N=place.rows,
+            bits=place.bits,
+            block_size=self.block,
+            **self.product,
+        )
 
     def head(self, graph: Graph, x: str) -> str:
         return self.linear(graph, x, (self.head_module,))
@@ -158,8 +184,9 @@ class Packed(Base):
         from onnx import TensorProto
 
         blocks = place.inputs // self.block
-        return graph.external(f"{name}.scales", TensorProto.FLOAT16, (place.rows, blocks), DATA, place.scales,
-                              2 * place.rows * blocks)
+        return graph.external(
+            f"{name}.scales", TensorProto.FLOAT16, (place.rows, blocks), DATA, place.scales, 2 * place.rows * blocks
+        )
 
     def _place(self, modules: tuple[str, ...]) -> Place:
         name = "+".join(modules)

@@ -121,9 +121,12 @@ def compile_engine(
 
     def make(work: Path, cost: Cost) -> None:
         asked = {
-            "onnx": str(model.resolve()), "profile": dict(profile), "sm": list(sm), "output": str(work / ENGINE),
+            "onnx": str(model.resolve()),
+            "profile": dict(profile),
+            "sm": list(sm),
+            "output": str(work / ENGINE),
             "told": str(work / TOLD),
-        }  # fmt: skip
+        }
         name = f"compiling for SM {', '.join(sm)} with TensorRT-RTX {VERSION}"
         try:
             follow(CHILD, asked, name, job.progress, cost, work=work, path=(place, OURS), env=ENVIRONMENT)

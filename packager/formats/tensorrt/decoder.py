@@ -2,7 +2,8 @@
 
 TensorRT-RTX reads the graph's TensorScatter as its KVCacheUpdate, which writes the cache in place; the rest are
 products, norms and a softmax. What ships is scored against the source by onnxruntime on this machine's processor, with
-float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packager/formats/edge_llm.py): no plan is made for one.
+float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packager/formats/edge_llm.py): no plan is made
+for one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ if TYPE_CHECKING:
     from packager.target import Target
 
 MODEL, DATA = "model.onnx", onnx_weights.DATA
-PIECE, KEPT, LEAST_SPAN = 128, 64, 64  # runtimes/decoding/scheduler.py's pieces of a prompt and of what is scored; places looked at
+PIECE, KEPT, LEAST_SPAN = (
+    128,
+    64,
+    64,
+)  # runtimes/decoding/scheduler.py's pieces of a prompt and of what is scored; places looked at
 # CUDA's context, what TensorRT-RTX compiles at run time and activations. An assumption: nobody here has a T4.
 DEVICE_BYTES = 1 << 30
 # workers/fixed_addresses.py. SmolLM2's engine was the same in 15 of 15 compilations, 10 of them under load.
@@ -156,8 +161,10 @@ def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
     for index in range(shape.layers):
         for part in ("key", "value"):
             found[decoder_graph.PAST.format(index, part)] = {
-                "min": [1, *cache], "opt": [rows, *cache], "max": [rows, *cache]
-            }  # fmt: skip
+                "min": [1, *cache],
+                "opt": [rows, *cache],
+                "max": [rows, *cache],
+            }
     return found
 
 
@@ -189,8 +196,12 @@ def build(job: Job, options: Options) -> Artifact:
     report["tensorrt"]["same_bytes"] = SAME if same_bytes(engine) else NOT_SAME
     planned = _plan(job, options, written, engine, shapes)
     steps.append(planned)
-    files = {MODEL: written.path / MODEL, DATA: written.path / DATA, ENGINE: engine.path / ENGINE,
-             plans.PLAN: planned.path / plans.PLAN}  # fmt: skip
+    files = {
+        MODEL: written.path / MODEL,
+        DATA: written.path / DATA,
+        ENGINE: engine.path / ENGINE,
+        plans.PLAN: planned.path / plans.PLAN,
+    }
     size = estimate(job.checkpoint, job.target, options)
     return Artifact(
         format="tensorrt",
@@ -244,8 +255,7 @@ def _written(job: Job, options: Options) -> Step:
 
 def _plan(job: Job, options: Options, written: Step, engine: Step, shapes: plans.Profile) -> Step:
     def make(folder: Path, cost: Cost) -> None:
-        plain = plain_plan(job.checkpoint, job.target, written.path, _precision(options), shapes,
-                           engine.path / ENGINE)  # fmt: skip
+        plain = plain_plan(job.checkpoint, job.target, written.path, _precision(options), shapes, engine.path / ENGINE)
         (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
 
     code = code_digest(Path(__file__), Path(plans.__file__))
@@ -257,12 +267,23 @@ def plain_plan(
     checkpoint: Checkpoint, target: Target, folder: Path, precision: str, shapes: plans.Profile, engine: Path | None
 ) -> Mapping[str, Any]:
     """plan.json of the graph in ``folder``. engine: compiled here, or None."""
-    names = [decoder_graph.PRESENT.format(index, part) for index in range(checkpoint.shape.layers)
-             for part in ("key", "value")]  # fmt: skip
+    names = [
+        decoder_graph.PRESENT.format(index, part)
+        for index in range(checkpoint.shape.layers)
+        for part in ("key", "value")
+    ]
     outputs = [{"name": "logits", "dtype": "float32"}, *({"name": name, "dtype": "float16"} for name in names)]
     kinds = {name: "float16" for name in shapes if name.startswith("past_key_values.")}
-    return plans.make_plan(target, folder, precision=precision, shapes=[shapes], outputs=outputs, engine=engine,
-                           reference=None, kinds=kinds)  # fmt: skip
+    return plans.make_plan(
+        target,
+        folder,
+        precision=precision,
+        shapes=[shapes],
+        outputs=outputs,
+        engine=engine,
+        reference=None,
+        kinds=kinds,
+    )
 
 
 def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -297,7 +318,8 @@ def _score(job: Job, written: Step, samples: Samples, steps: list[Step]) -> Scor
         "settings": {"library": LIBRARY, "device": "cpu"},
     }
     version = version_of("onnxruntime")
-    found, step = score(job, run, samples, what="the typed ONNX", inputs={"model": written.key, "engine": version},
-                        max_rss_bytes=0)  # fmt: skip
+    found, step = score(
+        job, run, samples, what="the typed ONNX", inputs={"model": written.key, "engine": version}, max_rss_bytes=0
+    )
     steps.append(step)
     return found

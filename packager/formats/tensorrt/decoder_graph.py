@@ -44,10 +44,12 @@ class TypedDecoder(Decoder):
         from onnx import TensorProto, helper
 
         graph, shape = self.graph, self.shape
-        inputs = [value_info("input_ids", TensorProto.INT64, ["rows", "tokens"]),
-                  value_info("start", TensorProto.INT64, ["rows"]),
-                  value_info("places", TensorProto.INT64, ["span"]),
-                  value_info("wanted", TensorProto.INT64, ["kept"])]
+        inputs = [
+            value_info("input_ids", TensorProto.INT64, ["rows", "tokens"]),
+            value_info("start", TensorProto.INT64, ["rows"]),
+            value_info("places", TensorProto.INT64, ["span"]),
+            value_info("wanted", TensorProto.INT64, ["kept"]),
+        ]
         outputs = [value_info("logits", TensorProto.FLOAT, ["rows", "kept", shape.vocab])]
         cache: list[str | int] = ["rows", shape.kv_heads, self.context, shape.head_dim]
         for index in range(shape.layers):
@@ -56,8 +58,9 @@ class TypedDecoder(Decoder):
                 outputs.append(value_info(PRESENT.format(index, part), TensorProto.FLOAT16, cache))
         self._body()
         made = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.initializers.values()))
-        return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
-                                 producer_name="packager")
+        return helper.make_model(
+            made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="packager"
+        )
 
     # -- what the structure asks for -------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """TensorRT for an encoder: a strongly typed ONNX, compared with its source, and its engine or the plan for one.
 
-The graph comes from onnx_int8's export (packager/formats/onnx/encoder.py) and is proven in float32 as there; what is made of it
-here is float16, or float16 with INT8 layers. The comparison runs the very file that ships, on onnxruntime's CPU
-provider, with the box's own tokenizing and pooling: an engine itself cannot be run without its GPU.
+The graph comes from onnx_int8's export (packager/formats/onnx/encoder.py) and is proven in float32 as there; what is
+made of it here is float16, or float16 with INT8 layers. The comparison runs the very file that ships, on onnxruntime's
+CPU provider, with the box's own tokenizing and pooling: an engine itself cannot be run without its GPU.
 """
 
 from __future__ import annotations

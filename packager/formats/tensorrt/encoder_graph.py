@@ -132,9 +132,16 @@ def write(skeleton: Path, checkpoint: Checkpoint, folder: Path, rounded: Mapping
     model = onnx.load(str(skeleton), load_external_data=False)
     graph = model.graph
     parameters = _parameters(graph)
-    writer = _Writer(checkpoint, parameters, {
-        weight: rounded[group.name] for group in groups(skeleton) if group.name in rounded for weight in group.weights
-    })  # fmt: skip
+    writer = _Writer(
+        checkpoint,
+        parameters,
+        {
+            weight: rounded[group.name]
+            for group in groups(skeleton)
+            if group.name in rounded
+            for weight in group.weights
+        },
+    )
     constants = [_half(constant) for constant in graph.initializer]
     ends = {output.name for output in graph.output}
     nodes = writer.rewrite(_shorter_mask(list(graph.node), constants, ends))
@@ -187,11 +194,12 @@ def _shorter_mask(nodes: list[Any], constants: list[Any], outputs: set[str]) -> 
             readers.setdefault(name, []).append(node)
     softmaxed = {node.input[0] for node in nodes if node.op_type == "Softmax"}
     masks = [
-        node for node in nodes
+        node
+        for node in nodes
         if node.op_type == "Where"
         and node.output[0] in readers
         and all(r.op_type == "Add" and r.output[0] in softmaxed for r in readers[node.output[0]])
-    ]  # fmt: skip
+    ]
     if len(masks) != 1:
         return nodes
     (mask,) = masks

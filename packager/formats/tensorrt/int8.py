@@ -1,8 +1,9 @@
 """Which layers of an encoder ship in 8 bits: found on texts, layer by layer, and told with figures.
 
 workers/tensorrt_layers.py measures; here its texts are chosen, its step is kept in the store, and its answer becomes
-what packager/formats/tensorrt/encoder_graph.py writes and what the manifest says. Scales come from calibration texts, the choice from the
-texts that the artifact is compared on afterwards, with a margin: the measure is taken in float32 and not in the engine.
+what packager/formats/tensorrt/encoder_graph.py writes and what the manifest says. Scales come from calibration texts,
+the choice from the texts that the artifact is compared on afterwards, with a margin: the measure is taken in float32
+and not in the engine.
 """
 
 from __future__ import annotations
@@ -116,8 +117,9 @@ def choose(
         }
         name = f"what 8 bits cost, layer by layer ({len(found)} of them)"
         total = float(len(calibration) + 2 * len(found) + 1)
-        follow(CHILD, asked, name, job.progress, cost, work=folder, total=total, unit="runs",
-               path=[WORKERS.parent.parent])  # fmt: skip
+        follow(
+            CHILD, asked, name, job.progress, cost, work=folder, total=total, unit="runs", path=[WORKERS.parent.parent]
+        )
 
     inputs = {
         "checkpoint": job.checkpoint.digest,

@@ -17,7 +17,6 @@ from packager.tensors.rounding import by_row, half
 from packager.tensors.safetensors import read_rows, row_chunks, to_float32
 
 if TYPE_CHECKING:
-
     from packager.checkpoint.checkpoint import Checkpoint
 
 METHOD = "int8, rounded to nearest, symmetric, one float16 scale an output row; computed in float16"
@@ -59,17 +58,30 @@ class Half(Base):
     def _half(self, graph: Graph, name: str, place: Place) -> str:
         from onnx import TensorProto
 
-        return graph.external(f"{name}.weight", TensorProto.FLOAT16, (place.rows, place.inputs), DATA, place.begin,
-                              2 * place.rows * place.inputs)
+        return graph.external(
+            f"{name}.weight",
+            TensorProto.FLOAT16,
+            (place.rows, place.inputs),
+            DATA,
+            place.begin,
+            2 * place.rows * place.inputs,
+        )
 
     def _eight(self, graph: Graph, name: str, place: Place) -> str:
         from onnx import TensorProto
 
         assert place.scales is not None
-        integers = graph.external(f"{name}.integers", TensorProto.INT8, (place.rows, place.inputs), DATA, place.begin,
-                                  place.rows * place.inputs)
-        scales = graph.external(f"{name}.scales", TensorProto.FLOAT16, (place.rows,), DATA, place.scales,
-                                2 * place.rows)
+        integers = graph.external(
+            f"{name}.integers",
+            TensorProto.INT8,
+            (place.rows, place.inputs),
+            DATA,
+            place.begin,
+            place.rows * place.inputs,
+        )
+        scales = graph.external(
+            f"{name}.scales", TensorProto.FLOAT16, (place.rows,), DATA, place.scales, 2 * place.rows
+        )
         return graph.add("DequantizeLinear", [integers, scales], axis=0)
 
     def _place(self, modules: tuple[str, ...]) -> Place:
@@ -97,5 +109,3 @@ class Half(Base):
     def _aligned(self) -> int:
         self.file.write(b"\0" * (-self.file.tell() % ALIGNED))
         return self.file.tell()
-
-

@@ -252,8 +252,13 @@ class LlamaCpp:
         """
         # llama.cpp reports no probabilities when the token it picks ends inside a UTF-8 character: a bias makes it
         # pick a plain letter. The bias acts on the choice only; what n_probs reports are the model's own logits.
-        request = {"prompt": [list(prompt) for prompt in prompts], "temperature": 0.0, "n_predict": 1, "n_probs": top,
-                   "logit_bias": [[self.letter, 1000.0]]}
+        request = {
+            "prompt": [list(prompt) for prompt in prompts],
+            "temperature": 0.0,
+            "n_predict": 1,
+            "n_probs": top,
+            "logit_bias": [[self.letter, 1000.0]],
+        }
         answers: list[dict[str, Any]] = []
         self._call(request, lambda data: answers.append(json.loads(data)))
         answer = answers[-1]

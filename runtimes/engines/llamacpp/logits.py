@@ -202,9 +202,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
     # llama.cpp rounds contexts up to 256 anyway
     run = replace(run, slots=1, context=max(256, (longest + 255) // 256 * 256))
     with bounded(run.model, max_rss_bytes) as loaded:
-        scorer = Scorer(
-            run, batch=SCORE_BATCH, extra_buffers=max_rss_bytes is None, verbose=verbose, loaded=loaded
-        )
+        scorer = Scorer(run, batch=SCORE_BATCH, extra_buffers=max_rss_bytes is None, verbose=verbose, loaded=loaded)
         with contextlib.closing(scorer):
             yield scorer
 
@@ -279,4 +277,3 @@ def _reason(said: Sequence[str]) -> str:
 def _cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-

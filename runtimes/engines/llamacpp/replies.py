@@ -54,9 +54,7 @@ class Streamed:
         text, _ = self.stops.feed(text)
         if not drop_held:
             text += self.stops.rest()
-        self.emit(
-            Piece(text, (), tokens, (), reason, prompt_tokens=self.prompt_tokens, cached_tokens=self.cached)
-        )
+        self.emit(Piece(text, (), tokens, (), reason, prompt_tokens=self.prompt_tokens, cached_tokens=self.cached))
         return True
 
 

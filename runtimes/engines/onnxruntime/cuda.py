@@ -1,9 +1,9 @@
 """ONNX decoders on an NVIDIA GPU, through onnxruntime's CUDA provider: only ids go in and logits come out.
 
-The graph is packager/formats/onnx/decoder_cuda.py's: float16, an operator with a CUDA kernel in every node. onnxruntime goes on with
-the processor where its CUDA provider does not start, and says so in a log line; here that is an error: the session is
-made with that one provider, without a fall-back, and asked afterwards. ``--device cpu`` runs the same file by the same
-library on the processor, for whoever asks for it.
+The graph is packager/formats/onnx/decoder_cuda.py's: float16, an operator with a CUDA kernel in every node. onnxruntime
+goes on with the processor where its CUDA provider does not start, and says so in a log line; here that is an error: the
+session is made with that one provider, without a fall-back, and asked afterwards. ``--device cpu`` runs the same file
+by the same library on the processor, for whoever asks for it.
 
 The wheel is linked with CUDA's libraries and brings none. They lie beside it as NVIDIA's own wheels, and are loaded
 from there by name, so the box needs a driver and no CUDA (onnxruntime's preload_dlls does the like, and prints).
@@ -50,21 +50,24 @@ class Cuda:
         self._held: list[Any] = []
         self._bytes = 0
         if PROVIDER not in self._ort.get_available_providers():
-            raise EngineError(f"onnxruntime: expected a build with {PROVIDER} (onnxruntime-gpu), found "
-                              f"{self._ort.__version__} without it; install the bundle again.")  # fmt: skip
+            raise EngineError(
+                f"onnxruntime: expected a build with {PROVIDER} (onnxruntime-gpu), found "
+                f"{self._ort.__version__} without it; install the bundle again."
+            )
         load_libraries(Path(self._ort.__file__).parent.parent)
 
     def open(self, path: Path, options: Any) -> Any:
         """A session in which every operator runs on the GPU."""
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            session = self._ort.InferenceSession(str(path), options, providers=[(PROVIDER, OPTIONS)],
-                                                 enable_fallback=0)  # fmt: skip
+            session = self._ort.InferenceSession(str(path), options, providers=[(PROVIDER, OPTIONS)], enable_fallback=0)
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
             raise self.failed(error) from None
         if PROVIDER not in session.get_providers():
-            raise EngineError(f"GPU: expected {path.name} on {PROVIDER}, found it on "
-                              f"{', '.join(session.get_providers())}; look at its log with --verbose.")  # fmt: skip
+            raise EngineError(
+                f"GPU: expected {path.name} on {PROVIDER}, found it on "
+                f"{', '.join(session.get_providers())}; look at its log with --verbose."
+            )
         self._bytes += sum(one.stat().st_size for one in (path, path.with_name(f"{path.name}.data")) if one.is_file())
         return session
 
@@ -87,18 +90,26 @@ class Cuda:
         """One sentence for what CUDA and onnxruntime say at length."""
         text = str(error).lower()
         if any(words in text for words in FULL):
-            return EngineError("The GPU's memory is full; end other programs that use it, or build the bundle with "
-                               "fewer slots or a shorter context (--set slots=1, --set context=2048).")  # fmt: skip
+            return EngineError(
+                "The GPU's memory is full; end other programs that use it, or build the bundle with "
+                "fewer slots or a shorter context (--set slots=1, --set context=2048)."
+            )
         if any(words in text for words in NO_GPU):
-            return EngineError(f"GPU: expected an NVIDIA GPU and its driver {DRIVER} or newer, found none that CUDA 13 "
-                               "can use; update the driver, or start with --device cpu.")  # fmt: skip
+            return EngineError(
+                f"GPU: expected an NVIDIA GPU and its driver {DRIVER} or newer, found none that CUDA 13 "
+                "can use; update the driver, or start with --device cpu."
+            )
         if any(words in text for words in NO_KERNEL):
-            return EngineError("GPU: expected compute capability 7.5 or newer, found one that onnxruntime has no "
-                               "machine code for; use another box, or start with --device cpu.")  # fmt: skip
+            return EngineError(
+                "GPU: expected compute capability 7.5 or newer, found one that onnxruntime has no "
+                "machine code for; use another box, or start with --device cpu."
+            )
         if "fallback to cpu ep has been explicitly disabled" in text:
-            return EngineError(f"GPU: expected every operator of the model on {PROVIDER}, found that it did not start "
-                               "or leaves some out (its log is above); install the bundle again, or start with "
-                               "--device cpu.")  # fmt: skip
+            return EngineError(
+                f"GPU: expected every operator of the model on {PROVIDER}, found that it did not start "
+                "or leaves some out (its log is above); install the bundle again, or start with "
+                "--device cpu."
+            )
         return EngineError(f"onnxruntime failed on the GPU: {first_line(error)}")
 
     def memory(self) -> int:
@@ -118,13 +129,17 @@ def load_libraries(packages: Path) -> None:
         try:
             ctypes.CDLL(str(folder / name) if (folder / name).is_file() else name, ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise EngineError(f"CUDA: expected {name} from the bundle's wheels, found that it cannot be loaded "
-                              f"({error}); install the bundle again.") from None  # fmt: skip
+            raise EngineError(
+                f"CUDA: expected {name} from the bundle's wheels, found that it cannot be loaded "
+                f"({error}); install the bundle again."
+            ) from None
     try:
         ctypes.CDLL(DRIVERS, ctypes.RTLD_GLOBAL)
     except OSError:
-        raise EngineError(f"GPU: expected an NVIDIA GPU and its driver {DRIVER} or newer, found no driver ({DRIVERS} "
-                          "cannot be loaded); install it, or start with --device cpu.") from None  # fmt: skip
+        raise EngineError(
+            f"GPU: expected an NVIDIA GPU and its driver {DRIVER} or newer, found no driver ({DRIVERS} "
+            "cannot be loaded); install it, or start with --device cpu."
+        ) from None
 
 
 def device_of(run: Run) -> str:
@@ -139,8 +154,9 @@ def open_model(run: Run, *, context: int, slots: int, verbose: bool) -> Model:
     """The model on the device that was asked for, and no other. Raises EngineError."""
     place: Place = Cuda() if device_of(run) == "gpu" else Host()
     # the graph is written with the operators that it needs; fusing would skip roundings that were scored
-    return Model(run.model, context=context, slots=slots, threads=run.threads, optimized=False, verbose=verbose,
-                 place=place)  # fmt: skip
+    return Model(
+        run.model, context=context, slots=slots, threads=run.threads, optimized=False, verbose=verbose, place=place
+    )
 
 
 def warm_up(model: Model) -> None:

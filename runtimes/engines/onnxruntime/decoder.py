@@ -1,4 +1,5 @@
-"""One ONNX decoder in onnxruntime (graph: packager/formats/onnx/decoder_graph.py, onnx_cuda.py), its key/value caches in our buffers.
+"""One ONNX decoder in onnxruntime (graph: packager/formats/onnx/decoder_graph.py, onnx_cuda.py), its key/value caches
+in our buffers.
 
 Every slot has a row in the caches, which the attention operator writes in place; so one run can decode all slots at
 once, each at its own length. Runs release Python's lock (onnxruntime-genai's calls hold it, prompts included). Where
@@ -85,9 +86,16 @@ class Model:
     """
 
     def __init__(
-        self, path: Path, *, context: int, slots: int, threads: int, optimized: bool = True, verbose: bool = False,
+        self,
+        path: Path,
+        *,
+        context: int,
+        slots: int,
+        threads: int,
+        optimized: bool = True,
+        verbose: bool = False,
         place: Place | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         import numpy as np
 
         ort = quiet_onnxruntime()

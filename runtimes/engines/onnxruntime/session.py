@@ -22,9 +22,14 @@ def quiet_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(path: Path, *, threads: int, verbose: bool,
-                 providers: Sequence[tuple[str, Mapping[str, str]]] = (CPU,), optimized: bool = True
-                 ) -> Any:  # fmt: skip
+def open_session(
+    path: Path,
+    *,
+    threads: int,
+    verbose: bool,
+    providers: Sequence[tuple[str, Mapping[str, str]]] = (CPU,),
+    optimized: bool = True,
+) -> Any:
     """A session. threads: 0 means one a physical core. optimized: False keeps the graph as it is written, in little
     memory. Raises EngineError.
     """

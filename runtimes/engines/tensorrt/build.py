@@ -62,14 +62,17 @@ def build(plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EV
             made = {"seconds": round(time.monotonic() - begun, 1), "by": "trtexec" if program else "python"}
             return number, {**made, "checked": check(plan, number, goal, say)}
         if not outcome.memory:
-            raise EngineError(f"TensorRT could not build the engine ({outcome.said}); the lines above are its own, "
-                              "`bin/engine build` tries again.")  # fmt: skip
+            raise EngineError(
+                f"TensorRT could not build the engine ({outcome.said}); the lines above are its own, "
+                "`bin/engine build` tries again."
+            )
         if number + 1 < len(plan.profiles):
             say(f"the build ran out of memory ({outcome.said}); trying the next smaller profile")
     raise EngineError(
         f"Memory: expected enough to build even the smallest engine ({shown(plan.profiles[-1])}), found too little "
         f"({outcome.said}; the box has {device.bytes / 1e9:.1f} GB, {free_memory()} free); end other programs and the "
-        "desktop session, restart the box, and run bin/engine build.")  # fmt: skip
+        "desktop session, restart the box, and run bin/engine build."
+    )
 
 
 def require_model(plan: Plan) -> None:
@@ -80,8 +83,9 @@ def require_model(plan: Plan) -> None:
         except OSError as error:
             raise EngineError(f"{path} cannot be read ({error.strerror}); copy the bundle again.") from None
         if found != expected:
-            raise EngineError(f"{path.name}: expected sha256 {expected[:16]}…, found {found[:16]}…; copy the bundle "
-                              "again.")  # fmt: skip
+            raise EngineError(
+                f"{path.name}: expected sha256 {expected[:16]}…, found {found[:16]}…; copy the bundle again."
+            )
 
 
 def find_trtexec() -> str | None:
@@ -93,8 +97,15 @@ def command(plan: Plan, number: int, goal: Path, trtexec: str | None) -> list[st
     """The child's command line for a profile."""
     if trtexec:
         return [trtexec, *trtexec_arguments(plan, number), f"--saveEngine={goal}"]
-    return [sys.executable, "-m", "runtimes.engines.tensorrt.command", "--child-build", str(plan.path),
-            str(number), str(goal)]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "runtimes.engines.tensorrt.command",
+        "--child-build",
+        str(plan.path),
+        str(number),
+        str(goal),
+    ]
 
 
 def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
@@ -115,9 +126,15 @@ def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float
 
     begun = time.monotonic()
     try:
-        child = subprocess.Popen(words, cwd=plan.onnx.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, env=environment(),
-                                 preexec_fn=die_with_parent if sys.platform == "linux" else None)  # fmt: skip
+        child = subprocess.Popen(
+            words,
+            cwd=plan.onnx.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        )
     except OSError as error:
         return Outcome(False, said=f"{words[0]} cannot be started: {error.strerror}")
     reader = threading.Thread(target=read, args=(child.stdout,), daemon=True)
@@ -174,22 +191,25 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] 
     if plan.reference is None:
         return None
     say("comparing the engine's answers with the source's …")
-    words = [sys.executable, "-m", "runtimes.engines.tensorrt.check", str(plan.path),
-             str(number), str(engine)]  # fmt: skip
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), cwd=RUNTIME,
-                          check=False)  # fmt: skip
+    words = [sys.executable, "-m", "runtimes.engines.tensorrt.check", str(plan.path), str(number), str(engine)]
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), cwd=RUNTIME, check=False
+    )
     try:
         found: dict[str, Any] = json.loads(done.stdout.decode().strip().splitlines()[-1])
     except (ValueError, IndexError):
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise EngineError(f"The engine could not be run (exit code {done.returncode}: "
-                          f"{said[-1][:300] if said else 'no message'}); it is not used.") from None  # fmt: skip
+        raise EngineError(
+            f"The engine could not be run (exit code {done.returncode}: "
+            f"{said[-1][:300] if said else 'no message'}); it is not used."
+        ) from None
     if "error" in found:
         raise EngineError(f"The engine could not be run and is not used: {found['error']}")
     if found["cosine_min"] < found["least"]:
         raise EngineError(
             f"Engine: expected answers with a cosine of at least {found['least']} to the source's, found "
-            f"{found['cosine_min']:.4f}; it is not used, report it with TensorRT's version.")  # fmt: skip
+            f"{found['cosine_min']:.4f}; it is not used, report it with TensorRT's version."
+        )
     return {"texts": found["texts"], "cosine_min": found["cosine_min"]}
 
 
@@ -219,4 +239,3 @@ def free_memory() -> str:
     except (OSError, ValueError, IndexError):
         pass
     return "unknown"
-

@@ -130,8 +130,10 @@ def ensure(folders: list[Path], key: Key, plan: Plan, build: Build, say: Say, *,
         return found
     folder = writable(folders)
     if folder is None:
-        raise EngineError("Engine: expected a folder that this user may write, to keep this box's engine in, found "
-                          f"none ({', '.join(map(str, folders))}); run bin/engine build as the owner.")
+        raise EngineError(
+            "Engine: expected a folder that this user may write, to keep this box's engine in, found "
+            f"none ({', '.join(map(str, folders))}); run bin/engine build as the owner."
+        )
     try:
         with locked(folder, say):
             if not force and (found := find([folder], key, plan)):  # another start built it meanwhile
@@ -144,8 +146,10 @@ def ensure(folders: list[Path], key: Key, plan: Plan, build: Build, say: Say, *,
                     shutil.rmtree(other, ignore_errors=True)
             return entry
     except OSError as error:
-        raise EngineError(f"The engine could not be kept in {folder} ({error.strerror or error}); free some space "
-                          "there and start again.") from error  # fmt: skip
+        raise EngineError(
+            f"The engine could not be kept in {folder} ({error.strerror or error}); free some space "
+            "there and start again."
+        ) from error
 
 
 def publish(folder: Path, key: Key, plan: Plan, build: Build) -> Entry:
@@ -155,8 +159,14 @@ def publish(folder: Path, key: Key, plan: Plan, build: Build) -> Entry:
     try:
         profile, made = build(work / ENGINE)
         size, digest = (work / ENGINE).stat().st_size, file_sha256(work / ENGINE)
-        plain = {"schema_version": FORMAT, "key": asdict(key), "profile": profile, "sha256": digest, "bytes": size,
-                 "made": dict(made)}  # fmt: skip
+        plain = {
+            "schema_version": FORMAT,
+            "key": asdict(key),
+            "profile": profile,
+            "sha256": digest,
+            "bytes": size,
+            "made": dict(made),
+        }
         (work / ENTRY).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", "utf-8")
         for left in sorted(work.iterdir()):
             if left.name not in (ENGINE, ENTRY):

@@ -52,8 +52,10 @@ def main(argv: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of ``engine``."""
     options = argparse.ArgumentParser(
-        prog="python -m runtimes engine", description="The engine that this box makes for itself of a TensorRT bundle.",
-        epilog="Exit codes: 0 done, 3 the bundle is unusable, 4 the box does not fit, 9 the engine was not made.")
+        prog="python -m runtimes engine",
+        description="The engine that this box makes for itself of a TensorRT bundle.",
+        epilog="Exit codes: 0 done, 3 the bundle is unusable, 4 the box does not fit, 9 the engine was not made.",
+    )
     options.add_argument("what", choices=list(WHAT), help="build it where it is missing, show it, or clear all")
     options.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle, or an install of it")
     options.add_argument("--force", action="store_true", help="build: again, though there is one")
@@ -73,8 +75,15 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
     # an engine that the bundle brings was compiled where no GPU could run it: this is the first one that does
     checked = check(plan, 0, ready.engine, say) if plan.compiled is not None else None
     shapes = {name: list(shape.max) for name, shape in ready.profile.items() if not name.startswith(PAST)}
-    return {"ok": True, "engine": ready.key, "file": str(ready.engine), "bytes": ready.engine.stat().st_size,
-            "largest": shapes, "device": asdict(ready.device), "checked": checked}, FINE  # fmt: skip
+    return {
+        "ok": True,
+        "engine": ready.key,
+        "file": str(ready.engine),
+        "bytes": ready.engine.stat().st_size,
+        "largest": shapes,
+        "device": asdict(ready.device),
+        "checked": checked,
+    }, FINE
 
 
 def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:

@@ -28,8 +28,9 @@ class Cuda:
         try:
             from cuda.bindings import driver
         except ImportError as error:
-            raise EngineError(f"The package cuda-bindings cannot be imported ({error}); install the bundle again."
-                              ) from None  # fmt: skip
+            raise EngineError(
+                f"The package cuda-bindings cannot be imported ({error}); install the bundle again."
+            ) from None
         self._driver: Any = driver
         self._buffers: list[Any] = []
         self._context: Any = None
@@ -73,9 +74,11 @@ class Cuda:
         attribute = driver.CUdevice_attribute
         major, minor = (
             int(self._call(driver.cuDeviceGetAttribute, one, self._device))
-            for one in (attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                        attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
-        )  # fmt: skip
+            for one in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
         name = self._call(driver.cuDeviceGetName, 256, self._device)
         version = int(self._call(driver.cuDriverGetVersion))
         return {

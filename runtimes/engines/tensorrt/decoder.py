@@ -1,4 +1,5 @@
-"""Language models through TensorRT: the typed ONNX of packager/formats/tensorrt/decoder_graph.py, all slots decoded together.
+"""Language models through TensorRT: the typed ONNX of packager/formats/tensorrt/decoder_graph.py, all slots decoded
+together.
 
 The engine has no sampling, no template and no queue: those are slots.py's, as for onnxruntime. What is different is
 where keys and values lie: on the GPU an engine writes them in place (TensorRT's KVCacheUpdate), so input and output are
@@ -146,8 +147,12 @@ def _vocabulary(run: Run, caches: Caches) -> int:
     """Entries of the logits, by asking for one token; a model that cannot answer is told now."""
     import numpy as np
 
-    one = {"input_ids": np.zeros((1, 1), np.int64), "start": np.zeros(1, np.int64),
-           "places": np.arange(64, dtype=np.int64), "wanted": np.zeros(1, np.int64)}  # fmt: skip
+    one = {
+        "input_ids": np.zeros((1, 1), np.int64),
+        "start": np.zeros(1, np.int64),
+        "places": np.arange(64, dtype=np.int64),
+        "wanted": np.zeros(1, np.int64),
+    }
     return int(caches.step(one, 0, 1).shape[2])
 
 

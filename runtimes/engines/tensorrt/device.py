@@ -80,17 +80,28 @@ def ask(library: str) -> Device:
     command = [sys.executable, "-m", "runtimes.engines.tensorrt.device_probe", library]
     title = TITLES[library]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False,
-                              env=environment(), cwd=RUNTIME)  # fmt: skip
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+            env=environment(),
+            cwd=RUNTIME,
+        )
     except subprocess.TimeoutExpired:
-        raise EngineError(f"GPU: expected one that {title} can use, found none that answers within {SECONDS} s; "
-                          "look at dmesg and restart the box.") from None  # fmt: skip
+        raise EngineError(
+            f"GPU: expected one that {title} can use, found none that answers within {SECONDS} s; "
+            "look at dmesg and restart the box."
+        ) from None
     except OSError as error:
         raise EngineError(f"{sys.executable} cannot be started: {error}.") from None
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise EngineError(f"GPU: expected one that {title} can use, found that asking for it crashes ({name}); "
-                          "install this box's own driver and libraries again.")  # fmt: skip
+        raise EngineError(
+            f"GPU: expected one that {title} can use, found that asking for it crashes ({name}); "
+            "install this box's own driver and libraries again."
+        )
     try:
         found = json.loads(done.stdout.decode("utf-8").strip().splitlines()[-1])
         if "error" in found:
@@ -98,8 +109,10 @@ def ask(library: str) -> Device:
         return Device(**found)
     except (ValueError, IndexError, TypeError, KeyError):
         words = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise EngineError(f"GPU: expected one that {title} can use, found that asking for it fails "
-                          f"({words[-1][:300] if words else 'no message'}).") from None  # fmt: skip
+        raise EngineError(
+            f"GPU: expected one that {title} can use, found that asking for it fails "
+            f"({words[-1][:300] if words else 'no message'})."
+        ) from None
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -115,21 +128,27 @@ def unfit(plan: Plan, device: Device) -> str | None:
     """
     allowed = plan.compiled.sm if plan.compiled else plan.sm
     if device.sm not in allowed:
-        return (f"GPU: expected compute capability {' or '.join(allowed)}, found {device.name} with {device.sm}; "
-                "use a bundle that was built for this GPU.")  # fmt: skip
+        return (
+            f"GPU: expected compute capability {' or '.join(allowed)}, found {device.name} with {device.sm}; "
+            "use a bundle that was built for this GPU."
+        )
     title = TITLES[device.library]
     if plan.compiled:
         wanted = numbers(plan.compiled.version)
         if numbers(device.version)[: len(wanted)] != wanted:
-            return (f"{title}: expected {plan.compiled.version}, which compiled the engine, found {device.version}; "
-                    "install the bundle again.")  # fmt: skip
+            return (
+                f"{title}: expected {plan.compiled.version}, which compiled the engine, found {device.version}; "
+                "install the bundle again."
+            )
         return None
     found = numbers(device.version)
     low, high = plan.tensorrt_min, plan.tensorrt_below
     if (low and found < numbers(low)) or (high and found >= numbers(high)):
         range_ = " and ".join([*([f"{low} or newer"] if low else []), *([f"older than {high}"] if high else [])])
-        return (f"{title}: expected {range_}, found {device.version}; update JetPack, or use a bundle that was built "
-                "for this one.")  # fmt: skip
+        return (
+            f"{title}: expected {range_}, found {device.version}; update JetPack, or use a bundle that was built "
+            "for this one."
+        )
     return None
 
 

@@ -1,6 +1,7 @@
 """Embedders and classifiers by TensorRT: the encoders' tokenizing, batching and pooling around an engine on the GPU.
 
-No torch, no transformers; the engine's inputs and outputs are numpy arrays (runtimes/engines/tensorrt/device.py has the seam).
+No torch, no transformers; the engine's inputs and outputs are numpy arrays (runtimes/engines/tensorrt/device.py has the
+seam).
 """
 
 from __future__ import annotations

@@ -22,22 +22,27 @@ class OrtSession:
     engines: where the TensorRT provider keeps the engines it builds. Raises EngineError with one sentence.
     """
 
-    def __init__(self, plan: Plan, profile: Profile, device: str, *, engines: Path | None, threads: int, verbose: bool
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self, plan: Plan, profile: Profile, device: str, *, engines: Path | None, threads: int, verbose: bool
+    ) -> None:
         try:
             onnxruntime = quiet_onnxruntime()
         except ImportError:
             missing = "onnxruntime" if device == "cpu" else "a build of onnxruntime for this GPU"
-            raise EngineError(f"onnxruntime: expected it for --device {device}, found none; install {missing} into the "
-                              "install's venv, or leave --device out.") from None  # fmt: skip
+            raise EngineError(
+                f"onnxruntime: expected it for --device {device}, found none; install {missing} into the "
+                "install's venv, or leave --device out."
+            ) from None
         providers = wanted(device, onnxruntime.get_available_providers(), plan, profile, engines)
         self.version = f"onnxruntime {onnxruntime.__version__}"
         self.device = "cpu" if device == "cpu" else str(providers[0][0])
         self._session: Any = open_session(plan.onnx, threads=threads, verbose=verbose, providers=providers)
         first = self._session.get_providers()[0]
         if first != providers[0][0]:
-            raise EngineError(f"onnxruntime: expected {providers[0][0]}, found that it fell back to {first}; its log "
-                              "(--verbose) says which library is missing.")  # fmt: skip
+            raise EngineError(
+                f"onnxruntime: expected {providers[0][0]}, found that it fell back to {first}; its log "
+                "(--verbose) says which library is missing."
+            )
         self._names = [one.name for one in plan.outputs]
         self._kinds = {one.name: one.dtype for one in plan.inputs}
 
@@ -61,26 +66,37 @@ class OrtSession:
         self._session = None
 
 
-def wanted(device: str, offered: list[str], plan: Plan, profile: Profile, engines: Path | None
-           ) -> list[tuple[str, dict[str, str]]]:  # fmt: skip
+def wanted(
+    device: str, offered: list[str], plan: Plan, profile: Profile, engines: Path | None
+) -> list[tuple[str, dict[str, str]]]:
     """The providers to ask for, best first. Raises EngineError where this build of onnxruntime has none of them."""
     if device == "cpu":
         return [CPU]
     found: list[tuple[str, dict[str, str]]] = []
     if "TensorrtExecutionProvider" in offered:
         low, likely, high = (flag.partition("=")[2] for flag in shape_flags(profile))
-        options = {"trt_profile_min_shapes": low, "trt_profile_opt_shapes": likely, "trt_profile_max_shapes": high,
-                   "trt_max_workspace_size": str(plan.workspace)}  # fmt: skip
+        options = {
+            "trt_profile_min_shapes": low,
+            "trt_profile_opt_shapes": likely,
+            "trt_profile_max_shapes": high,
+            "trt_max_workspace_size": str(plan.workspace),
+        }
         options["trt_fp16_enable"] = "1"  # the graph's own types say where; the flag permits it
         if plan.precision == "int8":
             options["trt_int8_enable"] = "1"
         if engines is not None:
-            options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engines),
-                        "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(engines)}  # fmt: skip
+            options |= {
+                "trt_engine_cache_enable": "1",
+                "trt_engine_cache_path": str(engines),
+                "trt_timing_cache_enable": "1",
+                "trt_timing_cache_path": str(engines),
+            }
         found.append(("TensorrtExecutionProvider", options))
     if "CUDAExecutionProvider" in offered:
         found.append(("CUDAExecutionProvider", {}))
     if not found:
-        raise EngineError("onnxruntime: expected a build with its TensorRT or CUDA provider, found "
-                          f"{', '.join(offered)}; install such a build, or leave --device out.")  # fmt: skip
+        raise EngineError(
+            "onnxruntime: expected a build with its TensorRT or CUDA provider, found "
+            f"{', '.join(offered)}; install such a build, or leave --device out."
+        )
     return [*found, CPU]

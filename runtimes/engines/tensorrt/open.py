@@ -62,11 +62,13 @@ def prepare(plan: Plan, home: Path, tell: Say = say, *, force: bool = False, dev
     if plan.compiled is not None:
         engine = plan.compiled.file
         if engine.stat().st_size != plan.compiled.bytes or file_sha256(engine) != plan.compiled.sha256:
-            raise EngineError(f"{engine.name}: expected the engine that was bundled, found another; copy the bundle "
-                              "again.")  # fmt: skip
+            raise EngineError(
+                f"{engine.name}: expected the engine that was bundled, found another; copy the bundle again."
+            )
         return Prepared(device, engine, plan.profiles[0], f"bundled-{plan.compiled.sha256[:16]}")
-    entry = cache.ensure(cache.places(home), Key.of(plan, device), plan,
-                         lambda goal: build(plan, device, goal, tell), tell, force=force)  # fmt: skip
+    entry = cache.ensure(
+        cache.places(home), Key.of(plan, device), plan, lambda goal: build(plan, device, goal, tell), tell, force=force
+    )
     if entry.profile:
         tell(f"the engine is of the plan's profile {entry.profile + 1}, because a larger one did not fit into memory")
     return Prepared(device, entry.engine, plan.profiles[entry.profile], entry.path.name)
@@ -89,8 +91,14 @@ def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
         from runtimes.engines.tensorrt.onnxruntime import OrtSession
 
         folder = cache.writable(cache.places(home)) if device == "onnxruntime" else None
-        ort = OrtSession(plan, plan.profiles[0], device, engines=folder and folder / "onnxruntime",
-                         threads=run.threads, verbose=verbose)  # fmt: skip
+        ort = OrtSession(
+            plan,
+            plan.profiles[0],
+            device,
+            engines=folder and folder / "onnxruntime",
+            threads=run.threads,
+            verbose=verbose,
+        )
         return plan, Opened(ort, plan.profiles[0], {**facts, "library": ort.version, "device": ort.device})
     from runtimes.engines.tensorrt.session import NativeSession
 
@@ -100,6 +108,10 @@ def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
     for old in kernels.parent.glob("*.kernels") if kernels else ():
         if old != kernels:  # of another driver or version: this box has no more use for it
             old.unlink(missing_ok=True)
-    facts |= {"library": session.version, "device": session.device, "compute_capability": ready.device.sm,
-              "engine": ready.key}  # fmt: skip
+    facts |= {
+        "library": session.version,
+        "device": session.device,
+        "compute_capability": ready.device.sm,
+        "engine": ready.key,
+    }
     return plan, Opened(session, ready.profile, facts)

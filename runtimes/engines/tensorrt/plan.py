@@ -126,8 +126,19 @@ def file_sha256(path: Path) -> str:
 
 def _plan(plain: Any, path: Path, digest: str) -> Plan:
     folder = path.parent
-    keys = ("schema_version", "onnx", "precision", "strongly_typed", "inputs", "outputs", "profiles",
-            "workspace_bytes", "allowed", "builder", "engine")  # fmt: skip
+    keys = (
+        "schema_version",
+        "onnx",
+        "precision",
+        "strongly_typed",
+        "inputs",
+        "outputs",
+        "profiles",
+        "workspace_bytes",
+        "allowed",
+        "builder",
+        "engine",
+    )
     if isinstance(plain, dict) and plain.get("schema_version") != VERSION:
         raise _Bad(f"its schema_version is {plain.get('schema_version')!r} where this runtime reads {VERSION}")
     given = _object(plain, "the plan", keys, optional=("reference",))
@@ -164,10 +175,11 @@ def _plan(plain: Any, path: Path, digest: str) -> Plan:
         tensorrt_below=versions.get("below"),
         builder=_arguments(given["builder"]),
         compiled=_compiled(given["engine"], folder),
-        reference=(_file(folder, reference["file"], "reference.file"),
-                   _sha256(reference["sha256"], "reference.sha256")) if reference else None,
+        reference=(_file(folder, reference["file"], "reference.file"), _sha256(reference["sha256"], "reference.sha256"))
+        if reference
+        else None,
         digest=digest,
-    )  # fmt: skip
+    )
 
 
 def _object(value: Any, name: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -39,8 +39,9 @@ def library(name: str) -> Any:
         for known in RTX_MODULES:
             if importlib.util.find_spec(known):
                 return _imported(known, name)
-        raise EngineError("TensorRT-RTX: expected its package among the bundle's, found none; install the bundle "
-                          "again.")  # fmt: skip
+        raise EngineError(
+            "TensorRT-RTX: expected its package among the bundle's, found none; install the bundle again."
+        )
     if "tensorrt" in sys.modules or importlib.util.find_spec("tensorrt"):
         return _imported("tensorrt", name)
     version = sysconfig.get_python_version()
@@ -51,15 +52,18 @@ def library(name: str) -> Any:
         raise EngineError(
             f"TensorRT: expected its Python package for Python {version} in {folders[0]}, found none; install "
             f"JetPack's package python3-libnvinfer, install this bundle with the system's own Python, or name the "
-            f"folder in {SETTING}.")  # fmt: skip
+            f"folder in {SETTING}."
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules["tensorrt"] = module  # it imports its own parts by this name
     try:
         spec.loader.exec_module(module)
     except (ImportError, OSError) as error:
         del sys.modules["tensorrt"]
-        raise EngineError(f"TensorRT: expected that {spec.origin} loads, found that it does not ({error}); install "
-                          "JetPack's TensorRT packages again.") from None  # fmt: skip
+        raise EngineError(
+            f"TensorRT: expected that {spec.origin} loads, found that it does not ({error}); install "
+            "JetPack's TensorRT packages again."
+        ) from None
     return module
 
 
@@ -67,8 +71,10 @@ def _imported(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
-        raise EngineError(f"{TITLES[name]}: expected that its package loads, found that it does not ({error}); "
-                          "install the bundle again.") from None  # fmt: skip
+        raise EngineError(
+            f"{TITLES[name]}: expected that its package loads, found that it does not ({error}); "
+            "install the bundle again."
+        ) from None
 
 
 def library_version(name: str) -> str:
@@ -152,8 +158,10 @@ class NativeSession:
         found = {}
         for number in range(engine.num_io_tensors):
             name = engine.get_tensor_name(number)
-            found[name] = (engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
-                           _dtype(trt, engine.get_tensor_dtype(name)))  # fmt: skip
+            found[name] = (
+                engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+                _dtype(trt, engine.get_tensor_dtype(name)),
+            )
         wanted = {one.name: (True, one.dtype) for one in plan.inputs}
         wanted |= {one.name: (False, one.dtype) for one in plan.outputs}
         if found != wanted:
@@ -162,8 +170,10 @@ class NativeSession:
         for name, shapes in profile.items():
             given = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
             if given != (shapes.min, shapes.opt, shapes.max):
-                raise EngineError(f"The engine is not of this profile: {name} goes from {given[0]} to {given[2]}, "
-                                  f"not from {shapes.min} to {shapes.max}; build it again.")  # fmt: skip
+                raise EngineError(
+                    f"The engine is not of this profile: {name} goes from {given[0]} to {given[2]}, "
+                    f"not from {shapes.min} to {shapes.max}; build it again."
+                )
 
     def _make_context(self) -> Any:
         engine = self._engine

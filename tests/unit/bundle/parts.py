@@ -42,8 +42,9 @@ def gguf(path: Path, *, rows: int = 4, kind: int = 0, row: int = 32, version: in
         text("some.words") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("bc"),
         text("some.flag") + struct.pack("<I?", 7, True),
     ]
-    infos = [text(f"blk.{index}.weight") + struct.pack("<IQQIQ", 2, row, rows, kind, index * nbytes)
-             for index in range(2)]
+    infos = [
+        text(f"blk.{index}.weight") + struct.pack("<IQQIQ", 2, row, rows, kind, index * nbytes) for index in range(2)
+    ]
     head = b"GGUF" + struct.pack("<IQQ", version, len(infos), len(pairs)) + b"".join(pairs) + b"".join(infos)
     body = head + b"\0" * (-len(head) % 32) + bytes(range(256)) * (2 * nbytes // 256 + 1)
     path.write_bytes(body[: len(head) + (-len(head) % 32) + 2 * nbytes - cut])
@@ -58,7 +59,7 @@ def wheel(folder: Path, name: str, tag: str, version: str = "1.0") -> Path:
         f"{name}/__init__.py": f"VERSION = {version!r}\n",
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n"
-                         + "".join(f"Tag: {one}\n" for one in [tag]),
+        + "".join(f"Tag: {one}\n" for one in [tag]),
     }
     rows = []
     with zipfile.ZipFile(path, "w") as archive:
@@ -76,15 +77,38 @@ def digest(path: Path) -> str:
 
 
 def needs(**changes: Any) -> Needs:
-    return Needs(**{"system": "linux", "machine": "x86_64", "python_min": "3.10", "python_max": "3.14",
-                    "glibc_min": "2.28", "ram_bytes": 2_000_000_000, "disk_bytes": 1_000_000, **changes})
+    return Needs(
+        **{
+            "system": "linux",
+            "machine": "x86_64",
+            "python_min": "3.10",
+            "python_max": "3.14",
+            "glibc_min": "2.28",
+            "ram_bytes": 2_000_000_000,
+            "disk_bytes": 1_000_000,
+            **changes,
+        }
+    )
 
 
 RUN: Mapping[str, Any] = {
-    "engine": "llamacpp", "model": "model/model.gguf", "tokenizer": "model/tokenizer.json", "chat_template": None,
-    "special_tokens": {"eos_token": "</s>"}, "bos_id": None, "add_bos": False, "stop_ids": [2],
-    "sampling": {"temperature": 0.6}, "context": 512, "slots": 2, "threads": 0, "flash_attention": True,
-    "kv_type": "f16", "gpu_layers": 0, "read_per_token_bytes": 1024, "model_bytes": 1024,
+    "engine": "llamacpp",
+    "model": "model/model.gguf",
+    "tokenizer": "model/tokenizer.json",
+    "chat_template": None,
+    "special_tokens": {"eos_token": "</s>"},
+    "bos_id": None,
+    "add_bos": False,
+    "stop_ids": [2],
+    "sampling": {"temperature": 0.6},
+    "context": 512,
+    "slots": 2,
+    "threads": 0,
+    "flash_attention": True,
+    "kv_type": "f16",
+    "gpu_layers": 0,
+    "read_per_token_bytes": 1024,
+    "model_bytes": 1024,
 }
 
 
@@ -96,9 +120,14 @@ def contents(folder: Path, **changes: Any) -> Contents:
     tokenizer.write_text('{"version": "1.0"}', "utf-8")
     one = wheel(folder, "one", "py3-none-any")
     values: dict[str, Any] = {
-        "name": "tiny", "target": {"name": "test_box", "digest": "0" * 64},
-        "recipe": {"name": "gguf", "options": {"quant": "Q8_0"}}, "needs": needs(), "run": RUN,
-        "files": {"model.gguf": model, "tokenizer.json": tokenizer}, "runtimes": ROOT / "runtimes",
-        "wheels": WheelSet((one,), f"one==1.0 \\\n    --hash=sha256:{digest(one)}\n"), **changes,
+        "name": "tiny",
+        "target": {"name": "test_box", "digest": "0" * 64},
+        "recipe": {"name": "gguf", "options": {"quant": "Q8_0"}},
+        "needs": needs(),
+        "run": RUN,
+        "files": {"model.gguf": model, "tokenizer.json": tokenizer},
+        "runtimes": ROOT / "runtimes",
+        "wheels": WheelSet((one,), f"one==1.0 \\\n    --hash=sha256:{digest(one)}\n"),
+        **changes,
     }
     return Contents(**values)

@@ -25,8 +25,11 @@ from tests.unit.bundle.parts import ROOT, contents, gguf
 
 def tree(folder: Path) -> dict[str, tuple[int, int, str]]:
     """Path -> mode, time and digest of every file."""
-    return {path.relative_to(folder).as_posix(): (path.stat().st_mode, int(path.stat().st_mtime), hash_file(path))
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mode, int(path.stat().st_mtime), hash_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_the_same_inputs_give_the_same_bytes_modes_and_times(tmp_path: Path) -> None:
@@ -80,12 +83,15 @@ def test_the_same_bundle_is_left_as_it_is(tmp_path: Path) -> None:
     assert first.fresh and not second.fresh and (second.path / "manifest.json").stat().st_ino == inode
 
 
-@pytest.mark.parametrize("damage", [
-    lambda bundle: (bundle / "model" / "model.gguf").write_bytes(b"x"),
-    lambda bundle: (bundle / "README.md").unlink(),
-    lambda bundle: (bundle / "extra").write_bytes(b""),
-    lambda bundle: (bundle / "manifest.json").write_text('{"schema_version": 0, "bundle": "", "files": []}'),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda bundle: (bundle / "model" / "model.gguf").write_bytes(b"x"),
+        lambda bundle: (bundle / "README.md").unlink(),
+        lambda bundle: (bundle / "extra").write_bytes(b""),
+        lambda bundle: (bundle / "manifest.json").write_text('{"schema_version": 0, "bundle": "", "files": []}'),
+    ],
+)
 def test_a_damaged_bundle_is_replaced_by_a_whole_one(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     """And nothing temporary is left beside it."""
     good = tree(assemble(contents(tmp_path / "in"), tmp_path / "out", Silent()).path)
@@ -162,8 +168,9 @@ def test_extra_folders_keep_their_layout(tmp_path: Path) -> None:
     blobs = tmp_path / "store" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "sha256-00").write_bytes(b"blob")
-    bundle = assemble(replace(contents(tmp_path / "in"), extra={"ollama": tmp_path / "store"}), tmp_path / "out",
-                      Silent()).path
+    bundle = assemble(
+        replace(contents(tmp_path / "in"), extra={"ollama": tmp_path / "store"}), tmp_path / "out", Silent()
+    ).path
     assert (bundle / "ollama" / "blobs" / "sha256-00").read_bytes() == b"blob"
 
 
@@ -195,8 +202,12 @@ module.assemble(contents(Path(sys.argv[1])), Path(sys.argv[2]), Silent())
 def test_a_killed_build_leaves_no_half_bundle_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     """SIGKILL in the middle of copying; a living build's folder is left alone."""
     out = tmp_path / "out"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out)], cwd=ROOT,
-                             stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert child.stdout is not None and child.stdout.readline() == b"copying\n"
     name = "tiny-test_box-gguf"
     assert not (out / name).exists()

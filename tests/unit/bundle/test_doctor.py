@@ -60,8 +60,13 @@ def test_every_target_can_be_asked_for(name: str) -> None:
 def bundle(tmp_path: Path) -> Path:
     """A manifest that asks for TensorRT on an Orin, and one damaged file."""
     cases = json.loads((BOXES / "cases.json").read_text(encoding="utf-8"))
-    manifest = {"schema_version": 1, "bundle": "b", "run": {}, "needs": cases["bundles"]["orin_tensorrt"]["needs"],
-                "files": []}  # fmt: skip
+    manifest = {
+        "schema_version": 1,
+        "bundle": "b",
+        "run": {},
+        "needs": cases["bundles"]["orin_tensorrt"]["needs"],
+        "files": [],
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     (tmp_path / "SHA256SUMS").write_text("0" * 64 + "  manifest.json\n", encoding="utf-8")
     return tmp_path

@@ -29,8 +29,13 @@ def bundle(tmp_path: Path) -> Path:
 
 def install(bundle: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run install.sh as a person would."""
-    return subprocess.run(["/bin/sh", str(bundle / "install.sh"), *arguments], capture_output=True, text=True,
-                          check=False, env={**os.environ, **env})
+    return subprocess.run(
+        ["/bin/sh", str(bundle / "install.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+    )
 
 
 def test_every_mark_in_every_template_is_filled() -> None:
@@ -78,8 +83,9 @@ def test_a_name_that_a_shell_could_read_as_more_is_refused(name: str) -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_installer_passes_shellcheck(bundle: Path) -> None:
     """POSIX sh."""
-    done = subprocess.run(["shellcheck", "--shell=sh", str(bundle / "install.sh")], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        ["shellcheck", "--shell=sh", str(bundle / "install.sh")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -118,9 +124,13 @@ def test_without_any_python_the_refusal_says_what_is_needed(bundle: Path, tmp_pa
     assert done.returncode == 4 and "found none" in done.stderr
 
 
-@pytest.mark.parametrize(("machine", "starts"), [
-    (None, "Python: expected Python 3.98 to 3.99, found Python 3."), ("riscv64", "processor: expected riscv64, found "),
-])
+@pytest.mark.parametrize(
+    ("machine", "starts"),
+    [
+        (None, "Python: expected Python 3.98 to 3.99, found Python 3."),
+        ("riscv64", "processor: expected riscv64, found "),
+    ],
+)
 def test_a_box_without_a_fitting_python_is_told_the_gravest_thing(
     tmp_path: Path, machine: str | None, starts: str
 ) -> None:

@@ -45,20 +45,24 @@ def test_a_manifest_survives_the_round_trip(plain: dict[str, Any]) -> None:
     assert to_json(from_dict(plain)) == to_json(from_dict(json.loads(to_json(from_dict(plain)))))
 
 
-@pytest.mark.parametrize(("where", "value", "named"), [
-    (("run", "context"), 0, "$.run.context"),
-    (("run", "model"), "/etc/passwd", "$.run.model"),
-    (("needs", "system"), "beos", "$.needs.system"),
-    (("needs", "python_min"), "three", "$.needs.python_min"),
-    (("bundle",), "../x", "$.bundle"),
-    (("surprise",), 1, "surprise"),
-    (("files", 0, "sha256"), "abc", "$.files[0].sha256"),
-    (("files", 0, "path"), "model/../../x", "leaves the bundle"),
-    (("files", 0, "path"), "zzz", "not sorted"),
-    (("schema_version",), 2, "schema_version"),
-])
-def test_a_wrong_value_is_named_by_its_place(plain: dict[str, Any], where: tuple[Any, ...], value: Any,
-                                             named: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "value", "named"),
+    [
+        (("run", "context"), 0, "$.run.context"),
+        (("run", "model"), "/etc/passwd", "$.run.model"),
+        (("needs", "system"), "beos", "$.needs.system"),
+        (("needs", "python_min"), "three", "$.needs.python_min"),
+        (("bundle",), "../x", "$.bundle"),
+        (("surprise",), 1, "surprise"),
+        (("files", 0, "sha256"), "abc", "$.files[0].sha256"),
+        (("files", 0, "path"), "model/../../x", "leaves the bundle"),
+        (("files", 0, "path"), "zzz", "not sorted"),
+        (("schema_version",), 2, "schema_version"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_place(
+    plain: dict[str, Any], where: tuple[Any, ...], value: Any, named: str
+) -> None:
     """The first violation says where it is."""
     assert violations(plain) == []
     wrong = copy.deepcopy(plain)
@@ -96,9 +100,21 @@ def test_two_paths_that_differ_only_in_case_are_refused(plain: dict[str, Any]) -
     assert any("collides" in text for text in violations(plain))
 
 
-@pytest.mark.parametrize(("path", "good"), [
-    ("model/model.gguf", True), ("a b/ü.json", True), ("../x", False), ("/x", False), ("a//b", False), ("a/./b", False),
-    ("C:/x", False), ("a\\b", False), ("", False), ("a/..", False)])
+@pytest.mark.parametrize(
+    ("path", "good"),
+    [
+        ("model/model.gguf", True),
+        ("a b/ü.json", True),
+        ("../x", False),
+        ("/x", False),
+        ("a//b", False),
+        ("a/./b", False),
+        ("C:/x", False),
+        ("a\\b", False),
+        ("", False),
+        ("a/..", False),
+    ],
+)
 def test_only_plain_relative_paths_stay_inside(path: str, good: bool) -> None:
     """On every system."""
     assert is_inside(path) is good
@@ -107,8 +123,11 @@ def test_only_plain_relative_paths_stay_inside(path: str, good: bool) -> None:
 def test_a_recipe_that_gives_a_wrong_run_is_stopped_before_anything_is_written(tmp_path: Path) -> None:
     """The schema is asked at build time too."""
     with pytest.raises(PackagerError) as caught:
-        assemble(contents(tmp_path / "in", run={**contents(tmp_path / "in").run, "slots": "many"}), tmp_path / "out",
-                 Silent())
+        assemble(
+            contents(tmp_path / "in", run={**contents(tmp_path / "in").run, "slots": "many"}),
+            tmp_path / "out",
+            Silent(),
+        )
     assert "$.run.slots" in caught.value.what and not (tmp_path / "out").exists()
 
 

@@ -61,8 +61,14 @@ def test_everything_that_is_wrong_is_reported_at_once(bundle: Path, tmp_path: Pa
     (bundle / "runtime" / "loop").symlink_to(bundle)
     os.mkfifo(bundle / "pipe")
     problems = found(bundle)
-    assert set(problems) == {("changed", "README.md"), ("missing", "install.sh"), ("extra", "model/extra.bin"),
-                             ("link", "model/tokenizer.json"), ("link", "runtime/loop"), ("link", "pipe")}
+    assert set(problems) == {
+        ("changed", "README.md"),
+        ("missing", "install.sh"),
+        ("extra", "model/extra.bin"),
+        ("link", "model/tokenizer.json"),
+        ("link", "runtime/loop"),
+        ("link", "pipe"),
+    }
     report = verify(bundle)
     with pytest.raises(VerifyFailed, match="6 problems") as caught:
         report.raise_if_bad()
@@ -94,8 +100,15 @@ def test_a_changed_manifest_is_found_by_the_sums(bundle: Path) -> None:
     assert found(bundle) == [("changed", "manifest.json")]
 
 
-@pytest.mark.parametrize(("line", "kind"), [("0" * 64 + "  ../../etc/passwd\n", "unsafe"), ("nonsense\n", "unsafe"),
-                                            ("0" * 64 + "  nowhere\n", "sums"), ("0" * 64 + "  README.md\n", "sums")])
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("0" * 64 + "  ../../etc/passwd\n", "unsafe"),
+        ("nonsense\n", "unsafe"),
+        ("0" * 64 + "  nowhere\n", "sums"),
+        ("0" * 64 + "  README.md\n", "sums"),
+    ],
+)
 def test_sums_that_cannot_be_trusted_are_reported(bundle: Path, line: str, kind: str) -> None:
     """Escaping paths, nonsense, unknown and repeated files."""
     with (bundle / "SHA256SUMS").open("a") as stream:
@@ -123,9 +136,15 @@ def test_a_run_that_names_a_file_outside_the_list_is_reported(bundle: Path) -> N
     assert ("missing", "model/none.jinja") in found(bundle)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    (dict(version=9), "version 9"), (dict(kind=99), "unknown type 99"), (dict(kind=8, row=40), "cannot hold"),
-    (dict(cut=10_000), "ends inside its header")])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(version=9), "version 9"),
+        (dict(kind=99), "unknown type 99"),
+        (dict(kind=8, row=40), "cannot hold"),
+        (dict(cut=10_000), "ends inside its header"),
+    ],
+)
 def test_a_wrong_header_is_named(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     """Version, type, row length, and a file that ends in its header."""
     path = gguf(tmp_path / "x.gguf", **{key: value for key, value in change.items() if key != "cut"})
@@ -138,8 +157,13 @@ def test_a_wrong_header_is_named(tmp_path: Path, change: dict[str, Any], says: s
 def test_garbage_and_absurd_counts_are_refused_without_reading_on(tmp_path: Path) -> None:
     """A header that promises terabytes costs nothing."""
     path = tmp_path / "x.gguf"
-    for body in (b"", b"GG", b"PK\x03\x04" * 10, b"GGUF\x03\0\0\0" + b"\xff" * 40,
-                 b"GGUF\x03\0\0\0" + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + b"\xff" * 7 + b"\x7f"):
+    for body in (
+        b"",
+        b"GG",
+        b"PK\x03\x04" * 10,
+        b"GGUF\x03\0\0\0" + b"\xff" * 40,
+        b"GGUF\x03\0\0\0" + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + b"\xff" * 7 + b"\x7f",
+    ):
         path.write_bytes(body)
         with pytest.raises(BadHeader):
             read_header(path)

@@ -34,17 +34,25 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pure = wheel(folder, "pure", "py3-none-any")
     windows_only = wheel(folder, "winonly", "py3-none-any")
     backport = wheel(folder, "backport", "py3-none-any")
-    binaries = [wheel(folder, "binary", f"{python}-{python}-{platform}")
-                for python in ("cp310", "cp313") for platform in ("manylinux_2_17_x86_64", "win_amd64")]
+    binaries = [
+        wheel(folder, "binary", f"{python}-{python}-{platform}")
+        for python in ("cp310", "cp313")
+        for platform in ("manylinux_2_17_x86_64", "win_amd64")
+    ]
     stable = [wheel(folder, "stable", f"cp310-abi3-{platform}") for platform in ("manylinux_2_28_x86_64", "win_amd64")]
 
     def entry(requirement: str, files: list[Path]) -> str:
         return " \\\n    ".join([requirement, *(f"--hash=sha256:{digest(file)}" for file in files)]) + "\n    # via x\n"
 
     (tmp_path / "box.lock").write_text(
-        "# a lock\n" + entry("pure==1.0", [pure]) + entry("winonly==1.0 ; sys_platform == 'win32'", [windows_only])
-        + entry("backport==1.0 ; python_full_version < '3.11'", [backport]) + entry("binary==1.0", binaries)
-        + entry("stable==1.0", stable), "utf-8")
+        "# a lock\n"
+        + entry("pure==1.0", [pure])
+        + entry("winonly==1.0 ; sys_platform == 'win32'", [windows_only])
+        + entry("backport==1.0 ; python_full_version < '3.11'", [backport])
+        + entry("binary==1.0", binaries)
+        + entry("stable==1.0", stable),
+        "utf-8",
+    )
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return folder
@@ -59,9 +67,12 @@ def test_a_linux_box_gets_wheels_for_each_of_its_pythons_and_nothing_twice(index
     pip = Pip()
     found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent(), run=pip)
     assert names(found.files) == [
-        "backport-1.0-py3-none-any.whl", "binary-1.0-cp310-cp310-manylinux_2_17_x86_64.whl",
-        "binary-1.0-cp313-cp313-manylinux_2_17_x86_64.whl", "pure-1.0-py3-none-any.whl",
-        "stable-1.0-cp310-abi3-manylinux_2_28_x86_64.whl"]
+        "backport-1.0-py3-none-any.whl",
+        "binary-1.0-cp310-cp310-manylinux_2_17_x86_64.whl",
+        "binary-1.0-cp313-cp313-manylinux_2_17_x86_64.whl",
+        "pure-1.0-py3-none-any.whl",
+        "stable-1.0-cp310-abi3-manylinux_2_28_x86_64.whl",
+    ]
     assert 'backport==1.0 ; python_full_version < "3.11"' in found.requirements
     assert "winonly" not in found.requirements
     assert found.requirements.count("--hash") == len(found.files)  # only what is bundled, not Windows' files
@@ -108,8 +119,16 @@ def test_the_cache_is_not_trusted(index: Path, tmp_path: Path, damage: str) -> N
     assert "backport" in caught.value.what and str(found.files[0].parent) in caught.value.fix
 
 
-@pytest.mark.parametrize("line", ["pure>=1.0 --hash=sha256:aa", "pure==1.0", "pure==1.0,<2 --hash=sha256:aa",
-                                  "pure @ file:///x.whl --hash=sha256:aa", "???  --hash=sha256:aa"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pure>=1.0 --hash=sha256:aa",
+        "pure==1.0",
+        "pure==1.0,<2 --hash=sha256:aa",
+        "pure @ file:///x.whl --hash=sha256:aa",
+        "???  --hash=sha256:aa",
+    ],
+)
 def test_a_lock_must_pin_exactly_and_with_hashes(tmp_path: Path, line: str) -> None:
     """A lock that leaves a choice is refused with its line."""
     (tmp_path / "bad.lock").write_text(line + "\n", "utf-8")
@@ -146,9 +165,7 @@ def test_a_scarce_package_narrows_the_pythons_and_says_so(
     progress = Silent()
     monkeypatch.setattr(progress, "note", notes.append)
     for _ in range(2):  # the second time from the cache
-        found = fetch_wheels(
-            tmp_path / "box.lock", Box(), tmp_path / "cache", progress, more=[more], scarce=["rare"]
-        )
+        found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", progress, more=[more], scarce=["rare"])
         assert found.python == ("3.13",)
         assert [name.partition("-")[0] for name in names(found.files)] == ["binary", "pure", "rare", "stable"]
         assert "no wheel of rare for 3.10" in notes.pop() and not notes

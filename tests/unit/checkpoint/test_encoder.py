@@ -34,11 +34,15 @@ def facts(tmp_path: Path, longest: int = 4096, **changes: Any) -> EncoderFacts:
 
 def test_sentence_transformers_files_are_followed(tmp_path: Path) -> None:
     """Pooling, normalisation, the longest text, lower case and the default prompt."""
-    found = facts(tmp_path, files={
-        "modules.json": MODULES, "1_Pooling/config.json": CLS,
-        "sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": True},
-        "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
-    })  # fmt: skip
+    found = facts(
+        tmp_path,
+        files={
+            "modules.json": MODULES,
+            "1_Pooling/config.json": CLS,
+            "sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": True},
+            "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+        },
+    )
     assert (found.task, found.pooling, found.normalize, found.max_length) == ("embed", "cls", True, 32)
     assert (found.lower_case, found.prompt, found.token_types, found.pad_id) == (True, "query: ", True, 0)
     assert found.settings()["pooling"] == "cls"
@@ -54,8 +58,14 @@ def test_a_plain_checkpoint_is_pooled_as_sentence_transformers_would(tmp_path: P
 
 def test_roberta_positions_begin_after_the_padding_id(tmp_path: Path) -> None:
     """514 positions hold 512 tokens."""
-    found = facts(tmp_path, architectures=["RobertaModel"], model_type="roberta", max_position_embeddings=514,
-                  pad_token_id=1, type_vocab_size=1)  # fmt: skip
+    found = facts(
+        tmp_path,
+        architectures=["RobertaModel"],
+        model_type="roberta",
+        max_position_embeddings=514,
+        pad_token_id=1,
+        type_vocab_size=1,
+    )
     assert (found.max_length, found.token_types) == (512, False)
 
 
@@ -108,8 +118,12 @@ def test_the_plan_of_an_encoder(tmp_path: Path) -> None:
     assert checkpoint.parameters < plan.estimate.artifact_bytes < 4 * checkpoint.parameters
     fidelity = make_plan(checkpoint, load_target("t4"), recipe, recipe.options(favour="fidelity"))
     assert not fidelity.refusals  # 16 inputs are one block
-    pooled = make_plan(opened(tmp_path / "c", architectures=["BertForSequenceClassification"]), load_target("t4"),
-                       recipe, recipe.options(pooling="cls"))  # fmt: skip
+    pooled = make_plan(
+        opened(tmp_path / "c", architectures=["BertForSequenceClassification"]),
+        load_target("t4"),
+        recipe,
+        recipe.options(pooling="cls"),
+    )
     assert "is a classifier" in pooled.refusals[0]
     four = make_plan(checkpoint, load_target("t4"), recipe, recipe.options(bits=4))
     assert "bits=4 is for language models" in four.refusals[0]

@@ -189,10 +189,21 @@ def test_a_verb_ends_without_a_reader_as_with_one(tmp_path: Path, child_environm
     """`packager plan … | head -1` has the plan's exit code, and says nothing of pipes."""
     tiny_checkpoint(tmp_path / "tiny")
     expected = {
-        "targets": 0, "targets show t4": 0, "targets --json": 0, "recipes": 0, "recipes show gguf": 0, "templates": 0,
-        "templates show qwen": 0, "inspect tiny": 0, "plan tiny --target t4 --set context=64": 0,
-        "plan tiny --target t4": 4, "verify tiny --json": 5, "doctor": 0, "doctor --json": 0, "--help": 0,
-    }  # fmt: skip
+        "targets": 0,
+        "targets show t4": 0,
+        "targets --json": 0,
+        "recipes": 0,
+        "recipes show gguf": 0,
+        "templates": 0,
+        "templates show qwen": 0,
+        "inspect tiny": 0,
+        "plan tiny --target t4 --set context=64": 0,
+        "plan tiny --target t4": 4,
+        "verify tiny --json": 5,
+        "doctor": 0,
+        "doctor --json": 0,
+        "--help": 0,
+    }
     ran = subprocess.run(
         [sys.executable, "-c", READERLESS, *expected],
         cwd=tmp_path,

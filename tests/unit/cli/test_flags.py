@@ -14,8 +14,25 @@ from packager.metrics.encoders import EncoderThresholds
 from packager.metrics.thresholds import Thresholds
 from tests.unit.command import packager
 
-COMMON = ["org/m", "--adapter", "lora", "--revision", "v1", "--name", "n", "--target", "t4", "--recipe", "gguf",
-          "--set", "quant=Q8_0", "--set", "slots=2", "--calibration", "pairs.json"]  # fmt: skip
+COMMON = [
+    "org/m",
+    "--adapter",
+    "lora",
+    "--revision",
+    "v1",
+    "--name",
+    "n",
+    "--target",
+    "t4",
+    "--recipe",
+    "gguf",
+    "--set",
+    "quant=Q8_0",
+    "--set",
+    "slots=2",
+    "--calibration",
+    "pairs.json",
+]
 EXPECTED = Request("org/m", "t4", "gguf", Path("lora"), "v1", "n", ("quant=Q8_0", "slots=2"), Path("pairs.json"))
 
 

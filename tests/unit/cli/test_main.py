@@ -137,8 +137,9 @@ def test_help_works_without_any_library_of_the_build(tmp_path: Path, child_envir
         (tmp_path / f"{name}.py").write_text("raise ImportError('broken installation')\n", encoding="utf-8")
     environment = {**child_environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{child_environment['PYTHONPATH']}"}
     asked = [" ".join(verb) for verb in verbs()]
-    ran = subprocess.run([sys.executable, "-c", HELPS, *asked], env=environment, capture_output=True, text=True,
-                         check=False)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", HELPS, *asked], env=environment, capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.count("Usage: packager ") == len(asked)
 

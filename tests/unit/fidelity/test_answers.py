@@ -51,8 +51,9 @@ def test_answers_are_summed_up_as_they_ended() -> None:
     assert (plain.thoughts_opened, plain.thoughts_closed, plain.trained_tokens_mean) == (None, None, None)
 
 
-@pytest.mark.parametrize(("template", "words", "thinks"), [("x", [], False), ("…</think>…", [], True),
-                                                           (None, ["</think>"], True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "words", "thinks"), [("x", [], False), ("…</think>…", [], True), (None, ["</think>"], True)]
+)
 def test_a_reasoning_model_is_known_by_the_end_of_a_thought(
     tmp_path: Path, template: str | None, words: list[str], thinks: bool
 ) -> None:

@@ -118,9 +118,14 @@ def test_positions_that_do_not_match_are_a_defect(sizes: tuple[int, int, int]) -
 def score(kl: float, top1: float) -> Score:
     same = {"kl_mean": kl, "kl_p95": kl, "kl_max": kl, "top1": top1, "top1_strict": top1}
     return Score(
-        positions=10, k=64, perplexity_ratio=1.0, kl_mean_ci=(kl, kl), top1_ci=(top1, top1),
-        perplexity_ratio_ci=(1.0, 1.0), **same,
-    )  # fmt: skip
+        positions=10,
+        k=64,
+        perplexity_ratio=1.0,
+        kl_mean_ci=(kl, kl),
+        top1_ci=(top1, top1),
+        perplexity_ratio_ci=(1.0, 1.0),
+        **same,
+    )
 
 
 def test_the_gate_of_an_unquantized_form() -> None:

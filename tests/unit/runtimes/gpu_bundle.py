@@ -34,8 +34,9 @@ def plan(model: bytes, **changes: Any) -> dict[str, Any]:
         "profiles": [profile(4, 64), profile(2, 32)],
         "workspace_bytes": 256 << 20,
         "allowed": {"sm": ["8.7"], "tensorrt": {"min": "10.3", "below": "11"}, "jetpack": ["6.2"]},
-        "builder": {"trtexec": ["--onnx=model.onnx",
-                                "--stronglyTyped", "--maxShapes=input_ids:4x64,attention_mask:4x64"]},
+        "builder": {
+            "trtexec": ["--onnx=model.onnx", "--stronglyTyped", "--maxShapes=input_ids:4x64,attention_mask:4x64"]
+        },
         "engine": None,
         **changes,
     }
@@ -48,12 +49,32 @@ def make_bundle(folder: Path, *, run: Mapping[str, Any] | None = None, **changes
     write_tokenizer(model)
     (model / "model.onnx").write_bytes(b"echo")
     write_plan(folder, **changes)
-    facts = {"engine": "tensorrt", "task": "embed", "model": "model/plan.json", "tokenizer": "model/tokenizer.json",
-             "context": 64, "slots": 8, "settings": {"pooling": "mean", "normalize": False}}  # fmt: skip
-    needs = {"system": "linux", "machine": "x86_64", "python_min": "3.10", "python_max": "3.14", "glibc_min": None,
-             "ram_bytes": 1, "disk_bytes": 1}  # fmt: skip
-    manifest = {"schema_version": 1, "bundle": "tiny-orin-tensorrt_engine", "name": "tiny", "needs": needs, "files": [],
-                "run": {**facts, **(run or {})}}  # fmt: skip
+    facts = {
+        "engine": "tensorrt",
+        "task": "embed",
+        "model": "model/plan.json",
+        "tokenizer": "model/tokenizer.json",
+        "context": 64,
+        "slots": 8,
+        "settings": {"pooling": "mean", "normalize": False},
+    }
+    needs = {
+        "system": "linux",
+        "machine": "x86_64",
+        "python_min": "3.10",
+        "python_max": "3.14",
+        "glibc_min": None,
+        "ram_bytes": 1,
+        "disk_bytes": 1,
+    }
+    manifest = {
+        "schema_version": 1,
+        "bundle": "tiny-orin-tensorrt_engine",
+        "name": "tiny",
+        "needs": needs,
+        "files": [],
+        "run": {**facts, **(run or {})},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
@@ -64,8 +85,9 @@ def write_plan(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def environment(home: Path, *, device: Mapping[str, Any] | None = None, trtexec: Mapping[str, Any] | None = None,
-                **more: str) -> dict[str, str]:  # fmt: skip
+def environment(
+    home: Path, *, device: Mapping[str, Any] | None = None, trtexec: Mapping[str, Any] | None = None, **more: str
+) -> dict[str, str]:
     """A box with the stand-ins instead of a GPU. device: changes of its facts; trtexec: how the builder behaves."""
     kept = {key: value for key, value in os.environ.items() if key not in ("XDG_CACHE_HOME", "CACHE_DIRECTORY")}
     return {

@@ -33,9 +33,12 @@ def look(**environment: str) -> str:
     """What a fresh process finds."""
     outside = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
     done = subprocess.run(
-        [sys.executable, "-c", LOOK], env={**outside, "PYTHONPATH": str(ROOT), **environment}, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", LOOK],
+        env={**outside, "PYTHONPATH": str(ROOT), **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip()
 
 

@@ -48,8 +48,12 @@ def test_the_order_is_by_layer_then_name() -> None:
     """Layer 10 comes after layer 2, and what belongs to no layer comes first."""
     names = ["blk.10.a.weight", "blk.2.b.weight", "token_embd.weight", "blk.2.a.weight", "output_norm.weight"]
     assert sorted(names, key=child.order) == [
-        "output_norm.weight", "token_embd.weight", "blk.2.a.weight", "blk.2.b.weight", "blk.10.a.weight",
-    ]  # fmt: skip
+        "output_norm.weight",
+        "token_embd.weight",
+        "blk.2.a.weight",
+        "blk.2.b.weight",
+        "blk.10.a.weight",
+    ]
 
 
 def test_bf16_is_read_as_float32() -> None:

@@ -48,9 +48,12 @@ def test_a_tuning_is_read_back_exactly(tmp_path: Path) -> None:
     assert list(found.modules) == ["model.layers.0.a"]
     assert found.weight("model.layers.0.a").tolist() == [[-3.5, 0.0]]
     assert found.as_dict() == {
-        "method": "SignRound (arXiv 2309.05516), 20 iterations, groups of 2", "group": 2, "iterations": 20,
-        "layer_error_searched": 0.25, "layer_error_tuned": 0.125,
-    }  # fmt: skip
+        "method": "SignRound (arXiv 2309.05516), 20 iterations, groups of 2",
+        "group": 2,
+        "iterations": 20,
+        "layer_error_searched": 0.25,
+        "layer_error_tuned": 0.125,
+    }
 
 
 def test_plain_rounding_says_so(tmp_path: Path) -> None:
@@ -76,8 +79,10 @@ def test_gguf_names_and_heads(tmp_path: Path) -> None:
     tuned = Tuned(Step("tune", "k", tmp_path, 0, 0, True), 32, 20, dict.fromkeys(modules, tmp_path / "layer"), ())
     parts = gguf_parts(tuned, sketch(SMOLLM2))
     assert {name: part["heads"] for name, part in parts.items()} == {
-        "blk.1.attn_q.weight": 9, "blk.1.attn_k.weight": 3, "blk.1.ffn_down.weight": 0,
-    }  # fmt: skip
+        "blk.1.attn_q.weight": 9,
+        "blk.1.attn_k.weight": 3,
+        "blk.1.ffn_down.weight": 0,
+    }
 
 
 def test_memory_follows_a_layer() -> None:

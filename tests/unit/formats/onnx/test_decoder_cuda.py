@@ -80,9 +80,19 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(target: Target, changes:
 
 
 def test_an_encoder_is_sent_to_tensorrt() -> None:
-    bert = sketch({"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6,
-                   "num_attention_heads": 12, "intermediate_size": 1536, "vocab_size": 30522,
-                   "max_position_embeddings": 512, "type_vocab_size": 2})  # fmt: skip
+    bert = sketch(
+        {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+            "vocab_size": 30522,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 2,
+        }
+    )
     assert "tensorrt_engine" in str(RECIPE.why_not(bert, T4, RECIPE.options(provider="cuda")))
 
 
@@ -90,18 +100,25 @@ def test_what_a_box_is_asked_for() -> None:
     """A driver and a card from 7.5 on with room for all of it: what bin/check compares."""
     size = planned("provider=cuda").estimate
     needs = decoder_cuda.gpu_needs(size)
-    assert needs == {"capability": "7.5", "count": 1, "driver_min": "580.65.06",
-                     "bytes": size.load_bytes + size.kv_bytes + size.overhead_bytes}  # fmt: skip
+    assert needs == {
+        "capability": "7.5",
+        "count": 1,
+        "driver_min": "580.65.06",
+        "bytes": size.load_bytes + size.kv_bytes + size.overhead_bytes,
+    }
     assert size.overhead_bytes > decoder_cuda.DEVICE_BYTES + decoder_cuda.scratch_bytes(sketch(SMOLLM2), 4096, 4)
 
 
 def test_the_lock_has_the_library_that_was_read_and_what_it_is_linked_with() -> None:
     """And neither cuDNN nor cuFFT, which would be another gigabyte; the box's engine names the same driver."""
-    found = pinned(lock_files({'engine': 'ort_cuda'})[0].name)
+    found = pinned(lock_files({"engine": "ort_cuda"})[0].name)
     assert found["onnxruntime-gpu"] == decoder_cuda.VERSION
     assert {name for name in found if name.startswith("nvidia")} == {
-        "nvidia-cublas", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-curand"
-    }  # fmt: skip
+        "nvidia-cublas",
+        "nvidia-cuda-nvrtc",
+        "nvidia-cuda-runtime",
+        "nvidia-curand",
+    }
     assert "onnxruntime" not in found
     assert (decoder_cuda.DRIVER, decoder_cuda.PROVIDER) == (cuda.DRIVER, cuda.PROVIDER)
 
@@ -130,9 +147,16 @@ def test_no_type_is_left_that_has_no_cuda_kernel() -> None:
     assert {value.type.tensor_type.elem_type for value in values} == {kind.FLOAT16, kind.INT64, kind.INT32}
     assert {tensor.data_type for tensor in model.graph.initializer} == {kind.FLOAT16, kind.UINT8}
     assert {node.op_type for node in model.graph.node} == {
-        "GatherBlockQuantized", "SimplifiedLayerNormalization", "MatMulNBits", "GroupQueryAttention",
-        "SkipSimplifiedLayerNormalization", "QuickGelu", "Mul", "Gather", "Identity",
-    }  # fmt: skip
+        "GatherBlockQuantized",
+        "SimplifiedLayerNormalization",
+        "MatMulNBits",
+        "GroupQueryAttention",
+        "SkipSimplifiedLayerNormalization",
+        "QuickGelu",
+        "Mul",
+        "Gather",
+        "Identity",
+    }
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     assert not any(attribute.name == "accuracy_level" for node in products for attribute in node.attribute)
     (looked_up,) = (node for node in model.graph.node if node.op_type == "GatherBlockQuantized")

@@ -7,16 +7,22 @@ import pytest
 
 from packager.formats.onnx import rope
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def test_old_and_new_configs_say_the_same() -> None:
     """rope_theta beside rope_scaling (transformers 4) and rope_parameters (5)."""
     old = {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     new = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}
-    for one, other in zip(rope.tables(old, "full_attention", 16, 8), rope.tables(new, "full_attention", 16, 8),
-                          strict=True):
+    for one, other in zip(
+        rope.tables(old, "full_attention", 16, 8), rope.tables(new, "full_attention", 16, 8), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -37,8 +43,12 @@ def test_llama3_keeps_fast_turns_and_slows_the_slow_ones() -> None:
 def test_a_gemma3_has_two_kinds_of_layers() -> None:
     """As transformers 4 and 5 write it."""
     old = {"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    new = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
-                               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    new = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    }
     for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4)):
         assert rope.parameters(old, kind)["rope_theta"] == rope.parameters(new, kind)["rope_theta"] == theta
 

@@ -103,8 +103,10 @@ def test_the_profile_goes_from_one_row_to_all_and_caches_keep_their_length() -> 
     assert found["input_ids"] == {"min": [1, 1], "opt": [4, 1], "max": [4, 128]}
     assert found["places"] == {"min": [64], "opt": [512], "max": [2048]}
     assert found["past_key_values.29.value"] == {
-        "min": [1, 3, 2048, 64], "opt": [4, 3, 2048, 64], "max": [4, 3, 2048, 64]
-    }  # fmt: skip
+        "min": [1, 3, 2048, 64],
+        "opt": [4, 3, 2048, 64],
+        "max": [4, 3, 2048, 64],
+    }
     assert len(found) == 4 + 2 * 30
 
 
@@ -120,8 +122,9 @@ def test_the_box_reads_the_plan(tmp_path: Any) -> None:
     shapes = decoder.profile(model, 2, 256)
     outputs = [{"name": "logits", "dtype": "float32"}]
     kinds = {name: "float16" for name in shapes if name.startswith("past")}
-    plain = make_plan(T4, tmp_path, precision="fp16", shapes=[shapes], outputs=outputs, engine=None, reference=None,
-                      kinds=kinds)  # fmt: skip
+    plain = make_plan(
+        T4, tmp_path, precision="fp16", shapes=[shapes], outputs=outputs, engine=None, reference=None, kinds=kinds
+    )
     (tmp_path / "plan.json").write_text(json.dumps(plain), encoding="utf-8")
     plan = read_plan(tmp_path / "plan.json")
     assert {one.name: one.dtype for one in plan.inputs}["past_key_values.0.key"] == "float16"

@@ -42,9 +42,14 @@ def skeleton(path: Path) -> Path:
     parameters = [table, *(f"{LAYER}.{part}.weight" for part in PARTS)]
     nodes = [
         node("Gather", [table, "input_ids"], "states"),
-        *(step for part in PARTS for step in (
-            node("Transpose", [f"{LAYER}.{part}.weight"], f"{part}.turned", perm=[1, 0]),
-            node("MatMul", ["states", f"{part}.turned"], part))),
+        *(
+            step
+            for part in PARTS
+            for step in (
+                node("Transpose", [f"{LAYER}.{part}.weight"], f"{part}.turned", perm=[1, 0]),
+                node("MatMul", ["states", f"{part}.turned"], part),
+            )
+        ),
         node("Unsqueeze", ["query", "heads"], "query.heads"),
         node("Unsqueeze", ["key", "heads"], "key.heads"),
         node("Transpose", ["key.heads"], "key.across", perm=[0, 1, 3, 2]),
@@ -54,7 +59,7 @@ def skeleton(path: Path) -> Path:
         node("Where", ["kept.row", "zero", "least"], "mask"),
         node("Add", ["scores", "mask"], "masked"),
         node("Softmax", ["masked"], "out", axis=-1),
-    ]  # fmt: skip
+    ]
     constants = [
         numpy_helper.from_array(np.array([1], np.int64), "heads"),
         numpy_helper.from_array(np.array([1, 2], np.int64), "rows"),
@@ -97,8 +102,11 @@ def expected(checkpoint: Checkpoint) -> np.ndarray[Any, Any]:
 
 
 def written(tmp_path: Path, rounded: dict[str, encoder_graph.Rounding], name: str = "out") -> tuple[Checkpoint, Path]:
-    checkpoint = opened(tmp_path) if not (tmp_path / "tiny").exists() else open_checkpoint(
-        str(tmp_path / "tiny"), progress=Console(quiet=True), cache=tmp_path / "cache")  # fmt: skip
+    checkpoint = (
+        opened(tmp_path)
+        if not (tmp_path / "tiny").exists()
+        else open_checkpoint(str(tmp_path / "tiny"), progress=Console(quiet=True), cache=tmp_path / "cache")
+    )
     folder = tmp_path / name
     folder.mkdir()
     encoder_graph.write(skeleton(tmp_path / "graph.onnx"), checkpoint, folder, rounded)
@@ -109,8 +117,9 @@ def types(folder: Path) -> dict[str, int]:
     """Type of every tensor that shape inference can name."""
     import onnx
 
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(folder / MODEL), load_external_data=False),
-                                              strict_mode=True)  # fmt: skip
+    model = onnx.shape_inference.infer_shapes(
+        onnx.load(str(folder / MODEL), load_external_data=False), strict_mode=True
+    )
     graph = model.graph
     return {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
 

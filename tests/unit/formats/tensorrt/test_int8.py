@@ -8,8 +8,10 @@ from packager.fidelity.encoders import Texts, make_texts
 from packager.formats.tensorrt.encoder_graph import Group, Rounding
 from packager.formats.tensorrt.int8 import OWN, PASSAGES, Choice, calibration_texts
 
-GROUPS = (Group("layer.0.self", ("layer.0.self.query.weight", "layer.0.self.key.weight")),
-          Group("layer.0.output", ("layer.0.output.weight",)))  # fmt: skip
+GROUPS = (
+    Group("layer.0.self", ("layer.0.self.query.weight", "layer.0.self.key.weight")),
+    Group("layer.0.output", ("layer.0.output.weight",)),
+)
 PLAIN: dict[str, Any] = {
     "measure": "cosine", "plain": 0.95, "all": 0.98, "chosen": 0.995, "path": [["layer.0.output", 0.995]],
     "groups": [
@@ -31,7 +33,9 @@ def test_the_manifest_says_which_layers_stay_and_what_each_costs() -> None:
     assert (told["all_layers_without_evening_out"], told["all_layers"], told["as_shipped"]) == (0.95, 0.98, 0.995)
     assert told["kept_in_fp16"] == [{"name": "layer.0.output", "mean cosine then": 0.995}]
     assert [(layer["precision"], layer["damage"], layer["evened_out"]) for layer in told["layers"]] == [
-        ("int8", 0.001, True), ("fp16", 0.02, False)]  # fmt: skip
+        ("int8", 0.001, True),
+        ("fp16", 0.02, False),
+    ]
 
 
 def test_scales_are_not_found_on_the_texts_that_are_compared() -> None:
@@ -40,7 +44,10 @@ def test_scales_are_not_found_on_the_texts_that_are_compared() -> None:
     found = calibration_texts(make_texts(None, ()))
     assert len(found) == PASSAGES and not set(found) & set(general)
     own = tuple(f"text {number}" for number in range(300))
-    texts = Texts((*general, *own), {"general": range(len(general)), "tuning": range(len(general), len(general) + 300)},
-                  (None,) * (len(general) + 300))  # fmt: skip
+    texts = Texts(
+        (*general, *own),
+        {"general": range(len(general)), "tuning": range(len(general), len(general) + 300)},
+        (None,) * (len(general) + 300),
+    )
     more = calibration_texts(texts)
     assert len(more) == PASSAGES + OWN and set(more) - set(found) <= set(own)

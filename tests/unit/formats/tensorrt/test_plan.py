@@ -39,8 +39,9 @@ def with_gpu(name: str, architecture: str) -> Target:
     return replace(target, gpu=replace(target.gpu, name=name, architecture=architecture))
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [("sm_75", "7.5"), ("sm_110", "11.0"), ("sm_120", "12.0"),
-                                                        ("Apple M2", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "expected"), [("sm_75", "7.5"), ("sm_110", "11.0"), ("sm_120", "12.0"), ("Apple M2", None)]
+)
 def test_the_capability_is_read_of_the_architecture(architecture: str, expected: str | None) -> None:
     """The last digit is the minor version, however many stand before it."""
     assert tensorrt_plan.capability(with_gpu("x", architecture)) == expected
@@ -98,8 +99,9 @@ def test_smaller_profiles_take_fewer_texts_and_never_shorter_ones() -> None:
         assert list(profile) == INPUTS and profile["input_ids"] == profile["attention_mask"]
         shape = profile["input_ids"]
         assert all(a <= b <= c for a, b, c in zip(shape["min"], shape["opt"], shape["max"], strict=True))
-    assert tensorrt_plan.profiles(INPUTS, 1, 3) == [{name: {"min": [1, 1], "opt": [1, 1], "max": [1, 3]}
-                                                     for name in INPUTS}]  # fmt: skip
+    assert tensorrt_plan.profiles(INPUTS, 1, 3) == [
+        {name: {"min": [1, 1], "opt": [1, 1], "max": [1, 3]} for name in INPUTS}
+    ]
 
 
 def test_trtexec_gets_the_shapes_of_the_first_profile() -> None:
@@ -171,12 +173,19 @@ def test_a_plan_names_files_by_their_digests_and_no_path(tmp_path: Path) -> None
     for name in ("model.onnx", "model.onnx.data", "engine.rtx", "reference.json"):
         (tmp_path / name).write_bytes(name.encode())
     texts = [
-        tensorrt_plan.to_text(tensorrt_plan.make_plan(
-            load_target("t4"), tmp_path, precision="fp16", shapes=tensorrt_plan.profiles(INPUTS, 2, 16),
-            outputs=[{"name": "logits", "dtype": "float32"}], engine=tmp_path / "engine.rtx",
-            reference=tmp_path / "reference.json"))
+        tensorrt_plan.to_text(
+            tensorrt_plan.make_plan(
+                load_target("t4"),
+                tmp_path,
+                precision="fp16",
+                shapes=tensorrt_plan.profiles(INPUTS, 2, 16),
+                outputs=[{"name": "logits", "dtype": "float32"}],
+                engine=tmp_path / "engine.rtx",
+                reference=tmp_path / "reference.json",
+            )
+        )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert texts[0] == texts[1] and str(tmp_path) not in texts[0]
     plan = json.loads(texts[0])
     assert plan["engine"]["sm"] == ["7.5"] and plan["engine"]["bytes"] == len("engine.rtx")

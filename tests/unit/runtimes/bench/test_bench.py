@@ -59,8 +59,16 @@ class Model(http.server.BaseHTTPRequestHandler):
             if index:
                 time.sleep(GAP)
             self.event({"choices": [{"index": 0, "text": "x", "finish_reason": None}], "usage": None})
-        self.event({"choices": [], "usage": {"prompt_tokens": 20, "completion_tokens": body["max_tokens"],
-                                             "prompt_tokens_details": {"cached_tokens": 0}}})
+        self.event(
+            {
+                "choices": [],
+                "usage": {
+                    "prompt_tokens": 20,
+                    "completion_tokens": body["max_tokens"],
+                    "prompt_tokens_details": {"cached_tokens": 0},
+                },
+            }
+        )
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, value: dict[str, Any]) -> None:
@@ -101,10 +109,12 @@ def test_figures_agree_with_a_server_of_known_timing(model: tuple[type[Model], s
     assert all(asked["logit_bias"] == {"2": -100, "7": -100} and asked["temperature"] == 0 for asked in handler.asked)
 
 
-@pytest.mark.parametrize(("mode", "says"), [("refuse", "answered 400"), ("error", "out of memory"),
-                                            ("silent", "without any text")])
-def test_a_failing_server_ends_the_benchmark_with_a_sentence(model: tuple[type[Model], str], mode: str,
-                                                             says: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "says"), [("refuse", "answered 400"), ("error", "out of memory"), ("silent", "without any text")]
+)
+def test_a_failing_server_ends_the_benchmark_with_a_sentence(
+    model: tuple[type[Model], str], mode: str, says: str
+) -> None:
     """In one stream and in several."""
     model[0].mode = mode
     client = Client(model[1])
@@ -128,17 +138,31 @@ def test_a_server_that_is_not_there_or_not_ready_is_named(model: tuple[type[Mode
 
 def bundle(folder: Path, **run: Any) -> Path:
     """As much of a bundle as the benchmark reads."""
-    manifest = {"schema_version": 1, "bundle": "b", "name": "m", "needs": {}, "files": [],
-                "run": {"engine": "llamacpp", "stop_ids": [2], "context": 256, "slots": 4, "threads": 1,
-                        "read_per_token_bytes": 1_000_000, "model_bytes": 1_000_000, **run}}
+    manifest = {
+        "schema_version": 1,
+        "bundle": "b",
+        "name": "m",
+        "needs": {},
+        "files": [],
+        "run": {
+            "engine": "llamacpp",
+            "stop_ids": [2],
+            "context": 256,
+            "slots": 4,
+            "threads": 1,
+            "read_per_token_bytes": 1_000_000,
+            "model_bytes": 1_000_000,
+            **run,
+        },
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     return folder
 
 
 @pytest.mark.real  # it measures for seconds
-def test_a_report_of_a_running_server_has_every_figure(model: tuple[type[Model], str], tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture[str],
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_a_running_server_has_every_figure(
+    model: tuple[type[Model], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """report.json through the command line, written in one step."""
     quick = machine.bandwidth
     monkeypatch.setattr(machine, "bandwidth", lambda threads: quick(threads, total_bytes=8 << 20, passes=2))

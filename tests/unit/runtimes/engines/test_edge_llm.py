@@ -43,8 +43,11 @@ def served(bundle: Path, *arguments: str, **environment: str) -> subprocess.Comp
     return subprocess.run(
         [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), *arguments],
         env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 def test_the_command_line_is_the_manifests(bundle: Path) -> None:
@@ -53,10 +56,15 @@ def test_the_command_line_is_the_manifests(bundle: Path) -> None:
     assert words[4] == str(bundle / "model")
     told = dict(zip(words[5::2], words[6::2], strict=True))
     assert told == {
-        "--host": "127.0.0.1", "--port": "8000", "--served-model-name": "tiny", "--cache-dir": "/cache",
-        "--max-input-len": "2048", "--max-kv-cache-capacity": "2048", "--max-batch-size": "1",
+        "--host": "127.0.0.1",
+        "--port": "8000",
+        "--served-model-name": "tiny",
+        "--cache-dir": "/cache",
+        "--max-input-len": "2048",
+        "--max-kv-cache-capacity": "2048",
+        "--max-batch-size": "1",
         "--reasoning-parser": "deepseek_r1",
-    }  # fmt: skip
+    }
 
 
 def test_several_slots_share_the_running_batch(bundle: Path) -> None:

@@ -21,13 +21,19 @@ from runtimes.manifest import Run
 
 VOCABULARY, CONTEXT, SLOTS = 7, 256, 3
 ROW = 2 * CONTEXT * 16 * 2  # bytes: two heads of 16 dimensions in float16
-NO_DRIVER = ('Failed to parse provider option "device_id": CUDA failure 35: CUDA driver version is insufficient for '
-             "CUDA runtime version ; GPU=-1 ; expr=cudaGetDeviceCount(&num_devices);")  # fmt: skip
-FELL_BACK = ("[ONNXRuntimeError] : 1 : FAIL : This session contains graph nodes that are assigned to the default "
-             "CPU EP, but fallback to CPU EP has been explicitly disabled by the user.")  # fmt: skip
+NO_DRIVER = (
+    'Failed to parse provider option "device_id": CUDA failure 35: CUDA driver version is insufficient for '
+    "CUDA runtime version ; GPU=-1 ; expr=cudaGetDeviceCount(&num_devices);"
+)
+FELL_BACK = (
+    "[ONNXRuntimeError] : 1 : FAIL : This session contains graph nodes that are assigned to the default "
+    "CPU EP, but fallback to CPU EP has been explicitly disabled by the user."
+)
 FULL = "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);"
-ARENA = ("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bfc_arena.cc:376 AllocateRawInternal Failed to allocate memory "
-         "for requested buffer of size 155582464")  # fmt: skip
+ARENA = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bfc_arena.cc:376 AllocateRawInternal Failed to allocate memory "
+    "for requested buffer of size 155582464"
+)
 
 
 class Binding:
@@ -221,8 +227,9 @@ def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
         load_libraries(tmp_path)
 
 
-def test_the_processor_computes_only_where_it_was_asked_for(fake: Fake, run: Run, monkeypatch: pytest.MonkeyPatch
-                                                            ) -> None:  # fmt: skip
+def test_the_processor_computes_only_where_it_was_asked_for(
+    fake: Fake, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``--device cpu``, and what scores the file on the build machine; nothing of CUDA is loaded then."""
     from dataclasses import replace
 

@@ -92,10 +92,31 @@ def test_vllm_takes_this_process_with_the_manifests_flags(bundle: Path, programs
     assert int(port) > 0 and f"http://127.0.0.1:{port} " in told
     model = str(bundle / "model")
     assert found["argv"][1:] == [
-        "serve", model, "--host", "127.0.0.1", "--port", port, "--served-model-name", "tiny", "--quantization", "gptq",
-        "--dtype", "half", "--max-model-len", "2048", "--max-num-seqs", "6", "--gpu-memory-utilization", "0.9",
-        "--tensor-parallel-size", "1", "--generation-config", model, "--chat-template", f"{model}/chat_template.jinja",
-    ]  # fmt: skip
+        "serve",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--served-model-name",
+        "tiny",
+        "--quantization",
+        "gptq",
+        "--dtype",
+        "half",
+        "--max-model-len",
+        "2048",
+        "--max-num-seqs",
+        "6",
+        "--gpu-memory-utilization",
+        "0.9",
+        "--tensor-parallel-size",
+        "1",
+        "--generation-config",
+        model,
+        "--chat-template",
+        f"{model}/chat_template.jinja",
+    ]
     env = found["env"]
     assert {key: env[key] for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")}
     assert not {"PYTHONPATH", "PYTHONNOUSERSITE"} & env.keys()
@@ -103,8 +124,13 @@ def test_vllm_takes_this_process_with_the_manifests_flags(bundle: Path, programs
 
 
 def test_several_gpus_ray_and_eager_mode_are_flags(bundle: Path) -> None:
-    write(bundle, run={**json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["run"],
-                       "settings": {**SETTINGS, "tensor_parallel": 4, "ray": True, "enforce_eager": True}})  # fmt: skip
+    write(
+        bundle,
+        run={
+            **json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["run"],
+            "settings": {**SETTINGS, "tensor_parallel": 4, "ray": True, "enforce_eager": True},
+        },
+    )
     words = command(read_bundle(bundle), "vllm", "127.0.0.1", 8000)
     assert words[words.index("--tensor-parallel-size") + 1] == "4"
     assert words[-3:] == ["--enforce-eager", "--distributed-executor-backend", "ray"]
@@ -170,7 +196,7 @@ def test_the_version_is_asked_of_the_scripts_own_python(script: str, tmp_path: P
     python = tmp_path / "python3"
     # a Python whose isolated mode sees that folder, as a virtual environment's does
     python.write_text(
-        f'#!/bin/sh\nshift 2\nexec {sys.executable} -c "import sys; sys.path.insert(0, \'{site}\'); $1"\n',
+        f"#!/bin/sh\nshift 2\nexec {sys.executable} -c \"import sys; sys.path.insert(0, '{site}'); $1\"\n",
         encoding="utf-8",
     )
     python.chmod(0o755)
@@ -184,8 +210,15 @@ def test_facts_are_compared_and_the_unknown_refuses_nothing() -> None:
     """As bin/check and the installer do."""
 
     def verdicts(**facts: Any) -> dict[str, bool | None]:
-        common = {"system": "linux", "machine": "x86_64", "python_min": "3.10", "python_max": "3.13", "ram_bytes": 1,
-                  "glibc_min": None, "gpu": NEEDS}  # fmt: skip
+        common = {
+            "system": "linux",
+            "machine": "x86_64",
+            "python_min": "3.10",
+            "python_max": "3.13",
+            "ram_bytes": 1,
+            "glibc_min": None,
+            "gpu": NEEDS,
+        }
         rows = compare(common, facts, installing=False)
         return {row.name: row.ok for row in rows if row.name in ("GPU", "vLLM")}
 

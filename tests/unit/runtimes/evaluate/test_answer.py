@@ -30,9 +30,7 @@ def test_each_prompt_is_answered_greedily_within_its_limit(tmp_path: Path, monke
     assert engine.closed
 
 
-def test_an_engine_that_maps_its_weights_is_kept_within_bounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_maps_its_weights_is_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is over when the engine is closed, not before."""
     engine, said = Scripted(), []
 

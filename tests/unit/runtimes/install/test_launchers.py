@@ -27,6 +27,7 @@ def test_a_folder_of_the_same_name_in_the_working_directory_is_not_run(tmp_path:
     write_wrappers(home, ("check",))
     (home / "venv" / "bin").mkdir(parents=True)
     (home / "venv" / "bin" / "python").symlink_to(found if works and found else sys.executable)
-    done = subprocess.run([str(home / "bin" / "check"), "a b", "$c"], cwd=elsewhere, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [str(home / "bin" / "check"), "a b", "$c"], cwd=elsewhere, capture_output=True, text=True, check=False
+    )
     assert done.stdout == f"mine {['check', '--bundle', str(home.resolve()), 'a b', '$c']}\n", done.stderr

@@ -18,8 +18,16 @@ from runtimes.preflight.fit_gpu import numbers
 from tests.conftest import ROOT
 
 BOXES = ROOT / "tests" / "unit" / "boxes"
-NEEDS = {"system": "linux", "machine": "aarch64", "python_min": "3.10", "python_max": "3.13", "glibc_min": "2.35",
-         "ram_bytes": 6_000_000_000, "disk_bytes": 5_000_000_000, "gpu": None}
+NEEDS = {
+    "system": "linux",
+    "machine": "aarch64",
+    "python_min": "3.10",
+    "python_max": "3.13",
+    "glibc_min": "2.35",
+    "ram_bytes": 6_000_000_000,
+    "disk_bytes": 5_000_000_000,
+    "gpu": None,
+}
 
 
 @pytest.fixture
@@ -30,8 +38,10 @@ def bundle(tmp_path: Path) -> Path:
     (folder / "model.gguf").write_bytes(b"weights")
     manifest = {"schema_version": 1, "bundle": "b", "run": {}, "needs": NEEDS, "files": []}
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
-             for name in ("manifest.json", "model.gguf")]
+    lines = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("manifest.json", "model.gguf")
+    ]
     (folder / "SHA256SUMS").write_text("".join(lines), "utf-8")
     return folder
 
@@ -49,8 +59,12 @@ def run(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def alone(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """check as install.sh starts it: alone, with nothing installed."""
-    return subprocess.run([sys.executable, "-I", "-B", str(ROOT / "runtimes/preflight/check.py"), "--bundle", str(bundle),
-                           *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-I", "-B", str(ROOT / "runtimes/preflight/check.py"), "--bundle", str(bundle), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_box_it_was_built_for_fits(bundle: Path) -> None:
@@ -68,20 +82,27 @@ def test_a_refusal_is_the_processs_exit_code(bundle: Path) -> None:
     assert alone(bundle, "--facts", str(BOXES / "fits.json")).returncode == 5
 
 
-@pytest.mark.parametrize(("box", "starts", "says"), [
-    ("glibc_too_old", "C library: expected glibc 2.35 or newer, found glibc 2.31;", "upgrade|newer|bundle"),
-    ("musl", "C library: expected glibc 2.35 or newer, found musl;", "glibc"),
-    ("ram_4gb", "memory: expected at least 6.0 GB of RAM, found 4.1 GB;", "more memory"),
-    ("disk_full", "disk: expected 5.0 GB free where it is installed, found 120.0 MB;", "--prefix"),
-    ("x86_for_aarch64", "processor: expected aarch64, found x86_64;", "this processor"),
-    ("windows_for_linux", "system: expected Linux, found Windows", "this system"),
-    ("python_3_8", "Python: expected Python 3.10 to 3.13, found Python 3.8.10;", "--python"),
-    ("python_too_new", "Python: expected Python 3.10 to 3.13, found Python 3.15.0;", "--python"),
-    ("python_32_bit", "Python word size: expected 64 bit, found 32 bit;", "64-bit"),
-    ("pypy", "Python implementation: expected CPython, found PyPy;", "--python"),
-    ("free_threaded", "Python build: expected a Python with its global lock, found a free-threaded one;", "--python"),
-    ("no_venv", "Python modules: expected venv, zlib, ctypes, found no venv;", "package python3"),
-])
+@pytest.mark.parametrize(
+    ("box", "starts", "says"),
+    [
+        ("glibc_too_old", "C library: expected glibc 2.35 or newer, found glibc 2.31;", "upgrade|newer|bundle"),
+        ("musl", "C library: expected glibc 2.35 or newer, found musl;", "glibc"),
+        ("ram_4gb", "memory: expected at least 6.0 GB of RAM, found 4.1 GB;", "more memory"),
+        ("disk_full", "disk: expected 5.0 GB free where it is installed, found 120.0 MB;", "--prefix"),
+        ("x86_for_aarch64", "processor: expected aarch64, found x86_64;", "this processor"),
+        ("windows_for_linux", "system: expected Linux, found Windows", "this system"),
+        ("python_3_8", "Python: expected Python 3.10 to 3.13, found Python 3.8.10;", "--python"),
+        ("python_too_new", "Python: expected Python 3.10 to 3.13, found Python 3.15.0;", "--python"),
+        ("python_32_bit", "Python word size: expected 64 bit, found 32 bit;", "64-bit"),
+        ("pypy", "Python implementation: expected CPython, found PyPy;", "--python"),
+        (
+            "free_threaded",
+            "Python build: expected a Python with its global lock, found a free-threaded one;",
+            "--python",
+        ),
+        ("no_venv", "Python modules: expected venv, zlib, ctypes, found no venv;", "package python3"),
+    ],
+)
 def test_a_wrong_box_is_refused_in_one_sentence(bundle: Path, box: str, starts: str, says: str) -> None:
     """What was expected, what was found, what to do; exit code 4."""
     done = run(bundle, "--facts", str(BOXES / f"{box}.json"))
@@ -124,10 +145,14 @@ def test_damaged_files_are_refused(bundle: Path, damage: str, code: int) -> None
     assert done.returncode == code and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("needs", "says"), [
-    (None, "has no needs.system, needs.machine"), ({"system": "linux"}, "has no needs.machine, needs.python_min"),
-    ({**NEEDS, "gpu": {"capability": "8.7"}}, "has no needs.gpu.count, needs.gpu.bytes;"),
-])
+@pytest.mark.parametrize(
+    ("needs", "says"),
+    [
+        (None, "has no needs.system, needs.machine"),
+        ({"system": "linux"}, "has no needs.machine, needs.python_min"),
+        ({**NEEDS, "gpu": {"capability": "8.7"}}, "has no needs.gpu.count, needs.gpu.bytes;"),
+    ],
+)
 def test_a_manifest_that_asks_for_half_is_no_traceback(bundle: Path, needs: Any, says: str) -> None:
     """It is a damaged bundle, told in one sentence."""
     manifest = {"schema_version": 1, "bundle": "b", "run": {}, "needs": needs, "files": []}
@@ -167,8 +192,10 @@ def test_the_free_disk_of_a_place_that_is_not_there_yet_is_its_parents(tmp_path:
     assert facts["disk_free_bytes"] and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("text", "parts"), [("3.10.2", (3, 10, 2)), ("3.13.0rc1", (3, 13, 0)),
-                                             ("2.35-0ubuntu3", (2, 35)), ("", ()), ("x", ())])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("3.10.2", (3, 10, 2)), ("3.13.0rc1", (3, 13, 0)), ("2.35-0ubuntu3", (2, 35)), ("", ()), ("x", ())],
+)
 def test_versions_are_compared_as_numbers(text: str, parts: tuple[int, ...]) -> None:
     """3.9 is older than 3.10."""
     assert numbers(text) == parts

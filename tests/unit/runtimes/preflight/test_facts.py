@@ -135,9 +135,11 @@ def test_tensorrts_version_is_read_from_its_header(text: str, version: str, tmp_
 
 def test_of_two_tensorrts_the_newest_counts_and_a_removed_one_does_not(tmp_path: Path) -> None:
     """dpkg's list keeps the names of removed packages."""
-    status = ("Package: libnvinfer8\nStatus: install ok installed\nVersion: 8.6.2.3-1+cuda12.2\n\n"
-              "Package: libnvinfer10\nStatus: install ok installed\nVersion: 10.3.0.30-1+cuda12.5\n\n"
-              "Package: libnvinfer11\nStatus: deinstall ok config-files\nVersion: 11.0.0-1\n")  # fmt: skip
+    status = (
+        "Package: libnvinfer8\nStatus: install ok installed\nVersion: 8.6.2.3-1+cuda12.2\n\n"
+        "Package: libnvinfer10\nStatus: install ok installed\nVersion: 10.3.0.30-1+cuda12.5\n\n"
+        "Package: libnvinfer11\nStatus: deinstall ok config-files\nVersion: 11.0.0-1\n"
+    )
     box = tree(tmp_path, {"/var/lib/dpkg/status": status})
     assert nvidia.tensorrt(box, nvidia.installed(box)) == "10.3.0.30"
 
@@ -243,16 +245,22 @@ def test_the_drivers_library_is_asked_in_a_child_and_may_crash(tmp_path: Path, m
 
 def test_without_the_drivers_libraries_the_child_answers_with_nothing() -> None:
     """As on most machines that run this test."""
-    done = subprocess.run([sys.executable, "-I", "-B", PROBE], capture_output=True, text=True, check=True,
-                          env={**os.environ, "LD_LIBRARY_PATH": ""})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-I", "-B", PROBE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LD_LIBRARY_PATH": ""},
+    )
     assert isinstance(json.loads(done.stdout), dict)
 
 
 def test_a_box_can_be_recorded_as_a_tree(tmp_path: Path) -> None:
     """tests/device/record_box.py on this machine: the tree gives the facts that the machine itself gives."""
     script = ROOT / "tests" / "device" / "record_box.py"
-    done = subprocess.run([sys.executable, "-I", "-B", script, tmp_path / "box"], capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-I", "-B", script, tmp_path / "box"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["different"] == [], done.stderr
     assert read_facts(box=Box(tmp_path / "box"))["ram_bytes"] > 1 << 28
 

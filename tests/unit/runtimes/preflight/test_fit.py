@@ -13,11 +13,25 @@ from runtimes.preflight.facts import read_facts
 from runtimes.preflight.fit import Finding, compare
 from runtimes.preflight.sources import Box
 
-NEEDS: dict[str, Any] = {"system": "linux", "machine": "x86_64", "python_min": "3.10", "python_max": "3.12",
-                         "glibc_min": None, "ram_bytes": 2_000, "disk_bytes": 0, "gpu": None}  # fmt: skip
+NEEDS: dict[str, Any] = {
+    "system": "linux",
+    "machine": "x86_64",
+    "python_min": "3.10",
+    "python_max": "3.12",
+    "glibc_min": None,
+    "ram_bytes": 2_000,
+    "disk_bytes": 0,
+    "gpu": None,
+}
 GPU: dict[str, Any] = {"capability": "7.5", "count": 1, "bytes": 1_000}
-T4: dict[str, Any] = {"name": "Tesla T4", "capability": "7.5", "bytes": 2_000, "free_bytes": 2_000, "mig": False,
-                      "unified": None}  # fmt: skip
+T4: dict[str, Any] = {
+    "name": "Tesla T4",
+    "capability": "7.5",
+    "bytes": 2_000,
+    "free_bytes": 2_000,
+    "mig": False,
+    "unified": None,
+}
 
 
 def found(name: str, gpu: dict[str, Any] | None = None, **facts: Any) -> list[Finding]:
@@ -70,7 +84,9 @@ def test_memory_that_is_in_use_is_a_warning() -> None:
     """The machine has enough, and others hold it."""
     rows = compare(NEEDS, {"ram_bytes": 3_000, "ram_available_bytes": 1_999}, installing=False)
     assert [(one.name, one.ok, one.severity) for one in rows if "memory" in one.name] == [
-        ("memory", True, "refuses"), ("free memory", False, "warns")]  # fmt: skip
+        ("memory", True, "refuses"),
+        ("free memory", False, "warns"),
+    ]
     assert found("free memory", ram_available_bytes=2_000)[0].ok is True
 
 

@@ -141,8 +141,11 @@ def test_too_little_memory_for_the_smallest_is_one_sentence(bundle: Path) -> Non
 
 def test_an_error_of_another_kind_is_told_and_nothing_smaller_is_tried(bundle: Path, tmp_path: Path) -> None:
     """A model that TensorRT does not understand is not a matter of memory; what it skipped for memory is none."""
-    wish = {"log": str(tmp_path / "log"), "fail": "[11/22/2024] [E] [TRT] ModelImporter.cpp:948: While parsing",
-            "skipped": "[W] [TRT] Skipping tactic 13 due to insufficient memory on requested size of 4229 detected"}
+    wish = {
+        "log": str(tmp_path / "log"),
+        "fail": "[11/22/2024] [E] [TRT] ModelImporter.cpp:948: While parsing",
+        "skipped": "[W] [TRT] Skipping tactic 13 due to insufficient memory on requested size of 4229 detected",
+    }
     code, found, said = engine(bundle, "build", trtexec=wish)
     assert code == 9 and len(builds(tmp_path / "log")) == 1
     assert "TensorRT could not build the engine (ModelImporter.cpp:948: While parsing)" in found["error"]
@@ -155,10 +158,24 @@ def test_an_error_of_another_kind_is_told_and_nothing_smaller_is_tried(bundle: P
         (1, ["[E] Error[2]: [virtualMemoryBuffer.cpp::resizePhysical::144] Error Code 2: OutOfMemory"], 0, True),
         (1, ["NvMapMemAllocInternalTagged: 1075072515 error 12", "[E] Engine could not be created"], 0, True),
         (1, ["terminate called after throwing an instance of 'std::bad_alloc'"], 0, True),
-        (1, ["[W] [TRT] Skipping tactic 3 due to insufficient memory on requested size of 4226 detected",
-             "[E] Error[10]: Error Code 10: (Could not find any implementation for node {X}.)"], 0, True),
-        (1, ["[W] [TRT] Skipping tactic 3 due to insufficient memory on requested size of 4226 detected",
-             "[E] [TRT] Error[4]: network has no output"], 0, False),
+        (
+            1,
+            [
+                "[W] [TRT] Skipping tactic 3 due to insufficient memory on requested size of 4226 detected",
+                "[E] Error[10]: Error Code 10: (Could not find any implementation for node {X}.)",
+            ],
+            0,
+            True,
+        ),
+        (
+            1,
+            [
+                "[W] [TRT] Skipping tactic 3 due to insufficient memory on requested size of 4226 detected",
+                "[E] [TRT] Error[4]: network has no output",
+            ],
+            0,
+            False,
+        ),
         (1, ["[E] Error[10]: Error Code 10: (Could not find any implementation for node {X}.)"], 0, False),
         (-signal.SIGKILL, [], 1, True),
         (137, [], 0, True),
@@ -190,8 +207,9 @@ def test_a_killed_build_leaves_nothing_that_counts(bundle: Path, tmp_path: Path)
     """Its half engine has no name, its lock dies with it, its child too, and the next build sweeps what is left."""
     log = tmp_path / "log"
     env = environment(tmp_path, trtexec={"log": str(log), "sleep": 60})
-    child = subprocess.Popen([sys.executable, "-m", "runtimes", "engine", "--bundle", bundle, "build"], env=env,
-                             stderr=subprocess.DEVNULL)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-m", "runtimes", "engine", "--bundle", bundle, "build"], env=env, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not builds(log) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -222,16 +240,17 @@ def test_where_engines_are_kept(tmp_path: Path) -> None:
     """A service's own folder first, then the install, then the user's cache; the first that can be written takes it."""
     home = tmp_path / "prefix"
     found = cache.places(home, {"CACHE_DIRECTORY": "/var/cache/tiny:/other", "HOME": "/u"})
-    assert [str(path) for path in found] == ["/var/cache/tiny/engines", f"{home}/cache/engines",
-                                             "/u/.cache/packager/prefix/engines"]  # fmt: skip
+    assert [str(path) for path in found] == [
+        "/var/cache/tiny/engines",
+        f"{home}/cache/engines",
+        "/u/.cache/packager/prefix/engines",
+    ]
     assert cache.places(home, {"XDG_CACHE_HOME": "/c"})[-1] == Path("/c/packager/prefix/engines")
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert cache.writable([tmp_path / "file" / "x", tmp_path / "yes"]) == tmp_path / "yes"
 
 
-def test_where_somebody_stands_does_not_matter(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_somebody_stands_does_not_matter(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with a package of the same name: the children take the install's own runtime all the same."""
     (tmp_path / "runtimes").mkdir()
     (tmp_path / "runtimes" / "__init__.py").write_text("raise SystemExit('the wrong runtime')\n", encoding="utf-8")
@@ -280,8 +299,17 @@ def test_a_box_without_a_gpu_is_told_in_a_sentence(bundle: Path) -> None:
 def test_an_exact_compute_capability_also_for_engines_that_are_brought(bundle: Path) -> None:
     """One of 8.6 is refused on 8.7, and one of another version of its library."""
     (bundle / "model" / "engine.rtx").write_bytes(b"rtx")
-    write_plan(bundle, engine={"file": "engine.rtx", "sha256": "0" * 64, "bytes": 3, "library": "tensorrt-rtx",
-                               "version": "1.7.1", "sm": ["8.6", "8.9"]})  # fmt: skip
+    write_plan(
+        bundle,
+        engine={
+            "file": "engine.rtx",
+            "sha256": "0" * 64,
+            "bytes": 3,
+            "library": "tensorrt-rtx",
+            "version": "1.7.1",
+            "sm": ["8.6", "8.9"],
+        },
+    )
     plan = read_plan(bundle / "model" / "plan.json")
     rtx = replace(DEVICE, library="tensorrt-rtx", version="1.7.1")
     assert "expected compute capability 8.6 or 8.9, found Orin with 8.7" in str(unfit(plan, rtx))
@@ -301,7 +329,8 @@ def test_the_build_number_comes_from_debians_list(tmp_path: Path) -> None:
         "Package: libnvinfer-bin\nStatus: install ok installed\nVersion: 10.3.0.99-1+cuda12.5\n\n"
         "Package: libnvinfer8\nStatus: deinstall ok config-files\nVersion: 8.5.2.2-1+cuda11.4\n\n"
         "Package: libnvinfer10\nStatus: install ok installed\nArchitecture: arm64\nVersion: 10.3.0.30-1+cuda12.5\n",
-        encoding="utf-8")  # fmt: skip
+        encoding="utf-8",
+    )
     assert full_version("10.3.0", Box(tmp_path)) == "10.3.0.30"
     assert full_version("8.5.2", Box(tmp_path)) == "8.5.2"
 

@@ -94,11 +94,19 @@ def test_the_engine_tool_says_what_a_bundle_brings_and_whether_it_fits_this_gpu(
     bundle = make_bundle(tmp_path / "bundle", run={"engine": "tensorrt_decoder", "task": "generate"})
     data = b"an engine"
     (bundle / "model" / "engine.rtx").write_bytes(data)
-    compiled = {"file": "engine.rtx", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "sm": ["7.5"],
-                "library": "tensorrt-rtx", "version": "1.7.1"}  # fmt: skip
+    compiled = {
+        "file": "engine.rtx",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "sm": ["7.5"],
+        "library": "tensorrt-rtx",
+        "version": "1.7.1",
+    }
     inputs = [{"name": "input_ids", "dtype": "int64"}, {"name": "past_key_values.0.key", "dtype": "float16"}]
-    one = {"input_ids": {"min": [1, 1], "opt": [2, 1], "max": [2, 64]},
-           "past_key_values.0.key": {"min": [1, 1, 64, 8], "opt": [2, 1, 64, 8], "max": [2, 1, 64, 8]}}  # fmt: skip
+    one = {
+        "input_ids": {"min": [1, 1], "opt": [2, 1], "max": [2, 64]},
+        "past_key_values.0.key": {"min": [1, 1, 64, 8], "opt": [2, 1, 64, 8], "max": [2, 1, 64, 8]},
+    }
     write_plan(bundle, engine=compiled, allowed={"sm": ["7.5"]}, inputs=inputs, profiles=[one])
 
     def tool(what: str, sm: str) -> tuple[int, dict[str, Any]]:

@@ -59,8 +59,13 @@ def test_serve_builds_the_engine_that_is_missing_and_answers(server: tuple[str, 
 def test_health_models_and_metrics_name_the_engine(server: tuple[str, Path, Path]) -> None:
     base, bundle, _ = server
     engine = call(base, "/health")[1]["engine"]
-    assert engine == {"precision": "fp16", "library": "TensorRT 10.3.0.30", "device": "Orin",
-                      "compute_capability": "8.7", "engine": engine["engine"]}  # fmt: skip
+    assert engine == {
+        "precision": "fp16",
+        "library": "TensorRT 10.3.0.30",
+        "device": "Orin",
+        "compute_capability": "8.7",
+        "engine": engine["engine"],
+    }
     assert (bundle / "cache" / "engines" / engine["engine"] / "engine.plan").is_file()
     (card,) = call(base, "/v1/models")[1]["data"]
     assert (card["engine"], card["max_model_len"]) == (engine, 64)
@@ -87,8 +92,19 @@ def test_more_texts_than_the_engine_takes_are_batches(server: tuple[str, Path, P
 def test_bench_measures_it(server: tuple[str, Path, Path], tmp_path: Path) -> None:
     """bin/bench's own figures of a server that runs, the engine's key beside them."""
     base, bundle, _ = server
-    command = [sys.executable, "-m", "runtimes", "bench", "--bundle", bundle, "--quick", "--url", base, "--output",
-               tmp_path / "report.json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "runtimes",
+        "bench",
+        "--bundle",
+        bundle,
+        "--quick",
+        "--url",
+        base,
+        "--output",
+        tmp_path / "report.json",
+    ]
     subprocess.run(command, env=environment(tmp_path), check=True, capture_output=True, timeout=60)
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert report["engine"] == "tensorrt" and report["batches"][0]["texts_per_second"]["mean"] > 0
@@ -97,9 +113,14 @@ def test_bench_measures_it(server: tuple[str, Path, Path], tmp_path: Path) -> No
 
 def serve(bundle: Path, *words: str, **more: Any) -> tuple[int, str]:
     """Exit code and standard error of a server that does not come up."""
-    done = subprocess.run([sys.executable, "-m", "runtimes", "serve", "--bundle", bundle, "--port", "0", *words],
-                          env=environment(bundle.parent, **more), capture_output=True, text=True, timeout=60,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "runtimes", "serve", "--bundle", bundle, "--port", "0", *words],
+        env=environment(bundle.parent, **more),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     return done.returncode, done.stderr
 
 
@@ -209,8 +230,13 @@ def test_a_box_without_trtexec_builds_by_the_python_interface(tmp_path: Path) ->
     env = environment(tmp_path)
     double = Path(env["PATH"].partition(":")[0])
     command = [sys.executable, "-m", "runtimes", "engine", "--bundle", bundle, "build", "--json"]
-    done = subprocess.run(command, env={**env, "PATH": env["PATH"].removeprefix(f"{double}:")}, check=False,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        command,
+        env={**env, "PATH": env["PATH"].removeprefix(f"{double}:")},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(done.stdout)
     entry = json.loads((Path(found["file"]).parent / "entry.json").read_text("utf-8"))
@@ -236,8 +262,8 @@ def test_of_the_systems_folder_only_tensorrt_is_imported(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.stdout == "apart\n", done.stderr
     env["PACKAGER_TENSORRT"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", "from runtimes.engines.tensorrt.session import library; library('tensorrt')"],
-                          env=env, capture_output=True, text=True, check=False)  # fmt: skip
+    code = "from runtimes.engines.tensorrt.session import library; library('tensorrt')"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert "TensorRT: expected its Python package for Python 3." in done.stderr.splitlines()[-1]
 
 
@@ -253,8 +279,14 @@ def test_an_engine_that_the_bundle_brings_is_tried_and_its_kernels_are_kept(tmp_
     (bundle / "model" / "engine.rtx").write_bytes(data)
     text = json.dumps({"schema_version": 1, "cosine_min": 0.99, "ids": [[3, 5]], "outputs": [[4.0, 1.0]]})
     (bundle / "model" / "reference.json").write_text(text, encoding="utf-8")
-    compiled = {"file": "engine.rtx", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "sm": ["7.5"],
-                "library": "tensorrt-rtx", "version": "1.7.1"}  # fmt: skip
+    compiled = {
+        "file": "engine.rtx",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "sm": ["7.5"],
+        "library": "tensorrt-rtx",
+        "version": "1.7.1",
+    }
     reference = {"file": "reference.json", "sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_plan(bundle, engine=compiled, reference=reference, allowed={"sm": ["7.5"]})
     env = environment(tmp_path, device=t4)

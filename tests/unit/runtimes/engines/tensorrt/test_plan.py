@@ -12,8 +12,14 @@ from runtimes.engines.tensorrt.plan import read_plan, shape_flags, trtexec_argum
 from runtimes.manifest import ManifestError
 from tests.unit.runtimes.gpu_bundle import make_bundle, profile, write_plan
 
-COMPILED = {"file": "engine.rtx", "sha256": "0" * 64, "bytes": 3, "library": "tensorrt-rtx", "version": "1.7.1",
-            "sm": ["7.5"]}  # fmt: skip
+COMPILED = {
+    "file": "engine.rtx",
+    "sha256": "0" * 64,
+    "bytes": 3,
+    "library": "tensorrt-rtx",
+    "version": "1.7.1",
+    "sm": ["7.5"],
+}
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A stand-in for TensorRT's Python package, for tests alone, never for users: engines are JSON files that name an ONNX,
 and are run by onnxruntime on the CPU, or echo their token ids where the "ONNX" is the word echo. The parts of the real
-interface that runtimes/engines/tensorrt/session.py uses, with its checks: an engine of another device or version is refused in
-the library's own words, shapes outside the profile are refused, addresses must have been given.
+interface that runtimes/engines/tensorrt/session.py uses, with its checks: an engine of another device or version is
+refused in the library's own words, shapes outside the profile are refused, addresses must have been given.
 """
 
 from __future__ import annotations
@@ -75,8 +75,12 @@ class Engine:
             import onnxruntime
 
             self.session = onnxruntime.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
-            types = {"tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(float)": "float32",
-                     "tensor(float16)": "float16"}
+            types = {
+                "tensor(int64)": "int64",
+                "tensor(int32)": "int32",
+                "tensor(float)": "float32",
+                "tensor(float16)": "float16",
+            }
             self.inputs = {one.name: types[one.type] for one in self.session.get_inputs()}
             self.outputs = {one.name: types[one.type] for one in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
@@ -117,8 +121,10 @@ class Context:
         if self.engine.session is None:
             return batch, length, 2
         (output,) = self.engine.session.get_outputs()
-        return tuple({0: batch, 1: length}.get(place, size) if isinstance(size, str) or size is None else size
-                     for place, size in enumerate(output.shape))
+        return tuple(
+            {0: batch, 1: length}.get(place, size) if isinstance(size, str) or size is None else size
+            for place, size in enumerate(output.shape)
+        )
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
@@ -171,8 +177,15 @@ class Builder:
         return Shapes()
 
     def build_serialized_network(self, network, config):
-        return json.dumps({"sm": FACTS["sm"], "version": FACTS["tensorrt"], "onnx": network["onnx"],
-                           "profile": config.profile.shapes, "workspace": config.workspace}).encode()
+        return json.dumps(
+            {
+                "sm": FACTS["sm"],
+                "version": FACTS["tensorrt"],
+                "onnx": network["onnx"],
+                "profile": config.profile.shapes,
+                "workspace": config.workspace,
+            }
+        ).encode()
 
 
 class Config:
