@@ -240,6 +240,25 @@ def refusals() -> str:
     )
 
 
+def rooms() -> str:
+    """The rooms of the house, drawn from scripts/rooms.py and the docstrings of the folders."""
+    from rooms import drawing, tree
+
+    parts = [
+        "# Rooms",
+        "",
+        "A room imports only rooms below it; rooms joined by `|` do not import each other. `scripts/rooms.py` names",
+        "them from bottom to top, and `tests/unit/test_layout.py` fails on an import that climbs.",
+        "",
+        f"```text\n{drawing()}```",
+        "",
+        "Modules in each folder:",
+        "",
+        f"```text\n{tree()}```",
+    ]
+    return "\n".join(parts)
+
+
 PAGES = {
     "cli.md": command_line,
     "box.md": on_the_box,
@@ -248,6 +267,7 @@ PAGES = {
     "recipes.md": recipes,
     "manifest.md": manifest,
     "refusals.md": refusals,
+    "rooms.md": rooms,
 }
 NOTE = "<!-- Written by scripts/docs.py from the code (make docs). Do not edit. -->\n\n"
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Files of runtimes/; the __init__.py of every folder on the way comes along.
 COMMON = (
-    "__main__.py", "manifest.py", "process.py", "engines/registry.py", "install/install.py", "install/launchers.py",
+    "__main__.py", "files.py", "manifest.py", "process.py",
+    "engines/registry.py", "install/install.py", "install/launchers.py",
     "bench/client.py", "bench/llm.py", "bench/machine.py", "bench/server.py",
     "preflight/check.py", "preflight/driver_probe.py", "preflight/facts.py", "preflight/fit.py",
     "preflight/fit_gpu.py", "preflight/jetson.py", "preflight/nvidia.py", "preflight/sources.py", "preflight/vllm.py",
