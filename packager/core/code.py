@@ -1,5 +1,5 @@
 """What a step's result depends on in this package: the source of the function that makes it, the import closure of all
-that the function names, the workers that it starts, and the versions of the libraries that these import.
+that the function names or is handed, the workers that it starts, and the versions of the libraries that these import.
 
 It is derived from the sources, never listed by hand: a changed helper, or another version of a library, makes another
 key, so that no upgrade serves what an older program made.
@@ -41,7 +41,7 @@ def describe(make: Callable[..., object]) -> dict[str, Any]:
         return {"code": hashlib.sha256(function.__code__.co_code).hexdigest()[:24], "libraries": {}}
     own, starts, outside = _reached(file, function.__code__.co_firstlineno)
     for value in (cell.cell_contents for cell in function.__closure__ or () if _filled(cell)):
-        starts |= {Path(one.__code__.co_filename) for one in _functions(value)}
+        starts |= set(_handed(value))
     files, more = _closure(frozenset(starts))
     digest = hashlib.sha256(own.encode())
     for path in sorted(files, key=_name):
@@ -68,9 +68,10 @@ def _filled(cell: types.CellType) -> bool:
     return True
 
 
-def _functions(value: object) -> Iterator[types.FunctionType]:
-    """Functions that ``make`` is handed without naming them: a value, or the fields of a dataclass (a container format
-    is one, with functions that pack).
+def _handed(value: object) -> Iterator[Path]:
+    """Files of code that ``make`` is handed without naming it: functions, and the methods of dataclasses, as values or
+    as the fields of a dataclass (a container format is one, with functions that pack; a Job holds the checkpoint, which
+    says what its tensors are).
     """
     values = [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -78,8 +79,14 @@ def _functions(value: object) -> Iterator[types.FunctionType]:
     for one in values:
         while isinstance(one, functools.partial):
             one = one.func
-        if isinstance(one, types.FunctionType) and Path(one.__code__.co_filename).is_relative_to(PACKAGE):
-            yield one
+        if isinstance(one, types.FunctionType):
+            path = Path(one.__code__.co_filename)
+        elif dataclasses.is_dataclass(one) and (found := _file(type(one).__module__)) is not None:
+            path = found
+        else:
+            continue
+        if path.is_relative_to(PACKAGE):
+            yield path
 
 
 def _reached(file: Path, line: int) -> tuple[str, set[Path], set[str]]:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from packager.core import store as store_module
 from packager.core.errors import GateFailed, InputError, PackagerError
 from packager.core.store import Store
-from packager.formats.gguf import llamacpp, steps
+from packager.formats.gguf import llamacpp
 from packager.tensors.gguf_header import read_header
 from tests.real.conftest import built
 from tests.unit.tiny import tiny_checkpoint
@@ -45,7 +46,9 @@ def spoiled_build(
             return result
 
         monkeypatch.setattr(llamacpp, tool, wrong)
-        monkeypatch.setattr(steps, "_code", lambda: f"{tool} {change.__name__}")  # nothing good is kept for these
+        monkeypatch.setattr(
+            store_module, "describe", lambda _make: {"planted": f"{tool} {change.__name__}"}
+        )  # nothing good is kept for these
         return built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
     return spoil
@@ -171,7 +174,7 @@ def test_an_int8_that_was_not_quantized_is_found(
         return "a lazy quantizer"
 
     monkeypatch.setattr(llamacpp, "quantize", lazy)
-    monkeypatch.setattr(steps, "_code", lambda: "lazy")
+    monkeypatch.setattr(store_module, "describe", lambda _make: {"planted": "lazy"})
     with pytest.raises(GateFailed, match="no tensor of it is quantized"):
         built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
