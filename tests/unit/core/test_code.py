@@ -16,13 +16,13 @@ from tests.conftest import ROOT
 # step: (file that makes it, helpers that it runs through and that hand-made lists had missed)
 STEPS = {
     "merge": ("build.py", {"checkpoint/lora.py", "checkpoint/merge.py", "tensors/safetensors.py"}),
-    "encoder-onnx": ("formats/onnx/encoder.py", {"tensors/safetensors.py", "checkpoint/families.py"}),
-    "typed-onnx": ("formats/tensorrt/encoder.py", {"tensors/safetensors.py", "checkpoint/families.py"}),
+    "encoder-onnx": ("formats/onnx/encoder.py", {"tensors/safetensors.py", "formats/onnx/external_data.py"}),
+    "typed-onnx": ("formats/tensorrt/encoder.py", {"tensors/safetensors.py", "formats/onnx/external_data.py"}),
     "onnx-packed": (
         "formats/onnx/decoder.py",
         {"tensors/safetensors.py", "checkpoint/families.py", "tensors/rounding.py", "formats/onnx/rope.py"},
     ),
-    "half": ("formats/edge_llm.py", {"tensors/safetensors.py", "checkpoint/families.py"}),
+    "half": ("formats/edge_llm.py", {"tensors/safetensors.py", "formats/int4/folder.py"}),
     "samples": ("fidelity/samples.py", {"workers/samples.py", "prompts/training_template.py"}),
     "tune": ("formats/int4/tuning.py", {"workers/tune.py", "workers/rounding.py", "workers/reference.py"}),
     "reference": ("fidelity/source.py", {"workers/reference.py"}),
@@ -57,10 +57,8 @@ def maker(file: Path, step: str) -> int:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and any(isinstance(a, ast.Constant) and a.value == step for a in node.args)
     ]
-    name = next(
-        argument.id for argument in call.args[::-1] if isinstance(argument, ast.Name) and argument.id != "inputs"
-    )
-    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    names = [argument.id for argument in call.args if isinstance(argument, ast.Name) and argument.id != "inputs"]
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == names[-1]]
     return max(line for line in lines if line < call.lineno)
 
 
@@ -85,9 +83,10 @@ def key(copy: Path, step: str) -> str:
     return own + "".join(sorted(path.read_text(encoding="utf-8") for path in files))
 
 
-@pytest.mark.parametrize(
-    ("step", "helper"), [(step, name) for step, (_, names) in STEPS.items() for name in sorted(names)]
-)
+HELPERS = [(step, name) for step, (_, names) in STEPS.items() for name in sorted(names)]
+
+
+@pytest.mark.parametrize(("step", "helper"), HELPERS)
 def test_a_changed_helper_changes_the_key(copy: Path, step: str, helper: str) -> None:
     """The stale step that an upgrade would have served."""
     before = key(copy, step)
@@ -160,6 +159,16 @@ def test_functions_that_are_handed_in_count(tmp_path: Path) -> None:
     from packager.formats.int4 import awq, gptq
 
     assert len({str(described(tmp_path, MODULE, form)) for form in (abs, awq.FORM, gptq.FORM)}) == 3
+
+
+def test_the_code_behind_what_is_handed_in_counts(tmp_path: Path) -> None:
+    """A checkpoint's facts come from the tables of families, which no step imports."""
+    from packager.checkpoint.families import FAMILIES
+
+    family: Any = next(iter(FAMILIES.values()))
+    assert described(tmp_path, MODULE, family) != described(tmp_path, MODULE)
+    files, _ = code._closure(frozenset([ROOT / "packager/checkpoint/checkpoint.py"]))
+    assert ROOT / "packager/checkpoint/families.py" in files
 
 
 def test_a_step_needs_a_function() -> None:
