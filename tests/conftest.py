@@ -51,10 +51,17 @@ def shared_temp(factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every build of a test, in this process or a child, goes to a store of the session."""
-    before = {key: os.environ.get(key) for key in ("PACKAGER_STORE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     folder = shared_temp(tmp_path_factory) / "store"
     folder.mkdir(exist_ok=True)
-    os.environ.update(PACKAGER_STORE=str(folder), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    # PyTorch's own index is a place of the internet: what a test fetches comes from where pip is told to look
+    own = {
+        "PACKAGER_STORE": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PACKAGER_TORCH_INDEX": "",
+    }
+    before = {key: os.environ.get(key) for key in own}
+    os.environ.update(own)
     yield folder
     for key, value in before.items():
         if value is None:
