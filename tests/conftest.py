@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system_packages import summary
+
 ROOT = Path(__file__).resolve().parent.parent
 # A file goes to one worker, whole: with these first, none is left alone with minutes of work at the end.
 LONGEST = ("test_tune_persona", "test_gguf_build", "test_tensorrt", "test_encoder", "test_quantizers", "test_faults")
@@ -40,6 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say at the very end what was not tested because this machine lacks a system package."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    if line := summary([report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]):
+        terminalreporter.write_line(line, yellow=True)
 
 
 def shared_temp(factory: pytest.TempPathFactory) -> Path:
