@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager import __version__
-from packager.core.errors import MachineError, PlanRefused, UsageError
+from packager.core.errors import MachineError, PlanRefused, ToolError, UsageError
 from packager.core.progress import Progress
 from packager.core.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
 from packager.core.units import size
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from packager.planning.plan import Plan
     from packager.prompts.calibration import Calibration
     from packager.target import Target
+
+OLDEST_TORCH = "2.6"  # transformers 5.23 disables itself beside an older one
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         raise UsageError(
             "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
         )
+    _require_torch()
     opened = open_merged(request, store, progress)
     if template and opened.checkpoint.family.kind != "decoder":
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
@@ -231,6 +234,23 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     with machine_errors(out):
         write_atomically(out / f"{bundle.name}.build.json", json.dumps(record, indent=1) + "\n")
     return Built(bundle, plan, artifact, record)
+
+
+def _require_torch() -> None:
+    """Raise ToolError where torch is missing or too old. The wheel asks for no version of it, so that no install
+    takes the torch of somebody's own environment away.
+    """
+    from packaging.version import Version
+
+    from packager.core.processes import version_of
+
+    found = version_of("torch")
+    if not found or Version(found) < Version(OLDEST_TORCH):
+        raise ToolError(
+            f"A build needs torch {OLDEST_TORCH} or newer; this environment has {found or 'none'}.",
+            why="The source model is run beside the artifact, and transformers refuses older ones.",
+            fix="Install a newer torch, of whatever CUDA, or make an environment for packager alone.",
+        )
 
 
 def _require_room(out: Path, store: Store, plan: Plan) -> None:

@@ -2,7 +2,8 @@
 
 Every step leaves its key (the digest of what it was made from) in .venv/prepared.json after it is done: a warm run only
 compares keys, a failed one goes on with the step that failed, and a changed lock redoes its own step. A step that was
-killed may have left half a package, which pip takes for a whole one, so then .venv is made anew (downloads are cached).
+killed may have left half a package, which uv and pip take for a whole one, so then .venv is made anew (downloads are
+cached).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -21,17 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_wheel import cache_key, wheel_for_this_machine
+from packages import HAS_PIP, LOCKED, LOG, PYTHON, ROOT, VENV, install, install_torch
 from steps import Step, Stopped, locked, run
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin/python"
 RECORD = VENV / "prepared.json"
-LOG = VENV / "prepare.log"
-PIP: list[str | Path] = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-# --no-deps: the lock is complete, and so no package can bring a CUDA build of torch along. --no-compile: Python
-# compiles what is imported, which is a tenth of what is installed.
-LOCKED: list[str | Path] = ["install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--require-hashes"]
 # Every child process of a build imports these: 14 s without bytecode, 6 s with it, and nobody else may come to write it
 # (PYTHONDONTWRITEBYTECODE in an image, a read-only checkout).
 HEAVY = {
@@ -40,7 +33,6 @@ HEAVY = {
     "demo": ("openai",),
     "test": ("peft", "pytest"),
 }  # fmt: skip
-PIP_WORKS_ON = re.compile(r"^(?:Collecting|Downloading|Using cached|Installing) (?:collected )?([A-Za-z0-9_.+-]+)")
 
 
 def digest(*paths: str) -> str:
@@ -49,49 +41,6 @@ def digest(*paths: str) -> str:
     for path in paths:
         total.update((ROOT / path).read_bytes() + b"\0")
     return total.hexdigest()
-
-
-def pip(name: str, arguments: list[str | Path]) -> tuple[int, str]:
-    """Run pip in the environment under one named step; its exit status and last words."""
-    step = Step(name)
-    count = 0
-
-    def show(line: str) -> None:
-        nonlocal count
-        if match := PIP_WORKS_ON.match(line.strip()):
-            count += line.startswith("Collecting")
-            step.news(f"{count} packages, {match[1]}")
-
-    code, tail = run([*PIP, *arguments], on_line=show, log=LOG)
-    step.done("done" if code == 0 else "failed")
-    return code, tail
-
-
-def install(name: str, arguments: list[str | Path]) -> None:
-    code, tail = pip(name, arguments)
-    if code:
-        why = next((line for line in reversed(tail.splitlines()) if "ERROR" in line), "pip gave no reason")
-        raise Stopped(
-            f"{name} could not be installed.",
-            why.removeprefix("ERROR: "),
-            f"if this is the network or the disk, mend it and run the same command again: it goes on here. Log: {LOG}.",
-        )
-
-
-def install_torch() -> None:
-    code, tail = pip("PyTorch (CPU)", [*LOCKED, "-r", ROOT / "locks/torch-cpu.lock"])
-    if code == 0:
-        return
-    if "No matching distribution" not in tail:
-        raise Stopped("PyTorch could not be installed.", (tail.splitlines() or ["no reason given"])[-1], f"see {LOG}.")
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    raise Stopped(
-        f"pip finds no CPU build of PyTorch 2.13.0 for Python {python} on {platform.system()} {platform.machine()}.",
-        "on Linux the package index has the CUDA build only (several GB in all), which this set-up never takes.",
-        'tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch\'s "Get started" page '
-        "names>, or put the wheel of torch 2.13.0+cpu in a folder and export PIP_FIND_LINKS=<that folder>. If you have "
-        "it for another Python, name that one: make PYTHON=python3.11 …",
-    )
 
 
 def install_llama() -> None:
@@ -185,7 +134,9 @@ def create() -> dict[str, Any]:
         elif old != RECORD:
             old.unlink()
     step = Step(f"environment for Python {platform.python_version()}")
-    code, tail = run([sys.executable, "-m", "venv", VENV], log=LOG)
+    code, tail = run([sys.executable, "-m", "venv", "--without-pip", VENV], log=LOG)
+    if code == 0 and not HAS_PIP:
+        code, tail = run([PYTHON, "-m", "ensurepip"], log=LOG)
     if code:
         raise Stopped(
             "the virtual environment could not be made.",

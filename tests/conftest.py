@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system_packages import summary
+
 ROOT = Path(__file__).resolve().parent.parent
 # A file goes to one worker, whole: with these first, none is left alone with minutes of work at the end.
 LONGEST = ("test_tune_persona", "test_gguf_build", "test_tensorrt", "test_encoder", "test_quantizers", "test_faults")
@@ -42,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say at the very end what was not tested because this machine lacks a system package."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    if line := summary([report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]):
+        terminalreporter.write_line(line, yellow=True)
+
+
 def shared_temp(factory: pytest.TempPathFactory) -> Path:
     """The run's folder: one for all of pytest-xdist's workers, so that what one built the others find."""
     base = factory.getbasetemp()
@@ -51,10 +62,17 @@ def shared_temp(factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every build of a test, in this process or a child, goes to a store of the session."""
-    before = {key: os.environ.get(key) for key in ("PACKAGER_STORE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     folder = shared_temp(tmp_path_factory) / "store"
     folder.mkdir(exist_ok=True)
-    os.environ.update(PACKAGER_STORE=str(folder), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    # PyTorch's own index is a place of the internet: what a test fetches comes from where pip is told to look
+    own = {
+        "PACKAGER_STORE": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PACKAGER_TORCH_INDEX": "",
+    }
+    before = {key: os.environ.get(key) for key in own}
+    os.environ.update(own)
     yield folder
     for key, value in before.items():
         if value is None:

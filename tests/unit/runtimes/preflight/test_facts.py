@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from runtimes.preflight.facts import KINDS, OF_A_GPU, read_facts
 from runtimes.preflight.jetson import jetpack, l4t_release
 from runtimes.preflight.sources import PROBE, Box, run
 from tests.conftest import ROOT
+from tests.system_packages import system_package
 
 BOXES = ROOT / "tests" / "unit" / "boxes"
 TREES = sorted(path.name for path in (BOXES / "trees").iterdir() if path.is_dir())
@@ -231,11 +231,11 @@ int cuDeviceTotalMem_v2(size_t *size, int d) { *size = 7990149120ul; return 0; }
 """
 
 
-@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler to make a library that crashes")
 def test_the_drivers_library_is_asked_in_a_child_and_may_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A libcuda of our own in place of the driver's: what it answers is read, and when it aborts nothing is known."""
     (tmp_path / "cuda.c").write_text(FAKE_CUDA, encoding="utf-8")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
+    compiler = system_package("cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     gpu = {"name": "Orin", "capability": "8.7", "bytes": 7990149120, "unified": True}
     assert Box().probe() == {"silent": ["nvml"], "cuda_driver": "12.6", "gpus": [gpu]}
