@@ -1,3 +1,3 @@
-"""packager: a fine-tuned checkpoint becomes a signed folder that a box without a network can run."""
+"""packager: builds a signed folder from a fine-tuned checkpoint; a box without a network can run it."""
 
 __version__ = "0.1.0"
