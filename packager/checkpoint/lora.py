@@ -205,7 +205,7 @@ _PARTS = re.compile(
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(module, part) of a saved name, ('model.layers.0.self_attn.q_proj', 'lora_B.bias'); part '' for a plain tensor."""
+    """(module, part) of a saved name, ('model.layers.0.self_attn.q_proj', 'lora_B.bias'); part '' for a full tensor."""
     name = name.removeprefix(PREFIX)
     match = _PARTS.search(name)
     if match:
