@@ -74,7 +74,7 @@ def test_thoughts_leave_earlier_answers_and_an_answer_without_one_gets_an_empty_
 def test_what_a_user_types_stays_as_it_is() -> None:
     """Marks of our own form in a message are text, never a BOS or another message."""
     parts = known()["qwen3"].prompt(TALK)
-    assert parts is not None and "Thanks {content} {bos}" in text(found)
+    assert parts is not None and "Thanks {content} {bos}" in text(parts)
     assert all(kind == "text" for kind, _ in parts)
 
 
@@ -118,7 +118,7 @@ def test_a_run_of_llama_factory_names_its_template(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text("stage: sft\ntemplate: qwen3\ndefault_system: Be kind.\nenable_thinking: false\n", encoding="utf-8")
     training = load(str(file))
-    assert training.name == "qwen3" and found.slots is not None
+    assert training.name == "qwen3" and training.slots is not None
     assert text(training.slots.prompt(HELLO)).startswith("<|im_start|>system\nBe kind.")
     assert text(training.slots.prompt(HELLO)).endswith("<think>\n\n</think>\n\n")
 
@@ -150,6 +150,6 @@ def test_a_missing_file_is_not_taken_for_a_name(tmp_path: Path) -> None:
 def test_what_a_child_reads_back_is_the_same() -> None:
     """The job's JSON form, for both kinds; the digest follows what decides the ids."""
     for training in (Training("qwen", known()["qwen"]), Training("x.jinja", jinja="{{ messages }}")):
-        assert from_job(training.as_job()) == found
-        assert from_job(training.as_job()).digest == found.digest
+        assert from_job(training.as_job()) == training
+        assert from_job(training.as_job()).digest == training.digest
     assert Training("qwen", known()["qwen"]).digest != Training("qwen", known()["qwen3"]).digest
