@@ -99,7 +99,7 @@ def test_limits_belong_to_a_kind_of_model() -> None:
     given = EncoderThresholds().changed({"min_cosine": 0.5}, task="embed", labelled=False)
     assert given.min_cosine == 0.5 and given.min_rank == EncoderThresholds().min_rank
     for name, task in (("max_kl", "embed"), ("min_agreement", "embed"), ("min_rank", "classify")):
-        with pytest.raises(UsageError, match="says nothing"):
+        with pytest.raises(UsageError, match="does not apply to"):
             EncoderThresholds().changed({name: 1.0}, task=task, labelled=True)
     with pytest.raises(UsageError, match="labels"):
         EncoderThresholds().changed({"max_accuracy_loss": 0.1}, task="classify", labelled=False)
