@@ -187,9 +187,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     if template and not request.verify:
         raise UsageError("--no-verify compares nothing, so --template has no effect.", fix="Leave one of the two out.")
     if "min_behaviour" in request.limits and not (samples and samples.conversations):
-        raise UsageError(
-            "--min-behaviour needs the fine-tuning pairs.", fix="Give them with --calibration."
-        )
+        raise UsageError("--min-behaviour needs the fine-tuning pairs.", fix="Give them with --calibration.")
     opened = open_merged(request, store, progress)
     if template and opened.checkpoint.family.kind != "decoder":
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")

@@ -269,4 +269,3 @@ def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
             for slot in slots:
                 changes = {**weight, "context": context, "slots": slot}
                 yield {key: value for key, value in changes.items() if value is not None}
-
