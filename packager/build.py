@@ -147,12 +147,12 @@ def settled(
     """The options with every "auto" replaced, and the notes shown with the plan: on the tokenizer, the fine-tuning
     pairs and the recipe's choices.
     """
-    from packager.fidelity import asking
+    from packager.fidelity.pairs import note
 
     options, notes = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
     if checkpoint.family.kind != "decoder":  # an encoder has no conversations and no stop tokens
         return options, notes
-    pairs = asking.note(samples, checkpoint, ask)
+    pairs = note(samples, checkpoint, ask)
     return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *pairs, *notes)
 
 

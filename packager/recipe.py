@@ -78,7 +78,7 @@ class Job:
     """The inputs of a build. ``checkpoint`` is already merged and in safetensors. limits: the user's own thresholds, by
     the field names of Thresholds. training: the template that the model was fine-tuned with, if known.
     trust_calibration: the calibration is used even when the source does not know its language. ask: at most so many of
-    the fine-tuning pairs are scored; None: as many as the time budget of fidelity/asking.py allows.
+    the fine-tuning pairs are scored; None: as many as the time budget of fidelity/pairs.py allows.
     """
 
     checkpoint: Checkpoint
