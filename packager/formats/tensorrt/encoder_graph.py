@@ -27,10 +27,10 @@ from packager.formats.onnx.external_data import (
     MODEL,
     Part,
     external,
-    forget_where_it_was_made,
     layout,
     make_node,
     name_dimensions,
+    remove_metadata,
     source_of,
     store,
     tensors_of,
@@ -155,7 +155,7 @@ def write(skeleton: Path, checkpoint: Checkpoint, folder: Path, rounded: Mapping
         del entries[:]
         entries.extend(fresh)
     del graph.value_info[:]
-    forget_where_it_was_made(model)
+    remove_metadata(model)
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", OPSET))
     model.ir_version = IR_VERSION

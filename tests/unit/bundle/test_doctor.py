@@ -90,7 +90,7 @@ def test_a_target_is_asked_for_by_name(tmp_path: Path) -> None:
     facts = BOXES / "t4_driver_535.json"
     assert examine(None, "t4", facts, files=False)["verdict"]["ok"]
     refused = packager("doctor", "--target", "jetson_orin_nano_8gb", "--facts", facts)
-    assert refused.returncode == 4 and "processor: expected aarch64, document x86_64" in refused.stderr
+    assert refused.returncode == 4 and "processor: expected aarch64, found x86_64" in refused.stderr
     mine = tmp_path / "mine.toml"
     text = (ROOT / "targets" / "t4.toml").read_text(encoding="utf-8")
     mine.write_text(text.replace("sm_75", "sm_80"), encoding="utf-8")
