@@ -105,7 +105,7 @@ def test_config_has_the_keys_that_vllm_asks_for() -> None:
 def test_a_ragged_group_is_refused_with_the_ones_that_fit(form: Form) -> None:
     """gptqmodel writes 576 inputs in groups of 128 without a word, and vLLM cannot load that."""
     sentence = refusal(form, SMOLLM2, group=128)
-    assert sentence is not None and "(576 inputs)" in said and "set group=64 or 32" in said
+    assert sentence is not None and "(576 inputs)" in sentence and "set group=64 or 32" in sentence
     assert refusal(form, SMOLLM2, group=64) is None
     assert refusal(form, QWEN_7B, group=128) is None
 

@@ -1,4 +1,4 @@
-"""The typed ONNX of one attention layer: float16 all through, a softmax in float32, INT8 where it was asked for."""
+"""The typed ONNX of one attention layer: float16 all through, a softmax in float32, INT8 for chosen layers."""
 
 from __future__ import annotations
 
