@@ -53,7 +53,7 @@ def test_the_t4_is_compiled_for_here_and_an_orin_builds_its_own() -> None:
     assert tensorrt_plan.compiled_here(t4) and not tensorrt_plan.compiled_here(orin)
     assert tensorrt_plan.allowed(t4) == {"sm": ["7.5"], "tensorrt": None, "jetpack": None}
     where = tensorrt_plan.allowed(orin)
-    assert where["sm"] == ["8.7"] and profiles["jetpack"] == [entry.jetpack for entry in orin.software]
+    assert where["sm"] == ["8.7"] and where["jetpack"] == [entry.jetpack for entry in orin.software]
     assert where["tensorrt"] == {"min": "10.3", "below": "11"}
 
 
