@@ -1,4 +1,4 @@
-"""One build from a checkpoint to a published bundle: open, check, merge, plan, run the recipe, assemble."""
+"""The build pipeline from a checkpoint to a published bundle: open, check, merge, plan, run the recipe, assemble."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ OLDEST_TORCH = "2.6"  # transformers 5.23 disables itself beside an older one
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs. limits:
-    thresholds that replace the recipe's, by the names of gates.Thresholds. template: the training template's name or
-    file. trust_calibration: the calibration is used whatever the source makes of its text. ask: at most so many of the
-    fine-tuning pairs are asked again; None: what the budget of time allows.
+    """The user's parameters. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs. limits:
+    thresholds that replace the recipe's, by the field names of Thresholds. template: the training template's name or
+    file. trust_calibration: the calibration is used even when the source does not know its language. ask: at most so
+    many of the fine-tuning pairs are scored; None: as many as the time budget allows.
     """
 
     checkpoint: str
@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """A published bundle. record: what the build cost, also written beside it as ``<bundle>.build.json``."""
+    """A published bundle. record: the build's time and memory, also written beside it as ``<bundle>.build.json``."""
 
     path: Path
     plan: Plan
@@ -63,9 +63,9 @@ class Built:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint ready to be built, after its adapter (if any) was merged; and the steps that took.
+    """A checkpoint ready to be built, with its adapter (if any) merged. steps: the store's steps that this took.
 
-    sources: where base and adapter came from, for the manifest: names, digests and commits, no paths.
+    sources: the origin of base and adapter for the manifest: names, digests and commits, no paths.
     """
 
     checkpoint: Checkpoint
@@ -74,7 +74,7 @@ class Opened:
 
 
 def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
-    """Open the checkpoint, refuse damaged weights, merge the adapter. Raises InputError or NetworkError."""
+    """Open the checkpoint, check its weights, merge the adapter. Raises InputError or NetworkError."""
     from packager.checkpoint.checkpoint import check_weights, open_checkpoint
     from packager.checkpoint.merge import check_fit, merge, merged_name, open_adapter
 
@@ -111,13 +111,13 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
         progress=progress,
     )
     steps.append(merged)
-    found = open_checkpoint(
+    checkpoint = open_checkpoint(
         str(merged.path / "model"),
         progress=progress,
         cache=cache_root(),
         name=request.name or merged_name(base, adapter),
     )
-    return Opened(found, tuple(steps), {**sources, "adapter": {"name": adapter.name, "digest": adapter.digest}})
+    return Opened(checkpoint, tuple(steps), {**sources, "adapter": {"name": adapter.name, "digest": adapter.digest}})
 
 
 def open_planned(request: Request, progress: Progress) -> Checkpoint:
@@ -146,34 +146,35 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
 def settled(
     recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint, ask: int | None = None
 ) -> tuple[Any, tuple[str, ...]]:
-    """The options with nothing left open, and the notes shown with the plan: of the tokenizer, the fine-tuning pairs
-    and the recipe.
+    """The options with every "auto" replaced, and the notes shown with the plan: on the tokenizer, the fine-tuning
+    pairs and the recipe's choices.
     """
-    from packager.fidelity import asking
+    from packager.fidelity.pairs import note
 
-    options, said = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
-    if checkpoint.family.kind != "decoder":  # an encoder neither chats nor stops
-        return options, said
-    asked = asking.note(samples, checkpoint, ask)
-    return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *asked, *said)
+    options, notes = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
+    if checkpoint.family.kind != "decoder":  # an encoder has no conversations and no stop tokens
+        return options, notes
+    pairs = note(samples, checkpoint, ask)
+    return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *pairs, *notes)
 
 
 def planned(request: Request, progress: Progress) -> Plan:
-    """The plan that a build of the same request would make. Raises what opening and choosing do; writes nothing."""
+    """The plan that a build of the same request would make; writes nothing. Raises as open_planned and choose."""
     from packager.planning.plan import make_plan
     from packager.prompts import calibration
 
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
     checkpoint = open_planned(request, progress)
-    options, said = settled(recipe, options, samples, checkpoint, request.ask)
-    return make_plan(checkpoint, target, recipe, options, said)
+    options, notes = settled(recipe, options, samples, checkpoint, request.ask)
+    return make_plan(checkpoint, target, recipe, options, notes)
 
 
 def build(request: Request, out: Path, progress: Progress, store: Store) -> Built:
-    """Build the bundle ``out/<model>-<target>-<recipe>`` and return it; an equal one that is there already is kept.
+    """Build the bundle ``out/<model>-<target>-<recipe>`` and return it; an equal one in its place is kept.
 
-    Raises PlanRefused before any work when the plan refuses, GateFailed when the artifact is not its source.
+    Raises PlanRefused when the plan has refusals, GateFailed when the artifact misses a threshold or the prompt
+    contract, MachineError when the disk is too small, and the errors of opening and choosing.
     """
     from packager.metrics.encoders import refuse_for_decoders
     from packager.planning.plan import make_plan
@@ -184,21 +185,19 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     samples = calibration.load(request.calibration) if request.calibration else None
     template = training_template.load(request.template) if request.template else None
     if request.limits and not request.verify:
-        raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Take one of the two away.")
+        raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Leave one of the two out.")
     if template and not request.verify:
-        raise UsageError("--no-verify compares nothing, not even with --template.", fix="Take one of the two away.")
+        raise UsageError("--no-verify compares nothing, so --template has no effect.", fix="Leave one of the two out.")
     if "min_behaviour" in request.limits and not (samples and samples.conversations):
-        raise UsageError(
-            "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
-        )
+        raise UsageError("--min-behaviour needs the fine-tuning pairs.", fix="Give them with --calibration.")
     _require_torch()
     opened = open_merged(request, store, progress)
     if template and opened.checkpoint.family.kind != "decoder":
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
     if opened.checkpoint.family.kind == "decoder":
         refuse_for_decoders(request.limits)
-    options, said = settled(recipe, options, samples, opened.checkpoint, request.ask)
-    plan = make_plan(opened.checkpoint, target, recipe, options, said)
+    options, notes = settled(recipe, options, samples, opened.checkpoint, request.ask)
+    plan = make_plan(opened.checkpoint, target, recipe, options, notes)
     if plan.refusals:
         raise PlanRefused(
             f"{opened.checkpoint.name} cannot be built with {recipe.name} for {target.name}: {plan.refusals[0]}",
@@ -244,17 +243,17 @@ def _require_torch() -> None:
 
     from packager.core.processes import version_of
 
-    found = version_of("torch")
-    if not found or Version(found) < Version(OLDEST_TORCH):
+    installed = version_of("torch")
+    if not installed or Version(installed) < Version(OLDEST_TORCH):
         raise ToolError(
-            f"A build needs torch {OLDEST_TORCH} or newer; this environment has {found or 'none'}.",
+            f"A build needs torch {OLDEST_TORCH} or newer; this environment has {installed or 'none'}.",
             why="The source model is run beside the artifact, and transformers refuses older ones.",
             fix="Install a newer torch, of whatever CUDA, or make an environment for packager alone.",
         )
 
 
 def _require_room(out: Path, store: Store, plan: Plan) -> None:
-    """Raise MachineError now, not after minutes of work, when ``out`` or the store cannot take what will be written."""
+    """Raise MachineError before the work when ``out`` or the store is not writable or has too little space."""
     for place, wanted in ((out, plan.estimate.artifact_bytes), (store.root, plan.estimate.build_disk_bytes)):
         with machine_errors(place):
             try:
@@ -307,7 +306,7 @@ def _assemble(
 
 
 def _own_peak() -> int:
-    """This process's highest resident memory in bytes; 0 where the system does not tell."""
+    """This process's highest resident memory in bytes; 0 where the system does not report it."""
     try:
         import resource
         import sys

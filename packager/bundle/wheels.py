@@ -1,8 +1,8 @@
-"""Wheels for a target's platform and every Python it may run, from a universal lock with hashes.
+"""Fetches the wheels for a target's platform and every Python that it may run, from a universal lock with hashes.
 
-pip itself evaluates environment markers for the host it runs on, even with ``--platform``; so the markers are
-evaluated here, for the target, and pip only fetches: exact versions, hashes required, wheels only, from whatever
-index the user's pip is configured for.
+pip evaluates environment markers for the host it runs on, even with ``--platform``. This module evaluates them for the
+target, and pip only fetches: exact versions, hashes required, wheels only, from the index that the user's pip is
+configured for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SYSTEMS = {
 
 
 class Platform(Protocol):
-    """What is asked of a target (packager.target.Target has it all).
+    """The properties of a target that this module reads (packager.target.Target has them).
 
     system: "linux", "windows" or "macos". machine: "x86_64", "aarch64" or "arm64". python: minor versions such as
     "3.10". wheel_platforms: every platform tag that loads there, best first (pip takes ``--platform`` literally).
@@ -56,7 +56,7 @@ class Platform(Protocol):
 
 @dataclass(frozen=True)
 class Locked:
-    """One entry of the lock: a requirement pinned with ``==`` (its marker included) and its sha256 hashes."""
+    """One entry of the lock: a requirement pinned with ``==``, with its marker, and its sha256 hashes."""
 
     requirement: Requirement
     hashes: tuple[str, ...]
@@ -75,8 +75,8 @@ class Locked:
 
 @dataclass(frozen=True)
 class WheelSet:
-    """files: the wheels, sorted by name, pip's own among them. requirements: text of the hashed requirements.txt.
-    python: the minor versions of Python that they are for, oldest first, all that lie between included.
+    """files: the wheels, sorted by name, pip's own included. requirements: text of the hashed requirements.txt. python:
+    the minor versions of Python that they are for, oldest first, without gaps.
     """
 
     files: tuple[Path, ...]
@@ -85,7 +85,7 @@ class WheelSet:
 
 
 def read_lock(path: Path) -> list[Locked]:
-    """Read a hashed requirements lock. Raises InputError naming the file and line that cannot be used."""
+    """Read a hashed requirements lock. Raises InputError with the file and the line that cannot be used."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     text = re.sub(r"\\\n\s*", " ", path.read_text("utf-8"))
@@ -144,7 +144,7 @@ def select(lock: Iterable[Locked], target: Platform, python: str) -> list[Locked
 
 
 def pip_download(lines: Path, platforms: Sequence[str], python: str, folder: Path) -> list[str]:
-    """The command that fetches wheels for another platform; the index is whatever pip is configured for."""
+    """The command that fetches wheels for another platform from the index that pip is configured for."""
     tag = "cp" + python.replace(".", "")
     line = [*command("download"), "--only-binary=:all:", "--implementation", "cp", "--python-version", python]
     for abi in (tag, "abi3", "none"):
@@ -173,9 +173,9 @@ def fetch_wheels(
 ) -> WheelSet:
     """Fetch the wheels of a lock for every Python of a target; a set already in ``cache`` is not fetched again.
 
-    more: further locks, read as one with the first. scarce: packages that the index may have for some Pythons only:
-    the bundle is for those, and the others are named. Raises PlanRefused naming package, platform and Python when there
-    is no wheel, NetworkError when the index did not deliver, ToolError when pip is missing or the cache was changed.
+    more: further locks, read as one with the first. scarce: packages that the index may have for some Pythons only; the
+    bundle is then for these, and a note lists the others. Raises PlanRefused with package, platform and Python when
+    there is no wheel, NetworkError when the index did not deliver, ToolError when pip is missing or the cache changed.
     """
     entries = [entry for path in (lock, *more) for entry in read_lock(path)]
     if not target.python or not target.wheel_platforms:
@@ -222,8 +222,8 @@ def _narrowed(
     progress: Progress,
     run: Run,
 ) -> dict[str, list[Locked]]:
-    """The first neighbouring Pythons for which the index has every scarce package; raises as fetch_wheels does when it
-    has them for none. A box may have any version between the first and the last.
+    """The first consecutive Pythons for which the index has every scarce package; raises as fetch_wheels when it has
+    them for none. They are consecutive because a box may have any version between the first and the last.
     """
     kept: dict[str, list[Locked]] = {}
     refusal: PlanRefused | None = None
@@ -280,7 +280,7 @@ def _lacking(needed: Iterable[Locked], folder: Path, python: str, platforms: Seq
 def _checked(
     home: Path, entries: Sequence[Locked], wanted: Mapping[str, Sequence[Locked]], platforms: Sequence[str]
 ) -> tuple[Path, ...]:
-    """The wheels of a cached set; a cache is not trusted: every file must have a hash of the lock, none may lack."""
+    """The wheels of a cached set. Raises ToolError when a file has no hash of the lock, or a wheel is missing."""
     known = {digest for entry in entries for digest in entry.hashes}
     wheels = tuple(sorted(home.glob("*.whl")))
     changed = [wheel.name for wheel in wheels if hash_file(wheel) not in known]
@@ -355,5 +355,5 @@ def _publish(work: Path, home: Path) -> None:
     try:
         os.rename(work, home)  # noqa: PTH104 - Path.rename hides that this must not replace a full folder
     except OSError:
-        if not home.is_dir():  # else another build was faster with the same files
+        if not home.is_dir():  # otherwise another build published the same files first
             raise

@@ -1,4 +1,4 @@
-"""Flags that verbs share, and what they come to: a Console, a Request, thresholds."""
+"""Flags that several verbs share, and the objects made from them: a Console, a Request, thresholds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REQUEST = (
         "--ask",
         metavar="all|N",
         callback=lambda _context, _option, text: _ask(text),
-        help="How many of the fine-tuning pairs the artifact is asked again. Default: as many as five minutes allow.",
+        help="How many of the fine-tuning pairs are scored. Default: as many as five minutes allow.",
     ),
 )
 SHARE, COSINE = click.FloatRange(0, 1), click.FloatRange(-1, 1)
@@ -60,7 +60,7 @@ def _ask(text: str | None) -> int | None:
 
 
 def _all(options: Sequence[Command], command: Command) -> Command:
-    """The command with these options, which --help shows in their order."""
+    """The command with these options, in the order of --help."""
     for option in reversed(options):
         command = option(command)
     return command
@@ -79,12 +79,12 @@ def common(command: Command) -> Command:
 
 
 def sourced(command: Command) -> Command:
-    """Where the model comes from; the command gets checkpoint, adapter, revision and name."""
+    """The flags of the source model; the command gets checkpoint, adapter, revision and name."""
     return _all(SOURCE, command)
 
 
 def requested(command: Command) -> Command:
-    """Where the model comes from, what is to be built and on what data; the command gets a Request."""
+    """The flags of the source model, the build and its data; the command gets a Request."""
 
     @functools.wraps(command)
     def wrapper(
@@ -109,7 +109,7 @@ def requested(command: Command) -> Command:
 
 
 def limited(command: Command) -> Command:
-    """What the artifact must keep of its source; the command gets ``limits``, those thresholds that were given."""
+    """The flags of the thresholds; the command gets ``limits``, those that were given."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

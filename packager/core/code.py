@@ -1,8 +1,8 @@
-"""What a step's result depends on in this package: the source of the function that makes it, the import closure of all
-that the function names or is handed, the workers that it starts, and the versions of the libraries that these import.
+"""The code that a step's result depends on: the source of the function that makes it, the import closure of everything
+that the function names or receives, the workers that it starts, and the versions of the libraries that these import.
 
-It is derived from the sources, never listed by hand: a changed helper, or another version of a library, makes another
-key, so that no upgrade serves what an older program made.
+It is derived from the sources, not listed by hand. A changed helper, or another version of a library, changes the key,
+so no step made by an older program is reused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ WORKERS = PACKAGE / "workers"
 
 
 class Parsed(NamedTuple):
-    """A source file. imports: a name -> the dotted modules that an import binds it to, anywhere in the file.
-    definitions: functions and classes at any depth, and assignments at the top.
+    """A source file. imports: name -> the dotted modules that imports anywhere in the file bind it to.
+    definitions: functions and classes at any depth, and assignments at the top level.
     """
 
     tree: ast.Module
@@ -34,10 +34,10 @@ class Parsed(NamedTuple):
 
 
 def describe(make: Callable[..., object]) -> dict[str, Any]:
-    """{"code": a digest, "libraries": name -> version} of all that a step's ``make`` runs."""
+    """{"code": a digest, "libraries": name -> version} of everything that a step's ``make`` runs."""
     function = _plain(make)
     file = Path(function.__code__.co_filename)
-    if not file.is_file():  # typed in, or of ``python -c``: there is no source to read
+    if not file.is_file():  # from the prompt or ``python -c``: there is no source to read
         return {"code": hashlib.sha256(function.__code__.co_code).hexdigest()[:24], "libraries": {}}
     own, starts, outside = _reached(file, function.__code__.co_firstlineno)
     for value in (cell.cell_contents for cell in function.__closure__ or () if _filled(cell)):
@@ -46,7 +46,7 @@ def describe(make: Callable[..., object]) -> dict[str, Any]:
     digest = hashlib.sha256(own.encode())
     for path in sorted(files, key=_name):
         digest.update(f"{_name(path)}\0".encode() + path.read_bytes() + b"\0")
-    libraries = {name: found for name in sorted(outside | more) if (found := _version(name))}
+    libraries = {name: installed for name in sorted(outside | more) if (installed := _version(name))}
     return {"code": digest.hexdigest()[:24], "libraries": libraries}
 
 
@@ -69,9 +69,9 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _handed(value: object) -> Iterator[Path]:
-    """Files of code that ``make`` is handed without naming it: functions, and the methods of dataclasses, as values or
-    as the fields of a dataclass (a container format is one, with functions that pack; a Job holds the checkpoint, which
-    says what its tensors are).
+    """Files of code that ``make`` receives as values without naming them: functions, and classes of dataclasses, given
+    directly or as the fields of a dataclass (a container format holds packing functions; a Job holds the checkpoint,
+    whose class defines the tensors).
     """
     values = [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -81,8 +81,8 @@ def _handed(value: object) -> Iterator[Path]:
             one = one.func
         if isinstance(one, types.FunctionType):
             path = Path(one.__code__.co_filename)
-        elif dataclasses.is_dataclass(one) and (found := _file(type(one).__module__)) is not None:
-            path = found
+        elif dataclasses.is_dataclass(one) and (defined_in := _file(type(one).__module__)) is not None:
+            path = defined_in
         else:
             continue
         if path.is_relative_to(PACKAGE):
@@ -90,8 +90,8 @@ def _handed(value: object) -> Iterator[Path]:
 
 
 def _reached(file: Path, line: int) -> tuple[str, set[Path], set[str]]:
-    """The text of all definitions in a file that the function at ``line`` reaches; the package's files that these name;
-    outside libraries. The whole file where no function begins there (a lambda).
+    """(text of all definitions in a file that the function at ``line`` reaches, the package's files that these name,
+    outside libraries). The whole file when no function begins there (a lambda).
     """
     parsed = _parsed(file)
     begin = [
@@ -121,15 +121,16 @@ def _reached(file: Path, line: int) -> tuple[str, set[Path], set[str]]:
 
 
 def _named(parsed: Parsed, node: ast.AST) -> tuple[set[Path], set[str]]:
-    """The package's files, and the outside libraries, that the names inside a node stand for; workers too."""
+    """The package's files, workers included, and the outside libraries that the names inside a node refer to."""
     names = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
     modules = {module for name in names for module in parsed.imports.get(name, ())}
     for inner in ast.walk(node):
         modules |= {module for _, module in _bound(inner)}
-    return _sorted_out(modules, _workers(node))
+    return _by_owner(modules, _workers(node))
 
 
-def _sorted_out(modules: set[str], workers: set[Path]) -> tuple[set[Path], set[str]]:
+def _by_owner(modules: set[str], workers: set[Path]) -> tuple[set[Path], set[str]]:
+    """Dotted modules, split into files of the package (``workers`` added) and names of outside libraries."""
     files = {path for module in modules if (path := _file(module)) is not None}
     tops = {module.partition(".")[0] for module in modules}
     return files | workers, {top for top in tops if top != "packager" and top not in sys.stdlib_module_names}
@@ -137,16 +138,16 @@ def _sorted_out(modules: set[str], workers: set[Path]) -> tuple[set[Path], set[s
 
 @functools.cache
 def _closure(starts: frozenset[Path]) -> tuple[frozenset[Path], frozenset[str]]:
-    """Every file of the package that is imported from ``starts`` on, wherever the import stands, and the libraries."""
+    """Every file of the package that ``starts`` import, directly or not and at any depth of code, and the libraries."""
     waiting, files, outside = set(starts), set[Path](), set[str]()
     while waiting:
         path = waiting.pop()
         files.add(path)
         parsed = _parsed(path)
         modules = {module for modules in parsed.imports.values() for module in modules}
-        found, libraries = _sorted_out(modules, _workers(parsed.tree))
+        imported, libraries = _by_owner(modules, _workers(parsed.tree))
         outside |= libraries
-        waiting |= found - files
+        waiting |= imported - files
     return frozenset(files), frozenset(outside)
 
 
@@ -155,7 +156,7 @@ def _parsed(path: Path) -> Parsed:
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     imports: dict[str, set[str]] = {}
     definitions: dict[str, list[ast.stmt]] = {}
-    for node in _run(tree):
+    for node in _executed(tree):
         for name, module in _bound(node):
             imports.setdefault(name, set()).add(module)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -172,13 +173,13 @@ def _parsed(path: Path) -> Parsed:
     )
 
 
-def _run(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node below one, but for what only a type checker reads."""
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below one, except those under ``if TYPE_CHECKING``."""
     for inner in ast.iter_child_nodes(node):
         if isinstance(inner, ast.If) and isinstance(inner.test, ast.Name) and inner.test.id == "TYPE_CHECKING":
             continue
         yield inner
-        yield from _run(inner)
+        yield from _executed(inner)
 
 
 def _bound(node: ast.AST) -> Iterator[tuple[str, str]]:
@@ -193,7 +194,7 @@ def _bound(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def _workers(node: ast.AST) -> set[Path]:
-    """``WORKERS / "name.py"``: programs that are started in a child."""
+    """The files of ``WORKERS / "name.py"`` expressions: programs that run as child processes."""
     return {
         WORKERS / inner.right.value
         for inner in ast.walk(node)
@@ -207,7 +208,7 @@ def _workers(node: ast.AST) -> set[Path]:
 
 @functools.cache
 def _file(module: str) -> Path | None:
-    """The file of a module of the package; None for any other module."""
+    """The file of one of the package's modules; None for any other module."""
     if module.partition(".")[0] != "packager":
         return None
     place = PACKAGE.parent.joinpath(*module.split("."))
@@ -215,13 +216,13 @@ def _file(module: str) -> Path | None:
 
 
 def _name(path: Path) -> str:
-    """A file's name in the digest: it must not hold where the package is installed."""
+    """A file's name in the digest: independent of where the package is installed."""
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
 
 
 @functools.cache
 def _version(module: str) -> str:
-    """The installed version of the distribution that brings a module; "" for one that is not installed."""
+    """The installed version of the distribution that provides a module; "" when none is installed."""
     for name in (module, *_distributions().get(module, ())):
         try:
             return version(name)

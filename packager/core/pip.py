@@ -1,4 +1,4 @@
-"""Asks pip for what is pinned by its hash, and says in the user's terms why it did not come."""
+"""Runs pip on packages that are pinned by hash, and turns its failures into errors for the user."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def fetch(line: Sequence[str], names: Collection[str], run: Run) -> None:
 
 
 def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str) -> None:
-    """Run pip with ``--require-hashes``. arguments: its command and what belongs to it.
+    """Run pip with ``--require-hashes``. arguments: pip's command and its arguments.
 
-    what: "TensorRT-RTX 1.7.1", for "… could not be fetched". wrong: the sentence for a file whose hash is another.
-    by_hand: which file or files to put into a folder where there is no network.
+    what: "TensorRT-RTX 1.7.1", for "… could not be fetched". wrong: the error's first sentence when a hash differs.
+    by_hand: the file or files to put into a folder when there is no network.
 
     Raises ToolError when a hash differs or pip is missing, and NetworkError when pip fails otherwise.
     """

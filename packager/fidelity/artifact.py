@@ -1,6 +1,6 @@
-"""An artifact's side of every comparison: what the runtime that ships answers, run from a copy of exactly what ships.
+"""The artifact's distributions and token ids, computed by the runtime of the bundle from a copy of its files.
 
-Any engine of runtimes/ is scored in the same words: ``runtimes score`` for its distributions and its tokenizer's ids,
+Every engine of runtimes/ has the same commands: ``runtimes score`` for distributions and the artifact's tokenizer,
 ``runtimes render`` for the ids that the server would feed the model.
 """
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class Candidate:
     """One form of an artifact, and the engine that opens it on this machine.
 
-    what: the form as it stands in a sentence ("the Q4_K_M GGUF"). run: with absolute paths. identity: what names its
-    content and the engine's version in a step's key. max_rss_bytes: resident memory above which the engine drops what
-    it has mapped; 0: it holds all. seconds_a_token: what a generated token takes here, roughly. streamed: a checkpoint
-    of the same weights, whose distributions the reference computes a layer at a time; None where the engine does it.
+    what: its name in a sentence ("the Q4_K_M GGUF"). run: with absolute paths. identity: its content and the engine's
+    version, for a step's key. max_rss_bytes: resident memory above which the engine drops mapped pages; 0: no limit.
+    seconds_a_token: rough time to generate a token on this machine. streamed: a checkpoint of the same weights, whose
+    distributions the reference computes a layer at a time; None: the engine computes them.
     """
 
     what: str
@@ -42,10 +42,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the runtime made of a form. distributions: token -> log-probability (natural) a position. tokenized: the ids
-    of the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages.
-    vocabulary: what an engine that reads tokens out of the artifact does with them (engines/llamacpp/logits.py), None
-    for others.
+    """The runtime's output for a form. distributions: token -> log-probability (natural) for each position. tokenized:
+    the ids of the artifact's own tokenizer for each prompt's text. rendered: the box's ids for each prompt's messages.
+    vocabulary: the vocabulary of an engine that reads it from the artifact (engines/llamacpp/logits.py), None for
+    others.
     """
 
     distributions: list[dict[int, float]]
@@ -54,7 +54,7 @@ class Scored:
     vocabulary: Mapping[str, Any] | None = None
 
 
-LEAST_CONTEXT = 1024  # tokens of an engine that scores
+LEAST_CONTEXT = 1024  # tokens of an engine's context while it scores
 
 
 def with_room(form: Candidate, longest: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def with_room(form: Candidate, longest: int) -> dict[str, Any]:
 
 
 def score(job: Job, form: Candidate, samples: Samples) -> tuple[Scored, list[Step]]:
-    """Score a form, once: distributions, its tokenizer's ids, the prompts that its server renders. Raises ToolError."""
+    """Score a form, once: distributions, its tokenizer's ids, its server's rendered prompts. Raises ToolError."""
     if form.streamed is not None:
         return _streamed(job, form, form.streamed, samples)
     from packager.core.processes import follow
@@ -103,8 +103,8 @@ def score(job: Job, form: Candidate, samples: Samples) -> tuple[Scored, list[Ste
 
 
 def _streamed(job: Job, form: Candidate, checkpoint: Checkpoint, samples: Samples) -> tuple[Scored, list[Step]]:
-    """The same where no engine here holds the form in bounded memory: distributions by the reference, tokens by the
-    form's own tokenizer, prompts by the server's own code.
+    """As ``score``, for a form that no engine runs here in bounded memory: distributions by the reference, tokens by
+    the form's own tokenizer, prompts by the server's code.
     """
     from packager.fidelity.source import source_scores
 
@@ -115,7 +115,7 @@ def _streamed(job: Job, form: Candidate, checkpoint: Checkpoint, samples: Sample
 
 
 def encode(tokenizer: str, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts whose special tokens are written out, by a tokenizer.json."""
+    """Ids by a tokenizer.json of texts that contain their special tokens as text."""
     from tokenizers import Tokenizer
 
     opened = Tokenizer.from_file(tokenizer)
@@ -125,7 +125,7 @@ def encode(tokenizer: str, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _rendered(job: Job, form: Candidate, samples: Samples) -> tuple[list[list[int]], list[Step]]:
-    """The ids that the server on the box would feed the model, for each prompt; and the step, if there is one."""
+    """(the ids that the server on the box would feed the model for each prompt, the step); empty without prompts."""
     from packager.core.processes import follow
 
     if not samples.prompts:
@@ -158,7 +158,7 @@ def _rendered(job: Job, form: Candidate, samples: Samples) -> tuple[list[list[in
 
 
 def runtime_copy(job: Job, engine: str) -> Step:
-    """A folder with the copy of runtimes/ that a bundle for this engine carries."""
+    """A folder with the files of runtimes/ that a bundle for this engine contains."""
     from packager.bundle.engines import runtime_files
     from packager.planning.catalog import runtimes_folder
 
@@ -176,21 +176,22 @@ def runtime_copy(job: Job, engine: str) -> Step:
     return job.store.step("runtime", {name: hash_file(source / name) for name in names}, make, progress=job.progress)
 
 
-def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) -> list[str]:
-    """Raise GateFailed unless every prompt's ids are transformers' own, with one BOS, in the artifact's tokenizer
-    (named as in a sentence) and in what the server renders. Gives notes on what an engine's own tokenizer makes of
-    special tokens that users type: our server sends ids, so only those who use the artifact without it meet that.
+def require_contract(job: Job, samples: Samples, scored: Scored, tokenizer: str) -> list[str]:
+    """Raise GateFailed unless every prompt's ids equal transformers' ids, with one BOS, in the artifact's tokenizer
+    (its name in a sentence) and in the server's rendering. Returns notes on special tokens that users type and the
+    engine's own tokenizer reads differently: this affects only users of the artifact without our server, which sends
+    ids.
     """
     from packager.prompts.contract import TYPED, first_difference, require_one_bos, require_same, shown, token_names
 
     name = token_names(job.checkpoint)
     notes: list[str] = []
     same = []
-    for prompt, ids in zip(samples.prompts, found.tokenized, strict=True):
+    for prompt, ids in zip(samples.prompts, scored.tokenized, strict=True):
         at = first_difference(prompt["ids"], ids)
         if at is not None and prompt.get("kind") == TYPED:
             notes.append(
-                f"{tokenizer} reads special tokens that a user types otherwise than transformers: "
+                f"{tokenizer} tokenizes special tokens typed by users differently from transformers: "
                 f"{shown(ids[at:], name)} instead of {shown(prompt['ids'][at:], name)}; our server does not"
             )
             same.append(prompt["ids"])
@@ -201,13 +202,13 @@ def require_contract(job: Job, samples: Samples, found: Scored, tokenizer: str) 
         samples.prompts,
         same,
         tokenizer,
-        "The tokenizer.json has a pre-tokenizer or added tokens that the engine reads otherwise: compare "
+        "The tokenizer.json has a pre-tokenizer or added tokens that the engine reads differently: compare "
         "it with the base model's.",
         name,
     )
     require_same(
         samples.prompts,
-        found.rendered,
+        scored.rendered,
         "the server on the box",
         "Report the chat template: the server must render it as transformers does.",
         name,
@@ -219,9 +220,9 @@ Rows = Sequence[Mapping[int, float]]
 
 
 def measure(samples: Samples, source: Rows, artifact: Rows) -> Fidelity:
-    """Measure an artifact. source, artifact: token -> log-probability at every position of ``samples``, in order.
+    """The fidelity of an artifact. source, artifact: token -> log-probability at every position of ``samples``.
 
-    The score on fine-tuning text is of the pairs that were kept out of the calibration, where there are any.
+    The score on fine-tuning text covers the pairs kept out of the calibration, or all pairs when none was.
     """
     sets: dict[str, list[int]] = {"general": [], "tuning": [], "held": []}
     groups: list[int] = []

@@ -1,8 +1,8 @@
-"""The proof of a language model's artifact, once for all formats: a recipe hands in what it makes, and cannot leave a
-part out.
+"""The proof of a language model's artifact, the same for all formats; a recipe provides its forms and cannot skip a
+part.
 
-samples → the source's scores → the unquantized artifact equals the source → what ships is scored → prompt contract →
-thresholds → answers. The prompt contract holds for every form that is scored.
+samples → the source's scores → the unquantized artifact equals the source → the shipped form's scores → prompt contract
+→ thresholds → answers. Every scored form has to satisfy the prompt contract.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Exact:
 
 @dataclass(frozen=True)
 class Subject(Generic[Made]):
-    """What a recipe proves.
+    """The artifact that a recipe proves.
 
-    tokenizer: the artifact's own tokenizer, as it stands in a sentence. context: tokens of a conversation on the box.
-    thresholds: what must be kept. fix: advice where it is not. ship: makes what ships, of the samples (None where
-    nothing needs them), and gives it with the form that is scored. exact: makes the unquantized artifact; None where
-    the format has none. calibrated: whether ``ship`` reads the samples even when nothing is verified. carried: a
-    further contract of the file itself. scored_by: who computed the scores, where it is not the engine that ships.
+    tokenizer: the name of the artifact's own tokenizer in a sentence. context: tokens of a conversation on the box.
+    thresholds: the recipe's. fix: advice when one is missed. ship: makes the shipped files from the samples (None when
+    they are not needed), and returns them with the form to score. exact: makes the unquantized artifact; None when the
+    format has none. calibrated: whether ``ship`` reads the samples even with --no-verify. carried: a further check of
+    the file itself, which returns notes. scored_by: what computed the scores, when it is not the shipped engine.
     """
 
     tokenizer: str
@@ -57,16 +57,17 @@ class Subject(Generic[Made]):
 
 @dataclass(frozen=True)
 class Proof(Generic[Made]):
-    """made: what ``ship`` made. report: the artifact's part of the manifest's report; empty with --no-verify."""
+    """made: the result of ``ship``. report: the artifact's part of the manifest's report; empty with --no-verify."""
 
     made: Made
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prove(job: Job, subject: Subject[Made], steps: list[Step]) -> Proof[Made]:
-    """Make an artifact and prove it against its source. steps: where every step that was taken is added.
+    """Make an artifact and prove it against its source. steps: the list to which the store's steps are added.
 
-    Raises GateFailed where the artifact is not its source, and what making and scoring raise.
+    Raises GateFailed when the artifact differs from its source beyond the thresholds or breaks the prompt contract,
+    and the errors of making and scoring.
     """
     samples = make_samples(job, subject.context) if job.verify or subject.calibrated else None
     if samples:
@@ -103,11 +104,11 @@ def prove(job: Job, subject: Subject[Made], steps: list[Step]) -> Proof[Made]:
 def _scored(
     job: Job, subject: Subject[Made], form: Candidate, samples: Samples, steps: list[Step], notes: list[str]
 ) -> Scored:
-    """Score a form and hold it to the prompt contract. Raises GateFailed."""
+    """Score a form and check its prompt contract; adds steps and notes. Raises GateFailed."""
     scored, taken = score(job, form, samples)
     steps += taken
-    told = require_contract(job, samples, scored, subject.tokenizer)
+    new = require_contract(job, samples, scored, subject.tokenizer)
     if subject.carried is not None:
-        told += subject.carried(samples, scored, form)
-    notes += [note for note in told if note not in notes]
+        new += subject.carried(samples, scored, form)
+    notes += [note for note in new if note not in notes]
     return scored

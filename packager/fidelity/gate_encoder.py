@@ -1,5 +1,5 @@
-"""The proof of an encoder's artifact, once for all formats: the source's outputs, the exported graph equals the source,
-and every form that may ship is held to its thresholds. Texts become the same token ids in each of them.
+"""The proof of an encoder's artifact, the same for all formats: the exported graph equals the source, and every form
+that may ship reaches its thresholds. The token ids of the texts are the same in all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncoderProof:
-    """One encoder beside its source. source: None with --no-verify; then nothing is compared."""
+    """The proof of one encoder. source: its outputs; None with --no-verify, then nothing is compared."""
 
     job: Job
     facts: EncoderFacts
@@ -46,9 +46,9 @@ class EncoderProof:
         return cls(job, facts, steps, texts, source)
 
     def exact(self, model: Step, run: Run, what: str) -> dict[str, Any]:
-        """Scores of the unquantized graph; {} with --no-verify. Raises GateFailed where it is not its source.
+        """Scores of the unquantized graph; {} with --no-verify. Raises GateFailed when it differs from its source.
 
-        model: the step with the file that ``run`` names. what: the graph, in a sentence.
+        model: the step with the file that ``run`` names. what: the graph's name in a sentence.
         """
         if self.source is None:
             return {}
@@ -61,8 +61,8 @@ class EncoderProof:
     def kept(
         self, model: Step, run: Run, what: str, limits: EncoderThresholds, fix: str
     ) -> tuple[Encoded | None, dict[str, Any]]:
-        """Outputs of a form that may ship, and its scores; (None, {}) with --no-verify. Raises GateFailed where it
-        misses a threshold.
+        """(outputs of a form that may ship, its scores); (None, {}) with --no-verify. Raises GateFailed when it misses
+        a threshold.
         """
         if self.source is None:
             return None, {}

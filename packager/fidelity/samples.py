@@ -1,7 +1,7 @@
-"""What a model is asked, rendered once: the contract's prompts, the scored conversations, the calibration.
+"""The token samples of a build: the contract's prompts, the scored conversations, the calibration.
 
-Everything is rendered and tokenized by transformers with the checkpoint's own tokenizer, in a child
-(workers/samples.py); where the training template is known, conversations are rendered by that too, as training did.
+transformers renders and tokenizes them with the checkpoint's own tokenizer, in a child (workers/samples.py). With a
+known training template, conversations are also rendered by it, as training did.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any
 from packager.core.errors import InputError
 from packager.core.processes import WORKERS, follow
 from packager.core.store import Cost, Step, digest_of
-from packager.fidelity.asking import choose
+from packager.fidelity.pairs import choose
 from packager.prompts.calibration import DATA, Calibration, Message, general, split, spread
 from packager.recipe import Job
 
 POSITIONS = 256
-LONGEST = 512  # tokens a sequence of general text and of the calibration
-LONGEST_PAIR = 8192  # tokens of a pair: what the reference holds in memory for one sequence
+LONGEST = 512  # tokens of a sequence of general text or calibration
+LONGEST_PAIR = 8192  # tokens of a pair, which the reference holds in memory as one sequence
 CALIBRATION_TOKENS = 8192
 OWN_PROMPTS = 8
-JUDGED, JUDGED_TOKENS = 8, 128  # pieces of the calibration file that the source itself is asked about
+JUDGED, JUDGED_TOKENS = 8, 128  # pieces of the calibration file that the source scores, and tokens of each
 FINE_TUNING = "fine-tuning pair"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the source is asked. sequences: {"ids", "positions", "set"} for scoring; the set is "general" (conversations
-    the package carries) or "tuning" (a fine-tuning pair, scored at every token of its answer). prompts: {"ids", "text",
-    "messages", "kind", "trained"} as transformers renders them; trained: the ids of the training template, None where
-    it is not known. calibration: id lists for input statistics. step: where it is stored. typed: special tokens that
-    become control tokens when a user types them. notes: what the contract found and let pass. training: the training
-    template's name. judged: pieces of the user's own plain text, which the source is asked about (language.py). pairs:
-    {"given", "asked", "why", "left_out"} of the fine-tuning pairs, None without any.
+    """The token samples. sequences: {"ids", "positions", "set"} to score; the set is "general" (conversations included
+    in the package) or "tuning" (a fine-tuning pair, scored at every token of its answer). prompts: {"ids", "text",
+    "messages", "kind", "trained"} as transformers renders them; trained: the ids of the training template, None without
+    one. calibration: id lists for input statistics. step: of the store. typed: special tokens that become control
+    tokens when a user types them. notes: differences that the contract allows. training: the training template's name.
+    judged: pieces of the user's plain text, for the check of its language (language.py). pairs: {"given", "asked",
+    "why", "left_out"} of the fine-tuning pairs, None without any.
     """
 
     sequences: tuple[Mapping[str, Any], ...]
@@ -52,7 +52,7 @@ class Samples:
 
     @property
     def key(self) -> str:
-        """Names all that is scored: the rendering, and which of its sequences were chosen."""
+        """The key of all that is scored: the rendering, and the sequences chosen from it."""
         return digest_of([self.step.key, list(self.sequences), list(self.judged)])[:40]
 
     @property
@@ -66,7 +66,7 @@ class Samples:
         return [sequence["ids"][p] for sequence in self.sequences for p in sequence["positions"]]
 
     def contract(self) -> dict[str, Any]:
-        """What was compared, as it stands in an artifact's report."""
+        """The contract's entry in an artifact's report."""
         return {
             "conversations": len(self.prompts),
             "kinds": sorted({str(prompt.get("kind")) for prompt in self.prompts}),
@@ -77,16 +77,16 @@ class Samples:
 
 
 def contract_talks() -> list[dict[str, Any]]:
-    """The conversations that only the contract renders: {"kind", "messages"}; no score and no calibration sees them."""
-    found: list[dict[str, Any]] = json.loads((DATA / "contract.json").read_text(encoding="utf-8"))
-    return found
+    """Conversations for the contract alone, not for scores or calibration: {"kind", "messages"}."""
+    talks: list[dict[str, Any]] = json.loads((DATA / "contract.json").read_text(encoding="utf-8"))
+    return talks
 
 
 def contract_prompts(
     conversations: tuple[tuple[Message, ...], ...], own: tuple[tuple[Message, ...], ...]
 ) -> list[dict[str, Any]]:
-    """What a server is asked, as {"kind", "messages"}: the user's own conversations first (up to OWN_PROMPTS), then
-    those given, all cut before their last answer, then the contract's own.
+    """The contract's prompts as {"kind", "messages"}: the user's own conversations (up to OWN_PROMPTS), then
+    ``conversations``, both without their last answer, then the contract's own.
     """
     talks = [(FINE_TUNING, talk) for talk in own[:OWN_PROMPTS]] + [("general", talk) for talk in conversations]
     cut: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def contract_prompts(
 
 
 def _edge(messages: Sequence[Message]) -> str | None:
-    """The kind of a conversation that a training template may render in its own way (contract.EDGES)."""
+    """The kind of a conversation that a training template may render differently (contract.EDGES); None for others."""
     if messages and messages[0]["role"] == "system" and not messages[0]["content"]:
         return "empty system"
     if any(message["role"] == "assistant" and "</think>" in message["content"] for message in messages):
@@ -108,11 +108,11 @@ def _edge(messages: Sequence[Message]) -> str | None:
 
 
 def make_samples(job: Job, context: int | None = None) -> Samples:
-    """Render and tokenize what the build needs, once. context: tokens of a conversation that the artifact takes, where
-    it takes fewer than the model.
+    """Render and tokenize the samples of a build, once. context: tokens of a conversation on the box; None: the
+    model's.
 
     Raises GateFailed when the training template and the checkpoint's tokenizer disagree, before anything is converted;
-    InputError when the chat template refuses everything.
+    InputError when the chat template refuses every conversation.
     """
     from packager.prompts.contract import require_one_bos, require_training
     from packager.prompts.ollama_modelfile import require_agreement
@@ -130,7 +130,7 @@ def make_samples(job: Job, context: int | None = None) -> Samples:
         "contract": contract_talks(),
         "training": trained.digest if trained else None,
         "templated": templated,
-        "asked": len(choice.asked),
+        "asked": len(choice.scored),
     }
 
     def make(folder: Path, cost: Cost) -> None:
@@ -142,7 +142,7 @@ def make_samples(job: Job, context: int | None = None) -> Samples:
                 "output": str(folder / "samples.json"),
                 "conversations": [list(talk) for talk in talks] if templated else [],
                 "prompts": [prompt["messages"] for prompt in prompts],
-                "pairs": [list(talk) for talk in choice.asked] if templated else [],
+                "pairs": [list(talk) for talk in choice.scored] if templated else [],
                 "texts": [*texts, *([] if templated else [plain(talk) for talk in talks])],
                 "training": trained.as_job() if trained else None,
                 "vocabulary": checkpoint.tokenizer.vocab_size,
@@ -155,11 +155,11 @@ def make_samples(job: Job, context: int | None = None) -> Samples:
         )
 
     step = job.store.step("samples", inputs, make, progress=job.progress)
-    found = step.read_json("samples.json")
-    kept = [{**prompt, **asked_} for prompt, asked_ in zip(found["prompts"], prompts, strict=True) if prompt]
+    rendered = step.read_json("samples.json")
+    kept = [{**ids, **prompt} for ids, prompt in zip(rendered["prompts"], prompts, strict=True) if ids]
     notes = []
     if len(kept) < len(prompts):
-        refusal = found["refusal"] or "it gave no reason"
+        refusal = rendered["refusal"] or "it gave no reason"
         if not kept:
             raise InputError(
                 f"the chat template of {checkpoint.name} refuses every conversation: {refusal}.",
@@ -169,31 +169,31 @@ def make_samples(job: Job, context: int | None = None) -> Samples:
             f"the chat template refuses {len(prompts) - len(kept)} of {len(prompts)} sample conversations "
             f"({refusal}); the others are checked"
         )
-    if found["invented"]:
+    if rendered["invented"]:
         notes.append(
-            f"transformers adds {', '.join(found['invented'])} to this tokenizer, whose files have no such token; the "
-            "files are followed: it is plain text when a user types it"
+            f"transformers adds {', '.join(rendered['invented'])} to this tokenizer, whose files do not have it; the "
+            "files decide: it is plain text when a user types it"
         )
     require_one_bos(kept, checkpoint.tokenizer.bos_id)
     if trained:
-        notes += require_training(checkpoint, trained, kept, found)
+        notes += require_training(checkpoint, trained, kept, rendered)
     notes += require_agreement(checkpoint, kept, trained.name if trained else None)
     most = min(LONGEST_PAIR, checkpoint.shape.context, context or checkpoint.shape.context)
-    pairs, left = _pairs(found["pairs"], checkpoint.tokenizer.stop_ids, choice.held, most)
+    pairs, left = _pairs(rendered["pairs"], checkpoint.tokenizer.stop_ids, choice.held, most)
     if left:
         reasons = ", ".join(f"{count} ({reason})" for reason, count in left.items())
-        notes.append(f"of {len(choice.asked)} fine-tuning pairs {sum(left.values())} cannot be asked: {reasons}")
+        notes.append(f"of {len(choice.scored)} fine-tuning pairs {sum(left.values())} cannot be scored: {reasons}")
     for note in notes:
         job.progress.note(note)
     return Samples(
-        sequences=(*_general(found, len(builtin.conversations), templated), *pairs),
+        sequences=(*_general(rendered, len(builtin.conversations), templated), *pairs),
         prompts=tuple(kept),
-        calibration=tuple(_calibration(found, own, len(builtin.conversations))),
+        calibration=tuple(_calibration(rendered, own, len(builtin.conversations))),
         step=step,
-        typed=tuple(found["typed"]),
+        typed=tuple(rendered["typed"]),
         notes=tuple(notes),
         training=trained.name if trained else None,
-        judged=tuple(_judged(found, own)),
+        judged=tuple(_judged(rendered, own)),
         pairs={"given": choice.given, "asked": len(pairs), "why": choice.why, "left_out": left}
         if choice.given
         else None,
@@ -205,10 +205,10 @@ def plain(talk: tuple[Message, ...]) -> str:
     return "\n".join(message["content"] for message in talk)
 
 
-def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapping[str, Any]]:
-    """Every other conversation that the package carries, at POSITIONS positions spread over them."""
-    rendered = found["conversations" if templated else "texts"][-count:][1::2]  # the others are in the calibration
-    cut = [ids[:LONGEST] for ids in rendered if ids]  # without those that the template refuses
+def _general(rendered: Mapping[str, Any], count: int, templated: bool) -> list[Mapping[str, Any]]:
+    """Every other conversation included in the package, at POSITIONS positions spread over them."""
+    talks = rendered["conversations" if templated else "texts"][-count:][1::2]  # _calibration has the others
+    cut = [ids[:LONGEST] for ids in talks if ids]  # without those that the template refuses
     return [
         {"ids": ids, "positions": positions, "set": "general"}
         for ids, positions in zip(cut, spread([len(ids) for ids in cut], POSITIONS), strict=True)
@@ -219,11 +219,11 @@ def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapp
 def _pairs(
     pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int], held: int, longest: int
 ) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
-    """Each pair at every token of its answer, the end token included; and how many are left out, by the reason.
+    """(sequences, number left out by reason): each pair at every token of its answer, the end token included.
 
-    held: the first so many are kept out of the calibration. longest: tokens that the model takes. A template that
-    renders an answer differently from what follows its generation prompt (thoughts taken out) leaves nothing to
-    compare.
+    held: the number of pairs, from the first, that are kept out of the calibration. longest: tokens that the model
+    takes. A pair is left out when the template renders the answer differently from what follows its own generation
+    prompt (without thoughts), because there is nothing to compare.
     """
     chosen: list[Mapping[str, Any]] = []
     left: Counter[str] = Counter()
@@ -234,7 +234,7 @@ def _pairs(
         begin, ids = len(pair["prompt"]), pair["whole"]
         end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in stops), len(ids))
         if ids[:begin] != pair["prompt"]:
-            left["the chat template renders the answer otherwise than behind its own prompt"] += 1
+            left["the chat template renders the answer differently from what follows its own prompt"] += 1
         elif begin >= end:
             left["the answer is empty"] += 1
         elif end > longest:
@@ -245,16 +245,16 @@ def _pairs(
     return chosen, dict(sorted(left.items()))
 
 
-def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:
-    """Fine-tuning data first, then general text, until the budget of tokens is full; never less than a quarter
-    general. Of the ``count`` conversations that the package carries every other one: the rest is what is scored, and a
-    score on what was tuned on says nothing.
+def _calibration(rendered: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:
+    """Fine-tuning data first, then general text, up to CALIBRATION_TOKENS; at least a quarter is general text. Of the
+    package's ``count`` conversations every other one: ``_general`` scores the rest, so that no score is computed on
+    data that the weights were tuned on.
     """
-    general_part = split(found["texts"][len(own.texts) if own else 0], LONGEST)
+    general_part = split(rendered["texts"][len(own.texts) if own else 0], LONGEST)
     mine: list[list[int]] = []
-    talks = found["conversations"]
+    talks = rendered["conversations"]
     talks = talks[:-count] + talks[-count:][::2]
-    for ids in [*filter(None, talks), *(found["texts"][: len(own.texts)] if own else [])]:
+    for ids in [*filter(None, talks), *(rendered["texts"][: len(own.texts)] if own else [])]:
         mine += split(ids, LONGEST)
     room = CALIBRATION_TOKENS
     chosen: list[list[int]] = []
@@ -269,12 +269,12 @@ def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) 
     return chosen
 
 
-def _judged(found: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
-    """A few pieces of the user's plain text, spread over it: language.py asks the source whether it knows such text."""
+def _judged(rendered: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
+    """A few pieces of the user's plain text, evenly spread, for the check of its language (language.py)."""
     if own is None:
         return []
     pieces: list[list[int]] = []
-    for ids in found["texts"][: len(own.texts)]:
+    for ids in rendered["texts"][: len(own.texts)]:
         pieces += [piece for piece in split(ids, JUDGED_TOKENS) if len(piece) > 1]
     step = max(1, len(pieces) / JUDGED)
     return [pieces[int(number * step)] for number in range(min(JUDGED, len(pieces)))]

@@ -1,10 +1,10 @@
 """Bundles for TensorRT Edge-LLM, NVIDIA's own engine for language models on Jetson Orin (JetPack 7.2) and Thor.
 
-Its wheel for aarch64 holds runtime, plugins, server and a builder that makes the engine on the device straight out of a
-Hugging Face folder (installation.md and direct-engine-builder.md of 0.11.0's user guide). So a bundle is that folder,
-in float16 or in the GPTQ form that our int4 tuning writes, the wheels, and a command line. The other way, its ONNX
-export and llm_build, needs C++ programs that no wheel has and that are compiled from a clone on the device: nothing for
-a box without a network.
+Its wheel for aarch64 contains runtime, plugins, server and a builder that makes the engine on the device from a Hugging
+Face folder (installation.md and direct-engine-builder.md of 0.11.0's user guide). A bundle is therefore that folder, in
+float16 or in the GPTQ form that our int4 tuning writes, with the wheels and a command line. The other way, its ONNX
+export and llm_build, needs C++ programs that no wheel contains and that are compiled from a clone on the device, which
+a box without a network cannot do.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from packager.formats.int4.tuning import Tuned
     from packager.target import Software, Target
 
-VERSION = "0.11.0"  # whose documents, flags and loaders were read; the lock pins it
-DOWNLOAD_MB = 447  # of its wheel for aarch64, which the bundle carries
-# Its registry of decoders has more; these are the ones that the packager knows too (direct-engine-builder.md).
+VERSION = "0.11.0"  # this module follows its documents, flags and loaders; the lock pins it
+DOWNLOAD_MB = 447  # size of its wheel for aarch64 in the bundle
+# Those of its registry of decoders (direct-engine-builder.md) that the packager supports too.
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
-HEADS = (64, 128)  # of its supported checkpoints (supported-models.md)
+HEADS = (64, 128)  # head dimensions of its supported checkpoints (supported-models.md)
 GROUP = 128  # "currently supports 128 only" (tensorrt-plugins.md, Int4GroupwiseGemmPluginV2)
-ALIGNED = 64  # inputs and outputs of an int4 matrix (checkpoint/repacking.py)
+ALIGNED = 64  # inputs and outputs of an int4 matrix are multiples of it (checkpoint/repacking.py)
 # "at least the deployed model size plus 2 GB of available device memory" (installation.md)
 DEVICE_BYTES = 2 << 30
 OTHERS_SCORE = "on the build machine in float32, not by TensorRT Edge-LLM"
-# What the wheel has native code for (support-matrix.md, "Wheel Packaging Matrix"), and the first JetPack of each.
+# GPU architecture -> (compute capability, first JetPack) of the wheel (support-matrix.md, "Wheel Packaging Matrix").
 ARCHITECTURES = {"sm_87": ("8.7", "7.2"), "sm_110": ("11.0", "7.0")}
 WHERE = "Jetson Orin with JetPack 7.2 and Thor with JetPack 7"
 
 
 class Options(ServingOptions, Protocol):
-    """The recipe's options that are read here."""
+    """The recipe's options that this module reads."""
 
     @property
     def quant(self) -> str: ...
@@ -54,19 +54,19 @@ class Options(ServingOptions, Protocol):
 
 
 def thresholds(options: Options) -> Thresholds:
-    """float16 is the source; four bits in groups of 128 cost a small model this much at most."""
+    """float16 equals the source; the limits for int4 in groups of 128 are those of a small model."""
     if options.quant == "fp16":
         return Thresholds(max_kl=0.001, min_top1=0.995)
     return Thresholds(max_kl=1.0, min_top1=0.55)
 
 
 def releases(target: Target) -> list[Software]:
-    """The target's JetPacks that Edge-LLM's wheel is for, oldest first."""
+    """The target's JetPacks that Edge-LLM's wheel supports, oldest first."""
     if target.gpu is None or target.gpu.architecture not in ARCHITECTURES:
         return []
     first = _numbers(ARCHITECTURES[target.gpu.architecture][1])
-    found = [entry for entry in target.software if _numbers(entry.jetpack) >= first]
-    return sorted(found, key=lambda entry: _numbers(entry.jetpack))
+    supported = [entry for entry in target.software if _numbers(entry.jetpack) >= first]
+    return sorted(supported, key=lambda entry: _numbers(entry.jetpack))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -74,12 +74,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    """None, or one sentence."""
+    """None, or one sentence why the recipe cannot build this checkpoint for the target."""
     from packager.formats.int4.tuning import linear_modules, ragged
 
     other = "use the gguf recipe for this model"
     if checkpoint.family.kind != "decoder":
-        return f"edge_llm serves decoder language models, and {checkpoint.architecture} is none; use tensorrt_engine."
+        return f"edge_llm serves decoder language models, not {checkpoint.architecture}; use tensorrt_engine."
     if not releases(target):
         return f"TensorRT Edge-LLM runs on {WHERE}, and {target.title} is none of them; use the gguf recipe."
     if checkpoint.family.model_type not in MODELS:
@@ -94,10 +94,10 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
         )
     if options.quant == "int4":
         if uneven := ragged(checkpoint, GROUP):
-            return f"groups of {GROUP}, the only size that it computes, do not divide {uneven}; set quant=fp16."
+            return f"groups of {GROUP}, the only size that it supports, do not divide {uneven}; set quant=fp16."
         for module, (rows, inputs) in linear_modules(checkpoint).items():
             if rows % ALIGNED or inputs % ALIGNED:
-                return f"{module} is {rows} x {inputs}, and int4 takes multiples of {ALIGNED}; set quant=fp16."
+                return f"{module} is {rows} x {inputs}, and int4 needs multiples of {ALIGNED}; set quant=fp16."
     return None
 
 
@@ -139,7 +139,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def build(job: Job, options: Options) -> Artifact:
-    """The folder that Edge-LLM builds from, proven against its source. Raises GateFailed."""
+    """The folder from which Edge-LLM builds its engine, proven against its source. Raises GateFailed."""
     from packager.fidelity.gate import Subject, prove
 
     steps: list[Step] = []
@@ -185,7 +185,7 @@ def build(job: Job, options: Options) -> Artifact:
 
 
 def _needs(job: Job, options: Options) -> dict[str, Any]:
-    """What the box's GPU and system must be: Edge-LLM takes one compute capability and one JetPack, exactly."""
+    """The required GPU and system, for the manifest: Edge-LLM supports exactly these."""
     size = estimate(job.checkpoint, job.target, options)
     assert job.target.gpu is not None
     return {
@@ -201,7 +201,7 @@ def _needs(job: Job, options: Options) -> dict[str, Any]:
 
 
 def _int4(job: Job, samples: Samples | None, options: Options, steps: list[Step]) -> tuple[Step, Tuned]:
-    """The tuned integers as GPTQ."""
+    """The tuned integers in a GPTQ folder."""
     from packager.formats.int4 import tuning
 
     tuned = tuning.tune(job, samples, budget=options.tune, group=GROUP)
@@ -211,8 +211,8 @@ def _int4(job: Job, samples: Samples | None, options: Options, steps: list[Step]
 
 
 def _streamed(job: Job, options: Options, folder: Step) -> Candidate:
-    """The float16 folder: no engine here holds it in bounded memory, so the reference scores it a layer at a time and
-    it is left to answer nothing.
+    """The float16 folder. No engine here runs it in bounded memory: the reference scores it a layer at a time, and no
+    answers are generated.
     """
     from packager.checkpoint.checkpoint import open_checkpoint
     from packager.core.store import cache_root
@@ -230,7 +230,7 @@ def _streamed(job: Job, options: Options, folder: Step) -> Candidate:
 
 
 def _half(job: Job) -> Step:
-    """All tensors in float16: what Edge-LLM makes of them on the device, made where an overflow is told."""
+    """All tensors in float16, as Edge-LLM casts them on the device; here an overflow is an error."""
     from packager.formats import tokenizer_files
     from packager.formats.int4 import folder as int4_folder
 
@@ -265,6 +265,6 @@ def _run(job: Job, options: Options, files: Mapping[str, Path]) -> Run:
 
 
 def _reasoning(checkpoint: Checkpoint) -> str:
-    """Which of its parsers takes the thought apart from the answer; "none" where the template knows no thought."""
+    """Edge-LLM's parser that separates the thought from the answer; "none" when the template has no thought."""
     template = checkpoint.tokenizer.chat_template or ""
     return "deepseek_r1" if "<think>" in template or "</think>" in template else "none"

@@ -1,4 +1,4 @@
-"""A recipe's options: read from the target and from ``--set key=value``, and described for the reference."""
+"""A recipe's options: parsed from the target and from ``--set key=value``, and listed for the reference."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def parse_options(recipe: Recipe[Any], target: Target, sets: Sequence[str]) -> A
 
 
 def options_keys(recipe: Recipe[Any]) -> list[tuple[str, str, Any, str]]:
-    """Key, type, default and meaning of every option, for ``recipes show`` and the reference."""
+    """(key, type, default, meaning) of every option, for ``recipes show`` and the reference."""
     hints = typing.get_type_hints(recipe.options)
     rows = []
     for field in dataclasses.fields(recipe.options):

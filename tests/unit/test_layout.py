@@ -169,12 +169,12 @@ def test_recipes_import_nothing_of_the_box() -> None:
 @pytest.mark.parametrize("library", OWNERS)
 def test_an_outside_library_has_one_owner(library: str) -> None:
     """Scripts that run in a child of their own may import what they are for."""
-    found = {
+    matches = {
         name
         for name in sources("packager")
         if library in {module.split(".")[0] for module in imports(name)} and not name.startswith("packager/workers/")
     }
-    assert found <= OWNERS[library]
+    assert matches <= OWNERS[library]
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))
@@ -231,8 +231,8 @@ def text_of(name: str) -> str:
 
 def test_no_file_names_this_machine() -> None:
     """Absolute paths of a developer's machine do not belong in a commit."""
-    found = [f"{name}: {match[0]}" for name in tracked() if (match := MACHINE.search(text_of(name)))]
-    assert not found, found
+    matches = [f"{name}: {match[0]}" for name in tracked() if (match := MACHINE.search(text_of(name)))]
+    assert not matches, matches
 
 
 def test_no_code_names_a_registry() -> None:
@@ -242,8 +242,8 @@ def test_no_code_names_a_registry() -> None:
         for name in tracked()
         if not name.endswith((".md", "LICENSE", "NOTICE")) and name != "tests/unit/test_layout.py"
     ]
-    found = [f"{name}: {match[0]}" for name in names if (match := REGISTRY.search(text_of(name)))]
-    assert not found, found
+    matches = [f"{name}: {match[0]}" for name in names if (match := REGISTRY.search(text_of(name)))]
+    assert not matches, matches
 
 
 def test_every_test_module_says_what_it_is_about() -> None:
@@ -270,8 +270,8 @@ def test_no_work_is_left_marked_as_undone() -> None:
     """No to-do marks and no stubs in what ships."""
     marks = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
     names = [name for folder in ("packager", "recipes", "runtimes", "scripts", "demo") for name in sources(folder)]
-    found = [f"{name}: {match[0]}" for name in names if (match := marks.search(text_of(name)))]
-    assert not found, found
+    matches = [f"{name}: {match[0]}" for name in names if (match := marks.search(text_of(name)))]
+    assert not matches, matches
     for name in names:
         for node in nodes(name):
             returns = isinstance(node, ast.Try) and any(isinstance(n, ast.Return) for n in ast.walk(node.body[-1]))

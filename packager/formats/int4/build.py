@@ -1,7 +1,7 @@
-"""What the recipes gptq_int4 and awq_int4 share: one tuning, one of two containers, and the engine that the target has.
+"""The recipes gptq_int4 and awq_int4: one tuning, one of two containers, and the engine of the target.
 
-A target with vLLM on its GPU gets a bundle that starts vLLM; any other one that names ``transformers`` among its
-runtimes gets our own server over torch. Both are scored by the latter, which runs on the build machine too.
+A target with vLLM on its GPU gets a bundle that starts vLLM; another target with ``transformers`` among its runtimes
+gets our own server on torch. Both are scored by the latter, which also runs on the build machine.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ if TYPE_CHECKING:
     from packager.fidelity.artifact import Candidate
     from packager.fidelity.samples import Samples
     from packager.formats.int4.folder import Form
+    from packager.formats.int4.tuning import Tuned
     from packager.target import Target
 
 MIB = 1 << 20
 # Python with torch, transformers and FastAPI, measured after the ten answers of the demo's persona; the tokenizer takes
 # about 1 kB a token of the vocabulary. Prompts are read 256 tokens at a time (runtimes/engines/transformers/engine.py).
 TRANSFORMERS_BYTES, BYTES_PER_TOKEN, PROMPT_CHUNK = 460 * MIB, 1000, 256
-# What vLLM takes on the GPU beside weights and KV cache: CUDA's context and the activations of its profiling run. An
-# assumption. On the host: an assumption too, after vLLM's own advice of a few GB a GPU.
+# vLLM's GPU memory besides weights and KV cache (CUDA's context, the activations of its profiling run), and its host
+# memory, for which vLLM advises a few GB for each GPU. Both are assumptions.
 VLLM_BYTES, VLLM_HOST_BYTES = 3 << 29, 4 << 30
-VLLM_VERSION = "0.33"  # whose flags and loaders were read; older ones call the kernels otherwise
-VLLM_CAPABILITY = "7.5"  # its Marlin and AWQ kernels begin there
-DECODE_RATE = 3.5e8  # parameters a second that two cores decode with: half a nanosecond a weight and core, and float32
+VLLM_VERSION = "0.33"  # this module follows its flags and loaders; older versions call the kernels differently
+VLLM_CAPABILITY = "7.5"  # the oldest GPU of its Marlin and AWQ kernels
+DECODE_RATE = 3.5e8  # parameters per second when two cores decode in float32
 OTHERS_SCORE = "by runtimes/engines/transformers/engine.py in float32, not by vLLM"
 
 
@@ -81,12 +82,12 @@ def make_recipe(form: Form) -> Recipe[Options]:
 
 
 def thresholds(options: Options) -> Thresholds:
-    """Four bits in groups cost a model of 135 M parameters this much at most; larger ones keep more."""
+    """The limits of a model of 135 M parameters in groups of four bits; larger ones are closer to their source."""
     return Thresholds(max_kl=1.0, min_top1=0.55)
 
 
 def engine_for(form: Form, target: Target) -> str | None:
-    """The engine that a bundle for the target carries."""
+    """The engine of a bundle for the target; None when it supports none of the two."""
     if "vllm" in target.runtimes and target.on_gpu(f"{form.name}_int4"):
         return "vllm"
     return "transformers" if "transformers" in target.runtimes else None
@@ -138,12 +139,12 @@ def _why_not_parallel(checkpoint: Checkpoint, options: Options, engine: str) -> 
 
 
 def weight_bytes(form: Form, checkpoint: Checkpoint, group: int) -> int:
-    """Bytes of all tensors that will be written."""
+    """Bytes of all tensors to write."""
     from packager.formats.int4.folder import specs
     from packager.formats.int4.tuning import linear_modules
 
     modules = linear_modules(checkpoint)
-    if any(inputs % group or rows % 8 for rows, inputs in modules.values()):  # refused; a figure is shown all the same
+    if any(inputs % group or rows % 8 for rows, inputs in modules.values()):  # why_not refuses it
         return checkpoint.parameters // 2
     return sum(spec.nbytes for spec in specs(form, checkpoint, modules, group))
 
@@ -175,7 +176,7 @@ def estimate(form: Form, checkpoint: Checkpoint, target: Target, options: Option
 
 
 def _transformers_bytes(shape: ModelShape) -> int:
-    """What our own server takes beside weights and KV cache."""
+    """Bytes of our own server besides weights and KV cache."""
     activations = 4 * PROMPT_CHUNK * (3 * shape.intermediate + 4 * shape.hidden)
     return TRANSFORMERS_BYTES + BYTES_PER_TOKEN * shape.vocab + activations
 
@@ -183,17 +184,17 @@ def _transformers_bytes(shape: ModelShape) -> int:
 def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:
     if not served_by_vllm:
         return ("torch dequantizes as it computes, far below the ceiling; on a CPU the gguf recipe is faster.",)
-    found = [
+    notes = [
         f"The box needs vLLM {VLLM_VERSION} or newer in an environment of its own. This project has run it nowhere: "
         f"generated, not executed here; the fidelity score is taken {OTHERS_SCORE}."
     ]
     if share > 1:
-        found.append(f"Memory is that of one of {share} GPUs.")
-    return tuple(found)
+        notes.append(f"Memory is that of one of {share} GPUs.")
+    return tuple(notes)
 
 
 def build(form: Form, job: Job, options: Options) -> Artifact:
-    """Tune, pack, prove. Raises GateFailed or ToolError."""
+    """Tune, pack and prove. Raises GateFailed or ToolError."""
     from packager.fidelity.gate import Subject, prove
     from packager.formats.int4 import tuning
 
@@ -234,8 +235,8 @@ def files_of(folder: Step) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.path.iterdir()) if path.name != RECORD}
 
 
-def packed(form: Form, job: Job, tuned: Any) -> Step:
-    """The folder that loaders read."""
+def packed(form: Form, job: Job, tuned: Tuned) -> Step:
+    """The step with the packed folder."""
     from packager.formats import tokenizer_files
     from packager.formats.int4 import folder as int4_folder
 
@@ -250,7 +251,7 @@ def packed(form: Form, job: Job, tuned: Any) -> Step:
 
 
 def candidate(form: Form, job: Job, run: Run, folder: Step) -> Candidate:
-    """The folder as the engine that runs on the build machine opens it."""
+    """The folder with the engine that opens it on the build machine."""
     from packager.core.processes import version_of
     from packager.fidelity.artifact import Candidate
 
@@ -278,11 +279,11 @@ def _run(form: Form, job: Job, options: Options, files: Mapping[str, Path], engi
 
 
 def _vllm_settings(form: Form, target: Target, options: Options) -> dict[str, Any]:
-    """What runtimes/engines/vllm.py makes its command line of."""
+    """The settings from which runtimes/engines/vllm.py makes its command line."""
     architecture = target.gpu.architecture if target.gpu else ""
     return {
         "quantization": form.name,
-        "dtype": "half" if architecture in ("sm_70", "sm_72", "sm_75") else "auto",  # bfloat16 begins with SM 8.0
+        "dtype": "half" if architecture in ("sm_70", "sm_72", "sm_75") else "auto",  # bfloat16 needs SM 8.0
         "tensor_parallel": options.tensor_parallel,
         "ray": options.ray,
         "enforce_eager": options.enforce_eager,

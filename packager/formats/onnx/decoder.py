@@ -1,4 +1,4 @@
-"""Decoder language models in ONNX for onnxruntime: the graph proven on the checkpoint's own weights, then packed."""
+"""Decoder language models in ONNX for onnxruntime: the graph is proven on the checkpoint's weights, then packed."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from packager.formats.int4.tuning import Tuned
     from packager.target import Target
 
-BLOCK = 32  # inputs that share a scale: int8 at 32 has half the KL of 64, and int4 shares its tuning with Q4_0 and GPTQ
+BLOCK = 32  # inputs that share a scale: int8 has half the KL of 64, and int4 shares its tuning with Q4_0 and GPTQ
 MODEL = "model.onnx"
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-# Python, onnxruntime, FastAPI and the tokenizer, and a prompt's logits and hidden states (measured: SmolLM2)
+# Python, onnxruntime, FastAPI, the tokenizer, and a prompt's logits and hidden states (measured with SmolLM2)
 OVERHEAD = 150 << 20
-# Parameters a second that two cores decode with: float16 kernels of a GPU are emulated on a CPU.
+# Parameters per second when two cores decode; a CPU emulates the GPU's float16 kernels.
 DECODE_RATE = {"ort": 2e9, "ort_cuda": 5e7}
 METHOD = "int8, rounded to nearest, symmetric, blocks of {block}"
 
 
 class Options(ServingOptions, Protocol):
-    """What is read of the recipe's options."""
+    """The recipe's options that this module reads."""
 
     @property
     def bits(self) -> int: ...
@@ -46,7 +46,7 @@ class Options(ServingOptions, Protocol):
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    """None, or one sentence."""
+    """None, or one sentence why the recipe cannot build this checkpoint for the target."""
     other = "use the gguf recipe for this model"
     if reason := decoder_graph.why_not(checkpoint):
         return f"{reason}; {other}."
@@ -68,7 +68,7 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
 
 def _packed_bytes(checkpoint: Checkpoint, bits: int) -> tuple[int, int]:
-    """Bytes of all packed matrices, and scales in all."""
+    """(bytes of all packed matrices, number of scales)."""
     total = scales = 0
     for name, info in checkpoint.tensors.items():
         if len(info.shape) == 2:
@@ -79,7 +79,7 @@ def _packed_bytes(checkpoint: Checkpoint, bits: int) -> tuple[int, int]:
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    """Sizes from the headers; the box holds scales in float32 and the key/value cache too."""
+    """Sizes from the headers; the box holds scales and the KV cache in float32."""
     shape = checkpoint.shape
     packed, scales = _packed_bytes(checkpoint, options.bits)
     # nodes; norms in float32; cosines and sines, half a head's width each
@@ -114,12 +114,12 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def thresholds(options: Options) -> Thresholds:
-    """What a language model of 135 M parameters keeps; larger ones keep more."""
+    """The limits of a language model of 135 M parameters; larger ones are closer to their source."""
     return Thresholds(max_kl=0.05, min_top1=0.88) if options.bits == 8 else Thresholds(max_kl=1.0, min_top1=0.55)
 
 
 def build(job: Job, options: Options) -> Artifact:
-    """Prove the graph, pack the weights, prove what ships. Raises GateFailed."""
+    """Prove the graph, pack the weights, prove the packed model. Raises GateFailed."""
     from packager.fidelity.gate import Exact, Subject, prove
 
     steps: list[Step] = []
@@ -128,7 +128,7 @@ def build(job: Job, options: Options) -> Artifact:
     def exact() -> Exact:
         graph = _exact(job, options)
         steps.append(graph)
-        # not optimized: weights are cast while they are used, where folding would hold all of them in float32
+        # not optimized: constant folding would hold all weights in float32
         form = _candidate(job, options, graph, "the unquantized ONNX graph", "ort", {"optimized": False})
         return Exact(form, f"{job.checkpoint.dtype} weights, float32 arithmetic")
 
@@ -181,7 +181,7 @@ def _engine(options: Options) -> str:
 
 
 def _exact(job: Job, options: Options) -> Step:
-    """The graph over the checkpoint's own files, which are linked beside it: nothing is copied or rounded."""
+    """The graph on the checkpoint's own files, hard-linked beside it: no weight is copied or rounded."""
 
     def make(folder: Path, cost: Cost) -> None:
         with job.progress.step("writing the ONNX graph"):
@@ -195,7 +195,7 @@ def _exact(job: Job, options: Options) -> Step:
 
 
 def _packed(job: Job, options: Options, tuned: Tuned | None) -> Step:
-    """What ships."""
+    """The step with the packed model of the bundle."""
     checkpoint = job.checkpoint
 
     def make(folder: Path, cost: Cost) -> None:
@@ -228,29 +228,27 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def require_packed(path: Path, checkpoint: Checkpoint, bits: int) -> dict[str, int]:
-    """What multiplies and what is looked up in a graph, read back from its file. Raises GateFailed when a matrix that
-    was to be packed is not.
-    """
+    """The number of each product and look-up operator in a graph's file. Raises GateFailed when one is not packed."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    found: Counter[str] = Counter()
+    operators: Counter[str] = Counter()
     for node in model.graph.node:
         width = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), None)
         if width is not None or "MatMul" in node.op_type or node.op_type == "Gemm":
-            found[f"{node.op_type} {width} bits" if width else f"{node.op_type} float"] += 1
+            operators[f"{node.op_type} {width} bits" if width else f"{node.op_type} float"] += 1
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     for tensor in model.graph.initializer:
         wide = len(tensor.dims) == 2 and tensor.data_type in floats and tensor.dims[1] == checkpoint.shape.hidden
         if wide and tensor.dims[0] > 1:
-            raise GateFailed(f"{tensor.name} of the ONNX model was to be INT{bits} and is not.", fix="Do not ship it.")
-    layers = sum(count for name, count in found.items() if name == f"MatMulNBits {bits} bits")
-    if any(name.endswith("float") for name in found) or layers < checkpoint.shape.layers * 4:
+            raise GateFailed(f"{tensor.name} of the ONNX model is not INT{bits}.", fix="Do not ship it.")
+    layers = sum(count for name, count in operators.items() if name == f"MatMulNBits {bits} bits")
+    if any(name.endswith("float") for name in operators) or layers < checkpoint.shape.layers * 4:
         raise GateFailed(
-            f"the ONNX model was to be INT{bits}, but it multiplies by {', '.join(sorted(found)) or 'nothing'}.",
+            f"the ONNX model is not INT{bits}: its products are {', '.join(sorted(operators)) or 'none'}.",
             fix="Do not ship it; report the architecture.",
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(operators.items()))
 
 
 def _run(job: Job, options: Options, folder: Path) -> Run:
@@ -269,7 +267,7 @@ def _run(job: Job, options: Options, folder: Path) -> Run:
 def _candidate(
     job: Job, options: Options, model: Step, what: str, engine: str, settings: Mapping[str, Any]
 ) -> Candidate:
-    """A folder as the engine that serves it opens it, on the CPU."""
+    """A folder with the engine that opens it on the CPU of this machine."""
     from packager.core.processes import version_of
     from packager.fidelity.artifact import Candidate
 

@@ -1,4 +1,4 @@
-"""INT8 ONNX of an encoder: exported without its weights, proven in float32, rounded, and asked through its runtime."""
+"""INT8 ONNX of an encoder: exported without its weights, proven in float32, rounded, and proven in its runtime."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from packager.target import Target
 
 OPSET = 21
-# Measured: torch, transformers and the exporter take this, whatever the model (docs/explanation/encoders.md).
+# Measured for torch, transformers and the exporter, independent of the model (docs/explanation/encoders.md).
 EXPORT_RAM, EXPORT_SECONDS = 460_000_000, 25
 SERVER_BYTES = 120_000_000  # Python, onnxruntime, FastAPI and a tokenizer of 30 000 words
-# What a file has to hold in 8 bits of all it holds, or nothing was done; small random models have larger heads.
+# The least share of the weights in 8 bits. Small random models have larger heads.
 LEAST_SHARE = 0.5
 KEPT_FILES = (
     "config.json",
@@ -38,7 +38,7 @@ KEPT_FILES = (
 
 
 class Options(ServingOptions, Protocol):
-    """What is read of the recipe's options."""
+    """The recipe's options that this module reads."""
 
     @property
     def bits(self) -> int: ...
@@ -49,7 +49,7 @@ class Options(ServingOptions, Protocol):
 
 
 def facts_of(checkpoint: Checkpoint, options: Options) -> EncoderFacts:
-    """Raises InputError for an encoder that cannot be served."""
+    """The encoder's facts. Raises InputError for an encoder that cannot be served."""
     pooling: Pooling | None = None if options.pooling == "auto" else options.pooling  # type: ignore[assignment]
     return read_encoder(checkpoint, longest=options.context, pooling=pooling)
 
@@ -94,13 +94,13 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         if facts.prompt:
             notes.append(f"Every text gets the prompt {facts.prompt!r} before it, as the model's files say.")
     except InputError as error:
-        notes = [str(error)]  # it is refused; a figure is shown all the same
+        notes = [str(error)]  # why_not refuses it; the plan still shows sizes
     activations = options.slots * length * (6 * shape.intermediate + 2 * shape.heads * length) * 4
     return Estimate(
         artifact_bytes=size,
         build_ram_bytes=EXPORT_RAM + 8 * min(largest, 1 << 22),
         build_disk_bytes=size + 4 * checkpoint.parameters,
-        load_bytes=2 * size,  # the mapped file, and onnxruntime's own arrangement of it
+        load_bytes=2 * size,  # the mapped file, and onnxruntime's packed copy of it
         kv_bytes=0,
         overhead_bytes=SERVER_BYTES + activations,
         read_per_token_bytes=linear,
@@ -153,17 +153,17 @@ def build(job: Job, options: Options) -> Artifact:
 
 
 def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
-    """The graph without weights."""
+    """The step with the graph without weights."""
 
     def make(folder: Path, cost: Cost) -> None:
-        asked = {
+        job_file = {
             "checkpoint": str(job.checkpoint.path),
             "classify": facts.task == "classify",
             "token_types": facts.token_types,
             "opset": OPSET,
             "output": str(folder / "graph.onnx"),
         }
-        follow(WORKERS / "export_encoder.py", asked, "exporting the graph", job.progress, cost, work=folder)
+        follow(WORKERS / "export_encoder.py", job_file, "exporting the graph", job.progress, cost, work=folder)
 
     inputs = {"checkpoint": job.checkpoint.digest, "opset": OPSET}
     step = job.store.step("encoder-graph", inputs, make, progress=job.progress)
@@ -172,7 +172,7 @@ def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
 
 
 def filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
-    """The ONNX file in one form."""
+    """The step with the ONNX file in one form."""
 
     def make(folder: Path, cost: Cost) -> None:
         with job.progress.step(f"writing the weights ({form})"):
@@ -195,22 +195,22 @@ def _here(job: Job, facts: EncoderFacts, options: Options, model: Step) -> Run:
 
 
 def _read_back(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """What the file holds. Raises GateFailed when its weights are not in 8 bits, whatever was asked for."""
-    found = read_back(folder)
-    small = sum(found.bytes_by_type.get(kind, 0) for kind in ("INT8", "UINT8"))
+    """The types of the file's tensors, for the report. Raises GateFailed when its weights are not in 8 bits."""
+    written = read_back(folder)
+    small = sum(written.bytes_by_type.get(kind, 0) for kind in ("INT8", "UINT8"))
     expected = len(list(linear_inputs(checkpoint)))
     weights = sum(tensor.elements for tensor in checkpoint.tensors.values() if tensor.elements >= SMALL)
-    if found.rounded < expected or small < LEAST_SHARE * weights:
+    if written.rounded < expected or small < LEAST_SHARE * weights:
         raise GateFailed(
-            f"the ONNX was to be INT8, but only {found.rounded} of {expected} layers and {small} bytes of it are.",
+            f"the ONNX has only {written.rounded} of {expected} layers and {small} bytes in INT8.",
             why="The exporter writes this model's layers in a form that the quantizer does not know.",
             fix="Do not ship it; report the architecture.",
         )
-    return {"tensor_types": dict(found.count_by_type), "bytes_by_type": dict(found.bytes_by_type)}
+    return {"tensor_types": dict(written.count_by_type), "bytes_by_type": dict(written.bytes_by_type)}
 
 
 def kept_files(job: Job, steps: list[Step]) -> Mapping[str, Path]:
-    """tokenizer.json and the small files that say how the model is used, for the box and for other tools."""
+    """tokenizer.json and the small files on the model's use, for the box and for other tools."""
     checkpoint = job.checkpoint
 
     def make(folder: Path, cost: Cost) -> None:

@@ -1,9 +1,8 @@
-"""Language models under recipes/tensorrt_engine.py: a typed graph with a key/value cache, compiled without a GPU.
+"""Language models of recipes/tensorrt_engine.py: a typed graph with a KV cache, compiled without a GPU.
 
 TensorRT-RTX reads the graph's TensorScatter as its KVCacheUpdate, which writes the cache in place; the rest are
-products, norms and a softmax. What ships is scored against the source by onnxruntime on this machine's processor, with
-float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packager/formats/edge_llm.py): no plan is made
-for one.
+products, norms and a softmax. onnxruntime scores the shipped graph on this machine's CPU, in the graph's types. A
+Jetson uses TensorRT Edge-LLM instead (packager/formats/edge_llm.py) and gets no plan.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.checkpoint.families import kv_cache_bytes
 from packager.formats.onnx import decoder_graph, rope
-from packager.formats.onnx import matrices as onnx_weights
-from packager.formats.tensorrt import decoder_graph as onnx_typed_decoder
+from packager.formats.onnx import matrices as onnx_matrices
+from packager.formats.tensorrt import decoder_graph as typed_graph
 from packager.formats.tensorrt import matrices
 from packager.formats.tensorrt import plan as plans
 from packager.formats.tensorrt.compiler import (
@@ -41,45 +40,42 @@ if TYPE_CHECKING:
     from packager.fidelity.samples import Samples
     from packager.target import Target
 
-MODEL, DATA = "model.onnx", onnx_weights.DATA
-PIECE, KEPT, LEAST_SPAN = (
-    128,
-    64,
-    64,
-)  # runtimes/decoding/scheduler.py's pieces of a prompt and of what is scored; places looked at
-# CUDA's context, what TensorRT-RTX compiles at run time and activations. An assumption: nobody here has a T4.
+MODEL, DATA = "model.onnx", onnx_matrices.DATA
+# Tokens of runtimes/decoding/scheduler.py's prompt pieces, tokens with logits in one, and the least places to read.
+PIECE, KEPT, LEAST_SPAN = 128, 64, 64
+# CUDA's context, TensorRT-RTX's run-time compilation and activations: an assumption, not measured on a T4.
 DEVICE_BYTES = 1 << 30
 # workers/fixed_addresses.py. SmolLM2's engine was the same in 15 of 15 compilations, 10 of them under load.
-SAME = "all, as far as was seen: TensorRT-RTX numbers lengths by their addresses, and these were settled"
-NOT_SAME = "all but the engine: TensorRT-RTX numbers lengths by their addresses, which differ where it was compiled"
-DECODE_RATE = 1e8  # parameters a second that two cores decode with: float16 is widened for every product
+SAME = "all, in every compilation so far: TensorRT-RTX numbers lengths by their addresses, and these were fixed"
+NOT_SAME = "all but the engine: TensorRT-RTX numbers lengths by their addresses, which could not be fixed"
+DECODE_RATE = 1e8  # parameters per second when two cores decode: float16 is cast for every product
 SCORED_BY = "onnxruntime on the build machine's processor, not by TensorRT"
 
 
 class Options(ServingOptions, Protocol):
-    """What is read of the recipe's options."""
+    """The recipe's options that this module reads."""
 
     @property
     def precision(self) -> str: ...
 
 
 def bits(options: Options) -> int:
-    """Of the layers' matrices; a language model's activations stay 16 bit, and "auto" is fp16."""
+    """Bits of the layers' matrices; a language model's activations stay 16 bit, and "auto" is fp16."""
     return 8 if options.precision == "int8" else 16
 
 
 def thresholds(options: Options) -> Thresholds:
-    """float16 is the source; eight bits a row cost a model of 135 M parameters this much at most."""
+    """float16 equals the source; the int8 limits are those of a model of 135 M parameters."""
     return Thresholds(max_kl=0.001, min_top1=0.995) if bits(options) == 16 else Thresholds(max_kl=0.1, min_top1=0.85)
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    """None, or one sentence that names what serves the model there."""
+    """None, or one sentence with the recipes that serve the model on the target."""
     if target.software:
         return f"on a Jetson TensorRT serves language models by Edge-LLM alone; {_served(checkpoint, target)}."
     if reason := plans.why_not(target) or why_not_here():
         return f"{reason.rstrip('.')}; {_served(checkpoint, target)}."
-    if reason := onnx_typed_decoder.why_not(checkpoint):
+    if reason := typed_graph.why_not(checkpoint):
         return f"{reason}; {_served(checkpoint, target)}."
     if options.context > checkpoint.shape.context:
         return (
@@ -92,7 +88,7 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
 
 def _served(checkpoint: Checkpoint, target: Target) -> str:
-    """The recipes that take the model for the target, its own default first, as the end of a sentence."""
+    """The recipes that can build the model for the target, its default first, as the end of a sentence."""
     from packager.planning.catalog import load_recipe
     from packager.planning.options import parse_options
 
@@ -106,7 +102,7 @@ def _served(checkpoint: Checkpoint, target: Target) -> str:
 
 
 def weight_bytes(checkpoint: Checkpoint, width: int) -> int:
-    """Bytes of the data file: embedding and head in 16 bits always, a tied one once."""
+    """Bytes of the data file: embedding and head always in 16 bits, a tied head not stored again."""
     shape = checkpoint.shape
     total = 0
     for name, info in checkpoint.tensors.items():
@@ -117,7 +113,7 @@ def weight_bytes(checkpoint: Checkpoint, width: int) -> int:
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    """Sizes from the headers. The bundle has the graph's weights and the engine, which holds them again."""
+    """Sizes from the headers. The bundle has the weights twice: the graph's and the engine's."""
     shape = checkpoint.shape
     weights = weight_bytes(checkpoint, bits(options))
     # nodes; norms in float32; cosines and sines, half a head's width each (SmolLM2: 0.9 MB and 2 MB)
@@ -149,11 +145,11 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
-    """Shapes that the engine takes; most of its work is a token for every row."""
+    """The shapes of the engine, optimised for one token in every row."""
     shape = checkpoint.shape
     cache = [shape.kv_heads, context, shape.head_dim]
     tokens = min(PIECE, context)
-    found: plans.Profile = {
+    shapes: plans.Profile = {
         "input_ids": {"min": [1, 1], "opt": [rows, 1], "max": [rows, tokens]},
         "start": {"min": [1], "opt": [rows], "max": [rows]},
         "places": {"min": [LEAST_SPAN], "opt": [min(512, context)], "max": [context]},
@@ -161,16 +157,16 @@ def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
     }
     for index in range(shape.layers):
         for part in ("key", "value"):
-            found[decoder_graph.PAST.format(index, part)] = {
+            shapes[decoder_graph.PAST.format(index, part)] = {
                 "min": [1, *cache],
                 "opt": [rows, *cache],
                 "max": [rows, *cache],
             }
-    return found
+    return shapes
 
 
 def build(job: Job, options: Options) -> Artifact:
-    """Write the typed graph, prove it, compile it. Raises GateFailed or ToolError."""
+    """Write, prove and compile the typed graph. Raises GateFailed or ToolError."""
     from packager.fidelity.gate import Subject, prove
 
     steps: list[Step] = []
@@ -224,7 +220,7 @@ def _precision(options: Options) -> str:
 
 
 def _written(job: Job, options: Options) -> Step:
-    """The graph, its weights, and the plan without an engine, by which it is scored."""
+    """The step with the graph, its weights, and a plan without an engine for scoring."""
 
     checkpoint = job.checkpoint
 
@@ -234,7 +230,7 @@ def _written(job: Job, options: Options) -> Step:
             job.progress.step("writing the typed ONNX", float(checkpoint.weight_bytes), "B") as task,
         ):
             weights = matrices.Half(checkpoint, file, bits(options), task.advance)
-            made = onnx_typed_decoder.TypedDecoder(checkpoint, weights, options.context).model()
+            made = typed_graph.TypedDecoder(checkpoint, weights, options.context).model()
         (folder / MODEL).write_bytes(made.SerializeToString(deterministic=True))
         shapes = profile(checkpoint, 1, options.context)
         plain = plain_plan(checkpoint, job.target, folder, _precision(options), shapes, None)
@@ -282,7 +278,7 @@ def plain_plan(
 
 
 def _run(job: Job, options: Options, engine: Path | None) -> Run:
-    """engine: the compiled file; None before it is there."""
+    """The run object. engine: the compiled file; None before it is compiled."""
     return Run.of(
         job.checkpoint,
         "tensorrt_decoder",
@@ -295,7 +291,7 @@ def _run(job: Job, options: Options, engine: Path | None) -> Run:
 
 
 def _candidate(job: Job, options: Options, written: Step) -> Candidate:
-    """The graph as the engine that serves it opens it, on the CPU."""
+    """The graph with the engine that opens it on the CPU of this machine."""
     from packager.core.processes import version_of
     from packager.fidelity.artifact import Candidate
 

@@ -1,4 +1,4 @@
-"""Wheels for another machine: markers, hashes, cache, and what is said where there is no wheel. Real pip, no index."""
+"""Wheels for another machine: markers, hashes, cache, and the error when there is no wheel. Real pip, no index."""
 
 from __future__ import annotations
 
@@ -68,27 +68,27 @@ def names(files: Sequence[Path]) -> list[str]:
 def test_a_linux_box_gets_wheels_for_each_of_its_pythons_and_nothing_twice(index: Path, tmp_path: Path) -> None:
     """Pure and stable-ABI wheels are fetched once, binary ones for each Python, and markers are kept for the box."""
     pip = Pip()
-    found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent(), run=pip)
-    assert names(found.files) == [
+    wheels = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent(), run=pip)
+    assert names(wheels.files) == [
         "backport-1.0-py3-none-any.whl",
         "binary-1.0-cp310-cp310-manylinux_2_17_x86_64.whl",
         "binary-1.0-cp313-cp313-manylinux_2_17_x86_64.whl",
         "pure-1.0-py3-none-any.whl",
         "stable-1.0-cp310-abi3-manylinux_2_28_x86_64.whl",
     ]
-    assert 'backport==1.0 ; python_full_version < "3.11"' in found.requirements
-    assert "winonly" not in found.requirements
-    assert found.requirements.count("--hash") == len(found.files)  # only what is bundled, not Windows' files
+    assert 'backport==1.0 ; python_full_version < "3.11"' in wheels.requirements
+    assert "winonly" not in wheels.requirements
+    assert wheels.requirements.count("--hash") == len(wheels.files)  # only what is bundled, not Windows' files
     again = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent(), run=pip)
-    assert again == found and pip.calls == 2
+    assert again == wheels and pip.calls == 2
 
 
 def test_markers_are_those_of_the_target_and_not_of_this_machine(index: Path, tmp_path: Path) -> None:
     """A Windows box gets the package that only Windows needs."""
     box = Box(system="windows", python=("3.13",), wheel_platforms=("win_amd64",))
-    found = names(fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent()).files)
-    assert "winonly-1.0-py3-none-any.whl" in found and "backport-1.0-py3-none-any.whl" not in found
-    assert "binary-1.0-cp313-cp313-win_amd64.whl" in found
+    wheels = names(fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent()).files)
+    assert "winonly-1.0-py3-none-any.whl" in wheels and "backport-1.0-py3-none-any.whl" not in wheels
+    assert "binary-1.0-cp313-cp313-win_amd64.whl" in wheels
 
 
 def test_a_missing_wheel_is_named_with_platform_and_python(index: Path, tmp_path: Path) -> None:
@@ -112,14 +112,14 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(index: Path, tmp_path: Pa
 @pytest.mark.parametrize("damage", ["change", "delete"])
 def test_the_cache_is_not_trusted(index: Path, tmp_path: Path, damage: str) -> None:
     """A wheel changed or deleted in the cache is noticed, and the folder to delete is named."""
-    found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent())
+    wheels = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent())
     if damage == "change":
-        found.files[0].write_bytes(b"other")
+        wheels.files[0].write_bytes(b"other")
     else:
-        found.files[0].unlink()
+        wheels.files[0].unlink()
     with pytest.raises(ToolError) as caught:
         fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent())
-    assert "backport" in caught.value.what and str(found.files[0].parent) in caught.value.fix
+    assert "backport" in caught.value.what and str(wheels.files[0].parent) in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_a_scarce_package_narrows_the_pythons_and_says_so(
     progress = Silent()
     monkeypatch.setattr(progress, "note", notes.append)
     for _ in range(2):  # the second time from the cache
-        found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", progress, more=[more], scarce=["rare"])
-        assert found.python == ("3.13",)
-        assert [name.partition("-")[0] for name in names(found.files)] == ["binary", "pure", "rare", "stable"]
+        wheels = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", progress, more=[more], scarce=["rare"])
+        assert wheels.python == ("3.13",)
+        assert [name.partition("-")[0] for name in names(wheels.files)] == ["binary", "pure", "rare", "stable"]
         assert "no wheel of rare for 3.10" in notes.pop() and not notes
     rare.unlink()
     with pytest.raises(PlanRefused, match="no wheel of rare"):

@@ -46,13 +46,13 @@ def refusal(folder: Path) -> InputError:
 
 def test_a_folder_is_described(folder: Path) -> None:
     """Architecture, shape, sizes, data type and name of a small llama are right."""
-    found = opened(folder)
-    assert (found.name, found.origin.kind, found.origin.revision) == ("tiny-llama", "folder", None)
-    assert (found.architecture, found.model_type, found.dtype) == ("LlamaForCausalLM", "llama", "BF16")
-    assert (found.shape.layers, found.shape.kv_heads, found.shape.head_dim, found.shape.vocab) == (2, 2, 4, 12)
-    assert found.parameters * 2 == found.weight_bytes == sum(t.nbytes for t in found.tensors.values())
+    tiny = opened(folder)
+    assert (tiny.name, tiny.origin.kind, tiny.origin.revision) == ("tiny-llama", "folder", None)
+    assert (tiny.architecture, tiny.model_type, tiny.dtype) == ("LlamaForCausalLM", "llama", "BF16")
+    assert (tiny.shape.layers, tiny.shape.kv_heads, tiny.shape.head_dim, tiny.shape.vocab) == (2, 2, 4, 12)
+    assert tiny.parameters * 2 == tiny.weight_bytes == sum(t.nbytes for t in tiny.tensors.values())
     data = (folder / "model.safetensors").read_bytes()
-    norm = found.tensors["model.norm.weight"]
+    norm = tiny.tensors["model.norm.weight"]
     stored = np.frombuffer(data[norm.start : norm.start + norm.nbytes], "<u2")
     wanted = tiny_values(CONFIG)["model.norm.weight"]
     assert np.abs((stored.astype("u4") << 16).view("f4") - wanted).max() < 0.02
@@ -94,9 +94,9 @@ def test_weights_are_not_read_before_the_digest_is_asked_for(folder: Path, monke
         return "0" * 64
 
     monkeypatch.setattr(checkpoint, "file_digest", hashed)
-    found = opened(folder)
+    tiny = opened(folder)
     assert not read
-    assert replace(found, name="other").digest == found.digest
+    assert replace(tiny, name="other").digest == tiny.digest
     assert read.count("model.safetensors") == 1
 
 
@@ -256,12 +256,12 @@ def test_nan_and_infinity_are_found(tmp_path: Path) -> None:
             values = tiny_values(CONFIG)
             values["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
             write_tensors(folder, values, dtype=dtype)
-            found = opened(folder)
+            tiny = opened(folder)
             if bad == largest:
-                check_weights(found, Silent())
+                check_weights(tiny, Silent())
                 continue
             with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj.weight .* \[3, 5\]"):
-                check_weights(found, Silent())
+                check_weights(tiny, Silent())
 
 
 def test_a_tie_that_is_none_is_found(tmp_path: Path) -> None:

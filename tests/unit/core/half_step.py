@@ -13,11 +13,11 @@ from packager.core.progress import Silent
 from packager.core.store import Cost, Step, Store
 
 
-def half(root: Path, *, resumable: bool, found: list[str]) -> Step:
-    """With HALF_MARK set it writes one file, touches that mark and waits to be killed; else it lists what is there."""
+def half(root: Path, *, resumable: bool, leftovers: list[str]) -> Step:
+    """With HALF_MARK set it writes one file, touches that mark and waits to be killed; else it lists the folder."""
 
     def make(folder: Path, cost: Cost) -> None:
-        found.extend(path.name for path in folder.iterdir())
+        leftovers.extend(path.name for path in folder.iterdir())
         if mark := os.environ.get("HALF_MARK"):
             (folder / "half").write_text("half", encoding="utf-8")
             Path(mark).touch()
@@ -27,4 +27,4 @@ def half(root: Path, *, resumable: bool, found: list[str]) -> Step:
 
 
 if __name__ == "__main__":
-    half(Path(sys.argv[1]), resumable=sys.argv[2] == "yes", found=[])
+    half(Path(sys.argv[1]), resumable=sys.argv[2] == "yes", leftovers=[])

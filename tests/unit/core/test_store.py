@@ -142,9 +142,9 @@ def test_a_killed_process_leaves_a_partial_that_the_next_run_takes_over(
     assert left.name.endswith(".partial")
     assert (left / "half").is_file()
 
-    found: list[str] = []
-    step = half(root, resumable=resumable, found=found)
-    assert found == (["half"] if resumable else [])
+    leftovers: list[str] = []
+    step = half(root, resumable=resumable, leftovers=leftovers)
+    assert leftovers == (["half"] if resumable else [])
     assert names(root, "s") == [step.key]
 
 
@@ -174,13 +174,13 @@ def test_two_builds_at_once_make_a_step_once(tmp_path: Path, child_environment: 
     log = tmp_path / "log"
     command = [sys.executable, "-c", TOGETHER, tmp_path / "store", log]
     pair = [subprocess.Popen(command, env=child_environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [child.communicate(timeout=60)[0] for child in pair]
+    outputs = [child.communicate(timeout=60)[0] for child in pair]
     assert [child.returncode for child in pair] == [0, 0]
     assert log.read_text(encoding="utf-8") == "made\n"
-    last = [text.splitlines()[-1].split(" ", 1) for text in said]
+    last = [text.splitlines()[-1].split(" ", 1) for text in outputs]
     assert sorted(reused for reused, _ in last) == ["False", "True"]
     assert last[0][1] == last[1][1]
-    assert any("waiting" in text for text in said)
+    assert any("waiting" in text for text in outputs)
 
 
 @pytest.mark.parametrize(

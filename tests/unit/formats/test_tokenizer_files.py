@@ -31,8 +31,8 @@ def job(tmp_path: Path) -> Any:
 def test_an_end_that_only_the_template_knows_is_written(job: Any) -> None:
     """The rest of the file stays; without it vLLM would go on after every answer."""
     files = tokenizer_files(job, TRANSFORMERS)
-    found = json.loads(files["generation_config.json"].read_text(encoding="utf-8"))
-    assert found == {"eos_token_id": [1, 3], "temperature": 0.6}
+    generation = json.loads(files["generation_config.json"].read_text(encoding="utf-8"))
+    assert generation == {"eos_token_id": [1, 3], "temperature": 0.6}
     assert files["chat_template.jinja"].read_text(encoding="utf-8") == CHATML
 
 

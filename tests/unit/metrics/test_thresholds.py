@@ -1,4 +1,4 @@
-"""Thresholds: what is measured is what was asked, a shortfall is named with its figures, and nothing passes unseen."""
+"""Thresholds: each score covers the pairs it names, a shortfall has its figures, and a NaN does not pass."""
 
 from __future__ import annotations
 
@@ -37,62 +37,62 @@ TRAINED = [row(5), row(6), row(11), row(STOP), row(21), row(STOP)]
 
 def test_behaviour_counts_whole_answers_that_the_source_gives() -> None:
     """One wrong token, the end token included, loses an answer; an answer the source does not give cannot be lost."""
-    asked = samples(GENERAL, FIRST, SECOND)
-    same = measure(asked, TRAINED, TRAINED)
+    sample_set = samples(GENERAL, FIRST, SECOND)
+    same = measure(sample_set, TRAINED, TRAINED)
     assert same.behaviour is not None
     assert (same.behaviour.source, same.behaviour.kept, same.behaviour.share) == (2, 2, 1)
     runs_on = [*TRAINED[:3], row(7), *TRAINED[4:]]
-    lost = measure(asked, TRAINED, runs_on)
+    lost = measure(sample_set, TRAINED, runs_on)
     assert lost.behaviour is not None and (lost.behaviour.pairs, lost.behaviour.kept) == (2, 1)
-    untaught = measure(asked, runs_on, runs_on)
+    untaught = measure(sample_set, runs_on, runs_on)
     assert untaught.behaviour is not None and (untaught.behaviour.source, untaught.behaviour.kept) == (1, 1)
     nothing = [*TRAINED[:2], row(7), row(7), row(7), row(7)]
-    none = measure(asked, nothing, TRAINED)
+    none = measure(sample_set, nothing, TRAINED)
     assert none.behaviour is not None and none.behaviour.share is None
 
 
 def test_the_score_is_of_the_pairs_kept_out_of_the_calibration() -> None:
-    """Behaviour is of every pair that was asked; the tuning score of those alone that nothing was fitted to."""
-    asked = samples(GENERAL, {**FIRST, "held": True}, {**SECOND, "held": False})
+    """Behaviour covers every scored pair; the tuning score only the pairs kept out of the calibration."""
+    sample_set = samples(GENERAL, {**FIRST, "held": True}, {**SECOND, "held": False})
     damaged = [*TRAINED[:4], row(77), row(77)]
-    found = measure(asked, TRAINED, damaged)
-    assert found.held_out and found.tuning is not None and found.tuning.kl_mean == 0
-    assert found.behaviour is not None and (found.behaviour.pairs, found.behaviour.kept) == (2, 1)
+    fidelity = measure(sample_set, TRAINED, damaged)
+    assert fidelity.held_out and fidelity.tuning is not None and fidelity.tuning.kl_mean == 0
+    assert fidelity.behaviour is not None and (fidelity.behaviour.pairs, fidelity.behaviour.kept) == (2, 1)
 
 
 def test_the_two_texts_are_scored_apart() -> None:
     """Damage on the pairs does not touch the general score."""
     damaged = [*TRAINED[:2], *(row(77) for _ in range(4))]
-    found = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
-    assert found.general.kl_mean == 0 and found.general.top1 == 1
-    assert found.tuning is not None and found.tuning.kl_mean > 1 and found.tuning.top1 == 0
+    fidelity = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
+    assert fidelity.general.kl_mean == 0 and fidelity.general.top1 == 1
+    assert fidelity.tuning is not None and fidelity.tuning.kl_mean > 1 and fidelity.tuning.top1 == 0
 
 
 def test_without_pairs_there_is_no_behaviour() -> None:
     """And nothing fails for the lack of it."""
-    found = measure(samples(GENERAL), TRAINED[:2], TRAINED[:2])
-    assert found.tuning is None and found.behaviour is None
-    assert shortfalls(found, Thresholds(min_behaviour=1.0)) == []
+    fidelity = measure(samples(GENERAL), TRAINED[:2], TRAINED[:2])
+    assert fidelity.tuning is None and fidelity.behaviour is None
+    assert shortfalls(fidelity, Thresholds(min_behaviour=1.0)) == []
 
 
 def test_every_shortfall_stands_in_the_one_error() -> None:
-    """With what was found and what was allowed, in words and as data."""
+    """With the value and its threshold, as text and as data."""
     damaged = [*TRAINED[:2], *(row(77) for _ in range(4))]
-    found = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
+    fidelity = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
     with pytest.raises(GateFailed) as caught:
-        require_kept(found, Thresholds(0.05, 0.9, 0.8), "the Q4_0 GGUF", "Choose a larger quant.")
+        require_kept(fidelity, Thresholds(0.05, 0.9, 0.8), "the Q4_0 GGUF", "Choose a larger quant.")
     assert "behaviour kept: 0.0% (at least 80.0%)" in caught.value.what
     assert "tuning text" in caught.value.what and "general" not in caught.value.what
     details = caught.value.as_dict()["details"]
     assert len(details["shortfalls"]) == 3 and details["fidelity"]["behaviour"]["kept"] == 0
-    require_kept(found, Thresholds(math.inf, 0, 0), "the Q4_0 GGUF", "")
+    require_kept(fidelity, Thresholds(math.inf, 0, 0), "the Q4_0 GGUF", "")
 
 
 def test_a_score_that_is_no_number_fails() -> None:
     """NaN is not under any threshold."""
     broken = [{5: math.nan, 99: math.nan}, row(6)]
-    found = measure(samples(GENERAL), TRAINED[:2], broken)
-    assert shortfalls(found, Thresholds(math.inf, 0, 0))
+    fidelity = measure(samples(GENERAL), TRAINED[:2], broken)
+    assert shortfalls(fidelity, Thresholds(math.inf, 0, 0))
 
 
 def test_the_users_limits_replace_only_what_they_name() -> None:

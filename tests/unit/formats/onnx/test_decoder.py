@@ -34,7 +34,7 @@ def test_smollm2_is_served_and_its_size_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "sentence"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"hidden_act": "relu"}, "relu"),
@@ -43,8 +43,8 @@ def test_smollm2_is_served_and_its_size_is_known() -> None:
         ({"context": 10_000}, "context=8192"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
-    assert said in refusal(**changes)
+def test_what_cannot_be_made_is_refused_in_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+    assert sentence in refusal(**changes)
 
 
 def test_a_window_matters_where_the_context_is_longer() -> None:

@@ -1,4 +1,4 @@
-"""float16 and int8 by row: rounded to nearest, and what cannot be held is told."""
+"""float16 and int8 by row: rounded to nearest, and a value beyond float16 is an error."""
 
 from __future__ import annotations
 
