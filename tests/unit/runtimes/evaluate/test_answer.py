@@ -23,7 +23,7 @@ def test_each_prompt_is_answered_greedily_within_its_limit(tmp_path: Path, monke
     prompts = [{"ids": [1, 2], "max_tokens": 2}, {"ids": [3], "max_tokens": 40}]
     found = answer.answer(make_run(tmp_path), {"prompts": prompts})
     assert found["answers"] == [{"ids": [1, 2], "finish": "length"}, {"ids": [1, 2, 3, 4], "finish": "stop"}]
-    assert [(prompt, sampling.temperature, sampling.exact_ids) for prompt, sampling in engine.asked] == [
+    assert [(prompt, sampling.temperature, sampling.exact_ids) for prompt, sampling in engine.requests] == [
         ([1, 2], 0.0, True),
         ([3], 0.0, True),
     ]
