@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtimes.decoding.scheduler import Scorer, Slots
+from runtimes.decoding.scheduler import Scheduler, Scorer
 from runtimes.manifest import Run
 
 if TYPE_CHECKING:
@@ -28,6 +28,6 @@ def _open(run: Run, *, context: int, slots: int, verbose: bool) -> Model:
     return Model(run.model, context=context, slots=slots, threads=run.threads, optimized=optimized, verbose=verbose)
 
 
-def load(run: Run, *, verbose: bool) -> Slots:
+def load(run: Run, *, verbose: bool) -> Scheduler:
     """The engine of a manifest. Raises EngineError."""
-    return Slots(run, _open(run, context=run.context, slots=run.slots, verbose=verbose))
+    return Scheduler(run, _open(run, context=run.context, slots=run.slots, verbose=verbose))

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtimes.decoding.scheduler import PIECE, Scorer, Slots
+from runtimes.decoding.scheduler import PREFILL_CHUNK, Scheduler, Scorer
 from runtimes.engine import EngineError
 from runtimes.engines.onnxruntime.decoder import Host, Model, Place, first_line
 from runtimes.engines.onnxruntime.session import quiet_onnxruntime
@@ -165,7 +165,7 @@ def warm_up(model: Model) -> None:
     """
     import numpy as np
 
-    model.run(np.zeros((1, min(PIECE, model.context)), np.int64), [0])
+    model.run(np.zeros((1, min(PREFILL_CHUNK, model.context)), np.int64), [0])
     model.run(np.zeros((model.slots, 1), np.int64), [0] * model.slots)
 
 
@@ -179,7 +179,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
         model.close()
 
 
-def load(run: Run, *, verbose: bool) -> Slots:
+def load(run: Run, *, verbose: bool) -> Scheduler:
     """The engine of a manifest. Raises EngineError."""
     model = open_model(run, context=run.context, slots=run.slots, verbose=verbose)
     try:
@@ -188,4 +188,4 @@ def load(run: Run, *, verbose: bool) -> Slots:
     except EngineError:
         model.close()
         raise
-    return Slots(run, model)
+    return Scheduler(run, model)

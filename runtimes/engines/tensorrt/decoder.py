@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runtimes.decoding.scheduler import Scorer, Slots
+from runtimes.decoding.scheduler import Scheduler, Scorer
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.open import home_of, kernels_file, prepare
 from runtimes.engines.tensorrt.plan import Plan, Profile, read_plan
@@ -166,6 +166,6 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
         model.close()
 
 
-def load(run: Run, *, verbose: bool) -> Slots:
+def load(run: Run, *, verbose: bool) -> Scheduler:
     """The engine of a manifest. Raises ManifestError or EngineError."""
-    return Slots(run, open_model(run, rows=run.slots, verbose=verbose))
+    return Scheduler(run, open_model(run, rows=run.slots, verbose=verbose))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtimes.decoding.detokenize import Detokenizer
-from runtimes.decoding.stream import Stream, check_prompt, pieces_to_score
+from runtimes.decoding.stream import Stream, check_prompt, chunks_to_score
 from runtimes.engine import Emit, EngineError, Piece, RequestRefused, Sampling, iterate
 from runtimes.manifest import Run
 from runtimes.process import resident_bytes, wait_politely
@@ -148,7 +148,7 @@ def distributions(
     from runtimes.decoding.sampling import top_logprobs
 
     cache = model.cache()
-    for begin, part, rows in pieces_to_score(ids, positions, model.vocabulary, SCORE_CHUNK):
+    for begin, part, rows in chunks_to_score(ids, positions, model.vocabulary, SCORE_CHUNK):
         with turns:
             logits = model.read(part, cache, rows)
         for row, values in zip(rows, logits, strict=True):
