@@ -1,4 +1,4 @@
-"""ONNX decoders through onnxruntime, without torch: all slots are decoded together (slots.py)."""
+"""ONNX decoders on the CPU with onnxruntime, without torch; runtimes/decoding/scheduler.py batches the slots."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
-    """A Scorer for sequences of up to ``longest`` tokens. onnxruntime repacks weights into memory of its own, so
-    max_rss_bytes bounds nothing.
+    """A Scorer for sequences of up to ``longest`` tokens. onnxruntime repacks weights into its own memory, so
+    max_rss_bytes has no effect. Raises EngineError.
     """
     yield Scorer(run, _open(run, context=max(longest, 1), slots=1, verbose=verbose))
 
