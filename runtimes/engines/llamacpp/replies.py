@@ -1,6 +1,4 @@
-"""Parses the output of llama.cpp's server: answers into pieces and errors, and its log into the reason of a failed
-load.
-"""
+"""Parses llama.cpp's output: answers into pieces and errors, and the log of a failed load into its reason."""
 
 from __future__ import annotations
 
