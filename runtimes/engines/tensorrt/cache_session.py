@@ -22,7 +22,7 @@ class CacheSession(NativeSession):
     """A NativeSession with a KV cache. Raises EngineError as NativeSession does."""
 
     def _take(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """One zeroed buffer for a cache's input and output: positions without a token are masked, but 0 x NaN is NaN."""
+        """One zeroed buffer for a cache's input and output: masked positions may not hold NaN, as 0 x NaN is NaN."""
         addresses = super()._take({name: size for name, size in sizes.items() if not name.startswith(PRESENT)})
         for name in [name for name in addresses if name.startswith(PAST)]:
             self._cuda.clear(addresses[name], sizes[name])

@@ -33,7 +33,7 @@ def main(path: Path, number: int, engine: Path) -> None:
 
 
 def try_engine(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
-    """The smallest cosine between the vectors of an engine and of the source, on the plan's texts. Raises EngineError."""
+    """The smallest cosine between the engine's and the source's vectors of the plan's texts. Raises EngineError."""
     if plan.reference is None:
         raise EngineError("The plan brings no texts to try an engine with.")
     file, digest = plan.reference
