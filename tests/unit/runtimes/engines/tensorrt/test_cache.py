@@ -27,8 +27,8 @@ from runtimes.engines.tensorrt.cache import Key
 from runtimes.engines.tensorrt.command import main
 from runtimes.engines.tensorrt.device import Device, full_version, unfit
 from runtimes.engines.tensorrt.plan import Plan, read_plan
-from runtimes.install.install import Refused, have_engine
-from runtimes.install.launchers import verbs, write_wrappers
+from runtimes.install.install import Refused, provide_engine
+from runtimes.install.launchers import verbs, write_launchers
 from runtimes.preflight.sources import Box
 from tests.conftest import ROOT
 from tests.unit.runtimes.gpu_bundle import DOUBLE, environment, make_bundle, write_plan
@@ -362,7 +362,7 @@ def test_an_install_builds_the_engine_and_takes_over_an_earlier_one(bundle: Path
     failure is a refusal with its sentence, before anything is published; another engine's bundle has no such step.
     """
     log = tmp_path / "log"
-    write_wrappers(bundle, ("engine",))
+    write_launchers(bundle, ("engine",))
     (bundle / "venv" / "bin").mkdir(parents=True)
     (bundle / "venv" / "bin" / "python").symlink_to(sys.executable)
     (bundle / "runtime").mkdir()
@@ -373,7 +373,7 @@ def test_an_install_builds_the_engine_and_takes_over_an_earlier_one(bundle: Path
 
     def install(old: Path | None, **trtexec: Any) -> None:
         with mock.patch.dict(os.environ, environment(tmp_path, trtexec={"log": str(log), **trtexec}), clear=True):
-            have_engine(manifest, bundle, old)
+            provide_engine(manifest, bundle, old)
 
     with pytest.raises(Refused, match=r"even the smallest engine .* add --skip-engine\.$") as refused:
         install(None, most=10)
@@ -386,5 +386,5 @@ def test_an_install_builds_the_engine_and_takes_over_an_earlier_one(bundle: Path
     install(tmp_path / "old")
     assert len(builds(log)) == 3 and len(kept(bundle)) == 1
     other = {"run": {"engine": "llamacpp"}}
-    have_engine(other, tmp_path / "no such place", None)
+    provide_engine(other, tmp_path / "no such place", None)
     assert verbs(other) == ("check", "serve", "bench")
