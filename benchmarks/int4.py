@@ -18,12 +18,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.serving import started  # noqa: E402 - after the path
+
+if TYPE_CHECKING:
+    from packager.recipe import Run
 
 FORMS: dict[str, tuple[str, ...]] = {  # recipe, then its options
     "Q4_0": ("gguf", "quant=Q4_0", "tune=none", "imatrix=off"),
@@ -87,7 +90,7 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
     score = distance(request, built.path, built.artifact.run, store)
     return {
         "form": form,
-        "mb": built.artifact.run["model_bytes"] / 1e6,
+        "mb": built.artifact.run.model_bytes / 1e6,
         "seconds": sum(step["seconds"] for step in tuning),
         "peak": max(step["peak_rss_bytes"] for step in built.record["steps"]) / 1e6,
         "kl": score["kl_mean"],
@@ -96,14 +99,14 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
     }
 
 
-def distance(request: Any, bundle: Path, run: Mapping[str, Any], store: Any) -> Mapping[str, Any]:
+def distance(request: Any, bundle: Path, run: Run, store: Any) -> Mapping[str, Any]:
     """Mean KL divergence and top-1 agreement of the bundle's model with its source on the chapter."""
     from tokenizers import Tokenizer
 
     from packager.build import open_merged
     from packager.cli.console import Console
     from packager.core.store import digest_of
-    from packager.fidelity.artifact import score
+    from packager.fidelity.artifact import Candidate, score
     from packager.fidelity.source import Samples, source_scores
     from packager.metrics.distributions import compare
     from packager.planning.catalog import load_target
@@ -116,26 +119,23 @@ def distance(request: Any, bundle: Path, run: Mapping[str, Any], store: Any) -> 
     job = Job(replace(checkpoint, name=str(request.name)), load_target(request.target), store, Console())
     text = store.step("benchmark-text", {"ids": digest_of(sequences)}, lambda folder, cost: None, progress=Console())
     samples = Samples(tuple(sequences), (), (), text)
-    absolute = {
-        key: str(bundle / value) if isinstance(value, str) and value.startswith("model/") else value
-        for key, value in run.items()
-    }
     source, _ = source_scores(job, samples)
-    found, _ = score(
-        job,
-        {**absolute, "context": 1024, "slots": 1},
-        samples,
-        what=str(request.name),
-        inputs={"benchmark": "int4", "model": sums(bundle, run)},
+    beside = {path.name: path for path in (bundle / "model").iterdir()}
+    candidate = Candidate(
+        str(request.name),
+        run.here(bundle / run.model, beside),
+        {"benchmark": "int4", "model": sums(bundle, run)},
+        seconds_a_token=0.0,
         max_rss_bytes=1 << 30,
     )
+    found, _ = score(job, candidate, samples)
     return asdict(compare(source, found.distributions, samples.targets))
 
 
-def sums(bundle: Path, run: Mapping[str, Any]) -> str:
+def sums(bundle: Path, run: Run) -> str:
     """The digest that the bundle has of its model."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    return str(next(entry["sha256"] for entry in manifest["files"] if entry["path"] == run["model"]))
+    return str(next(entry["sha256"] for entry in manifest["files"] if entry["path"] == run.model))
 
 
 def kept(bundle: Path, pairs: list[dict[str, str]]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from packager import __version__
 from packager.core.errors import MachineError, PlanRefused, ToolError, UsageError
 from packager.core.progress import Progress
-from packager.core.store import Cost, Step, Store, cache_root, code_digest, machine_errors, write_atomically
+from packager.core.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
 from packager.core.units import size
 from packager.recipe import Artifact, Job, Recipe
 
@@ -31,7 +31,8 @@ OLDEST_TORCH = "2.6"  # transformers 5.23 disables itself beside an older one
 class Request:
     """What the user asked for. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs. limits:
     thresholds that replace the recipe's, by the names of gates.Thresholds. template: the training template's name or
-    file. trust_calibration: the calibration is used whatever the source makes of its text.
+    file. trust_calibration: the calibration is used whatever the source makes of its text. ask: at most so many of the
+    fine-tuning pairs are asked again; None: what the budget of time allows.
     """
 
     checkpoint: str
@@ -47,6 +48,7 @@ class Request:
     limits: Mapping[str, float] = field(default_factory=dict)
     template: str | None = None
     trust_calibration: bool = False
+    ask: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,7 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
         "base": {"kind": origin.kind, "id": origin.id, "revision": origin.revision, "digest": base.digest},
         "adapter": None,
     }
-    steps = [
-        store.step(
-            "checked-weights", {"checkpoint": base.digest, "code": _code("checkpoint.py")}, check, progress=progress
-        )
-    ]
+    steps = [store.step("checked-weights", {"checkpoint": base.digest}, check, progress=progress)]
     if adapter is None or request.adapter is None:
         return Opened(base, tuple(steps), sources)
 
@@ -108,7 +106,7 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
 
     merged = store.step(
         "merge",
-        {"checkpoint": base.digest, "adapter": adapter.digest, "code": _code("adapter.py", "safetensors_io.py")},
+        {"checkpoint": base.digest, "adapter": adapter.digest},
         make,
         progress=progress,
     )
@@ -120,10 +118,6 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
         name=request.name or merged_name(base, adapter),
     )
     return Opened(found, tuple(steps), {**sources, "adapter": {"name": adapter.name, "digest": adapter.digest}})
-
-
-def _code(*names: str) -> str:
-    return code_digest(*(Path(__file__).with_name(name) for name in names))
 
 
 def open_planned(request: Request, progress: Progress) -> Checkpoint:
@@ -150,15 +144,18 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
 
 
 def settled(
-    recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint
+    recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint, ask: int | None = None
 ) -> tuple[Any, tuple[str, ...]]:
-    """The options with nothing left open, and what is to be said beside the plan: by the tokenizer and by the
-    recipe.
+    """The options with nothing left open, and the notes shown with the plan: of the tokenizer, the fine-tuning pairs
+    and the recipe.
     """
+    from packager.fidelity import asking
+
     options, said = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
     if checkpoint.family.kind != "decoder":  # an encoder neither chats nor stops
         return options, said
-    return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *said)
+    asked = asking.note(samples, checkpoint, ask)
+    return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *asked, *said)
 
 
 def planned(request: Request, progress: Progress) -> Plan:
@@ -169,7 +166,7 @@ def planned(request: Request, progress: Progress) -> Plan:
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
     checkpoint = open_planned(request, progress)
-    options, said = settled(recipe, options, samples, checkpoint)
+    options, said = settled(recipe, options, samples, checkpoint, request.ask)
     return make_plan(checkpoint, target, recipe, options, said)
 
 
@@ -200,7 +197,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
     if opened.checkpoint.family.kind == "decoder":
         refuse_for_decoders(request.limits)
-    options, said = settled(recipe, options, samples, opened.checkpoint)
+    options, said = settled(recipe, options, samples, opened.checkpoint, request.ask)
     plan = make_plan(opened.checkpoint, target, recipe, options, said)
     if plan.refusals:
         raise PlanRefused(
@@ -222,6 +219,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         limits=request.limits,
         training=template,
         trust_calibration=request.trust_calibration,
+        ask=request.ask,
     )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)
@@ -287,7 +285,7 @@ def _assemble(
     target, checkpoint = job.target, job.checkpoint
     if artifact.release is not None:
         target = target.on_release(artifact.release)
-    locks, engine = lock_files(artifact.run), box_engine(str(artifact.run["engine"]))
+    locks, engine = lock_files(artifact.run), box_engine(artifact.run.engine)
     wheels = fetch_wheels(
         locks[0], target, cache_root() / "box-wheels", job.progress, more=locks[1:], scarce=engine.scarce
     )
@@ -296,7 +294,7 @@ def _assemble(
         target={"name": target.name, "digest": target.digest},
         recipe={"name": recipe.name, "options": artifact.provenance["options"]},
         needs=needs_of(target, plan, artifact, wheels),
-        run=artifact.run,
+        run=artifact.run.as_dict(),
         files=artifact.files,
         extra=artifact.extra,
         runtimes=runtimes_folder(),

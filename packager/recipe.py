@@ -6,8 +6,8 @@ A recipe is one module in recipes/ (the file name is its identifier) with a modu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from packager.metrics.encoders import EncoderThresholds
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from packager.target import Target
 
 Options = TypeVar("Options")
+TEMPLATE = "chat_template.jinja"  # the chat template's name in a bundle
 
 
 class ServingOptions(Protocol):
@@ -76,7 +77,8 @@ class Estimate:
 class Job:
     """Everything a build may use. ``checkpoint`` is already merged and all safetensors. limits: the user's own
     thresholds, by the names of gates.Thresholds. training: the template that the model was fine-tuned with, where it is
-    known. trust_calibration: the calibration is used whatever the source makes of its text.
+    known. trust_calibration: the calibration is used whatever the source makes of its text. ask: at most so many of the
+    fine-tuning pairs are asked again; None: as many as fidelity/asking.py's budget of time allows.
     """
 
     checkpoint: Checkpoint
@@ -89,13 +91,89 @@ class Job:
     limits: Mapping[str, float] = field(default_factory=dict)
     training: Training | None = None
     trust_calibration: bool = False
+    ask: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The manifest's ``run`` object: how the box runs the model. bundle/schemas/manifest.schema.json is its schema, and
+    runtimes/manifest.py reads it.
+
+    engine: an entry of packager/bundle/engines.py. model, tokenizer, chat_template: paths in the bundle, or absolute
+    ones while a file is scored on the build machine. context: tokens of a conversation, or of an encoder's text. slots:
+    conversations or texts at the same time. read_per_token_bytes: weights read to decode one token at batch 1.
+    model_bytes: size of what is loaded. task: "generate", "embed" or "classify". threads: 0 for one each physical core.
+    flash_attention, kv_type, gpu_layers: None for an engine that does not read them. settings: what only this engine
+    reads.
+    """
+
+    engine: str
+    model: str
+    tokenizer: str
+    chat_template: str | None
+    special_tokens: Mapping[str, str | None]
+    bos_id: int | None
+    add_bos: bool
+    stop_ids: tuple[int, ...]
+    sampling: Mapping[str, float]
+    context: int
+    slots: int
+    read_per_token_bytes: int
+    model_bytes: int
+    task: str = "generate"
+    threads: int = 0
+    flash_attention: bool | None = None
+    kv_type: str | None = None
+    gpu_layers: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        engine: str,
+        model: str,
+        serving: ServingOptions,
+        *,
+        read_per_token_bytes: int,
+        model_bytes: int,
+        **others: Any,
+    ) -> Run:
+        """How a checkpoint's artifact runs: the tokenizer's part is the checkpoint's own. others: further fields."""
+        tokenizer = checkpoint.tokenizer
+        usual: dict[str, Any] = {
+            "tokenizer": "model/tokenizer.json",
+            "chat_template": None if tokenizer.chat_template is None else f"model/{TEMPLATE}",
+            "special_tokens": dict(tokenizer.special_tokens),
+            "bos_id": tokenizer.bos_id,
+            "add_bos": tokenizer.add_bos,
+            "stop_ids": tuple(sorted(tokenizer.stop_ids)),
+            "sampling": dict(tokenizer.sampling),
+            "context": serving.context,
+            "slots": serving.slots,
+        }
+        sizes = {"read_per_token_bytes": read_per_token_bytes, "model_bytes": model_bytes}
+        return cls(engine=engine, model=model, **{**usual, **sizes, **others})
+
+    def here(self, model: Path, beside: Mapping[str, Path], **others: Any) -> Run:
+        """The same with the paths of this machine. beside: the tokenizer's files by their names in the bundle. others:
+        further fields that are different here.
+        """
+        template = None if self.chat_template is None else str(beside[PurePosixPath(self.chat_template).name])
+        tokenizer = str(beside[PurePosixPath(self.tokenizer).name])
+        return replace(self, model=str(model), tokenizer=tokenizer, chat_template=template, **others)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that stands in the manifest; keys that the engine does not read are absent."""
+        plain = {**asdict(self), "stop_ids": list(self.stop_ids)}
+        return {key: value for key, value in plain.items() if value is not None or key in ("chat_template", "bos_id")}
 
 
 @dataclass(frozen=True)
 class Artifact:
     """What a recipe built: files (bundle-relative name under model/ -> path in the store) and what is known of them.
 
-    run: how the box runs it (manifest's ``run`` object). report: measured facts (tensor types, fidelity).
+    run: how the box runs it. report: measured facts (tensor types, fidelity).
     provenance: versions, digests, options. extra: further files at the bundle's top level (an Ollama store). costs:
     seconds and peak resident bytes of each step, which stay outside the bundle (they differ between equal builds). gpu:
     what the box's GPU has to be, as the manifest's needs.gpu has it; None where the run object's settings say it, or
@@ -105,7 +183,7 @@ class Artifact:
 
     format: str
     files: Mapping[str, Path]
-    run: Mapping[str, Any]
+    run: Run
     report: Mapping[str, Any]
     provenance: Mapping[str, Any]
     extra: Mapping[str, Path] = field(default_factory=dict)

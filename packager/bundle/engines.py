@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packager.bundle.manifest import Needs
 from packager.core.errors import PackagerError
@@ -18,12 +18,13 @@ from packager.core.folders import lock_file
 if TYPE_CHECKING:
     from packager.bundle.wheels import WheelSet
     from packager.planning.plan import Plan
-    from packager.recipe import Artifact
+    from packager.recipe import Artifact, Run
     from packager.target import Target
 
 # Files of runtimes/; the __init__.py of every folder on the way comes along.
 COMMON = (
-    "__main__.py", "manifest.py", "process.py", "engines/registry.py", "install/install.py", "install/launchers.py",
+    "__main__.py", "files.py", "manifest.py", "process.py",
+    "engines/registry.py", "install/install.py", "install/launchers.py",
     "bench/client.py", "bench/llm.py", "bench/machine.py", "bench/server.py",
     "preflight/check.py", "preflight/driver_probe.py", "preflight/facts.py", "preflight/fit.py",
     "preflight/fit_gpu.py", "preflight/jetson.py", "preflight/nvidia.py", "preflight/sources.py", "preflight/vllm.py",
@@ -147,10 +148,10 @@ def runtime_files(name: str) -> tuple[str, ...]:
     return tuple(sorted(named | packages))
 
 
-def lock_files(run: Mapping[str, Any]) -> list[Path]:
+def lock_files(run: Run) -> list[Path]:
     """The locks of the box's wheels: the engine's, or its library's, then those that it takes beside."""
-    entry = box_engine(str(run["engine"]))
-    library = (run.get("settings") or {}).get("library") if entry.by_library else None
+    entry = box_engine(run.engine)
+    library = run.settings.get("library") if entry.by_library else None
     first = f"box-{str(library).replace('-', '_')}" if library else entry.locks[0]
     return [lock_file(name) for name in (first, *entry.locks[1:])]
 
@@ -160,7 +161,7 @@ def needs_of(target: Target, plan: Plan, artifact: Artifact, wheels: WheelSet) -
     An engine on a GPU of its own says in its settings what it needs of that and of main memory.
     """
     model = sum(path.stat().st_size for path in artifact.files.values())
-    settings = artifact.run.get("settings") or {}
+    settings = artifact.run.settings
     gpu = artifact.gpu
     if "capability" in settings:
         count = 1 if settings["ray"] else settings["tensor_parallel"]  # Ray's other GPUs are in other machines

@@ -71,16 +71,6 @@ class TokenizerFacts:
         pairs = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad, "unk_token": self.unk}
         return {name: token for name, token in pairs.items() if token is not None}
 
-    def as_run(self) -> dict[str, Any]:
-        """The part of a manifest's ``run`` that any engine's server needs to know of the tokenizer."""
-        return {
-            "special_tokens": self.special_tokens,
-            "bos_id": self.bos_id,
-            "add_bos": self.add_bos,
-            "stop_ids": sorted(self.stop_ids),
-            "sampling": dict(self.sampling),
-        }
-
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when it is not one."""

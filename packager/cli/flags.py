@@ -25,6 +25,12 @@ REQUEST = (
     click.option("--recipe", help="Recipe name or a .py file; default: the target's."),
     click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the recipe; may be repeated."),
     click.option("--calibration", type=FILE, help="Text, or the fine-tuning pairs (alpaca or messages JSON)."),
+    click.option(
+        "--ask",
+        metavar="all|N",
+        callback=lambda _context, _option, text: _ask(text),
+        help="How many of the fine-tuning pairs the artifact is asked again. Default: as many as five minutes allow.",
+    ),
 )
 SHARE, COSINE = click.FloatRange(0, 1), click.FloatRange(-1, 1)
 LIMITS: dict[str, tuple[click.FloatRange, str]] = {
@@ -39,6 +45,18 @@ LIMITS: dict[str, tuple[click.FloatRange, str]] = {
         "Classifiers: most accuracy that may be lost on the labelled texts of --calibration.",
     ),
 }
+
+
+ALL = 1 << 30  # more pairs than any file has
+
+
+def _ask(text: str | None) -> int | None:
+    """The number in --ask; None without the flag. Raises click's BadParameter."""
+    if text is None or text == "all":
+        return None if text is None else ALL
+    if not text.isascii() or not text.isdigit():
+        raise click.BadParameter(f"{text!r} is neither a number nor all.")
+    return int(text)
 
 
 def _all(options: Sequence[Command], command: Command) -> Command:
@@ -79,11 +97,12 @@ def requested(command: Command) -> Command:
         recipe: str | None,
         sets: tuple[str, ...],
         calibration: Path | None,
+        ask: int | None,
         **kwargs: Any,
     ) -> Any:
         from packager.build import Request
 
-        request = Request(checkpoint, target, recipe, adapter, revision, name, sets, calibration)
+        request = Request(checkpoint, target, recipe, adapter, revision, name, sets, calibration, ask=ask)
         return command(*args, request=request, **kwargs)
 
     return _all((*SOURCE, *REQUEST), wrapper)

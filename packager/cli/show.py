@@ -230,13 +230,13 @@ def build(console: Console, request: Request, out: Path) -> None:
     }
 
     def render() -> None:
-        benchmark = built.artifact.report
-        for line in fidelity_lines(benchmark.get("fidelity")):
+        report = built.artifact.report
+        for line in fidelity_lines(report.get("fidelity")):
             console.note(line)
-        if types := benchmark.get("tensor_types"):
+        if types := report.get("tensor_types"):
             console.note("tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in types.items()))
-        if int4 := benchmark.get("int4", {}).get("modules"):
-            console.note(f"{int4} matrices at {benchmark['int4']['bits_per_weight']} bits a weight")
+        if int4 := report.get("int4", {}).get("modules"):
+            console.note(f"{int4} matrices at {report['int4']['bits_per_weight']} bits a weight")
         console.note(f"built in {built.record['seconds']:.0f} s, peak memory {size(built.record['peak_rss_bytes'])}")
         console.line(str(built.path))
 
@@ -262,13 +262,21 @@ def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
     if kept := found["behaviour"]:
         held = "held out of the calibration" if found["held_out"] else "also used for calibration"
         lines.append(
-            f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word ({kept['pairs']} pairs, {held})"
+            f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word; {kept['pairs']} asked of "
+            f"{kept['given']} given, {held}"
         )
-    if said := found.get("answers"):
+        pairs = found.get("pairs") or {}
+        if why := pairs.get("why"):
+            lines.append(f"  not all: {why}")
+        lines += [f"  left out: {count} ({reason})" for reason, count in pairs.get("left_out", {}).items()]
+    said = found.get("answers")
+    if said and not said["asked"]:
+        lines.append(f"answers: none of {said['of']} generated here ({said['why']})")
+    elif said:
         closed, opened, taught = said["thoughts_closed"], said["thoughts_opened"], said["trained_tokens_mean"]
         lines.append(
-            f"answers: {said['ended']} of {said['asked']} ended within {said['limit']} tokens, on average "
-            f"{said['tokens_mean']} tokens{f' (taught: {taught})' if taught is not None else ''}"
+            f"answers: {said['asked']} of {said['of']} generated, {said['ended']} ended within {said['limit']} tokens, "
+            f"on average {said['tokens_mean']} tokens{f' (taught: {taught})' if taught is not None else ''}"
             f"{f', {closed} of {opened} thoughts closed' if opened else ''}"
         )
     return lines
@@ -277,21 +285,19 @@ def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
 def verify(console: Console, bundle: Path) -> None:
     from packager.bundle.verify import verify as check
 
-    benchmark = check(bundle, console)
-    document = benchmark.as_dict()
-    if not benchmark.problems:
-        console.result(
-            document, lambda: console.line(f"{bundle}: whole, {benchmark.files} files, {size(benchmark.bytes)}.")
-        )
+    report = check(bundle, console)
+    document = report.as_dict()
+    if not report.problems:
+        console.result(document, lambda: console.line(f"{bundle}: whole, {report.files} files, {size(report.bytes)}."))
         return
 
     def render() -> None:
-        for problem in benchmark.problems:
+        for problem in report.problems:
             console.line(f"  - {problem.kind}: {problem.path}: {problem.detail}")
 
     console.result(document, render)
     try:
-        benchmark.raise_if_bad()
+        report.raise_if_bad()
     except VerifyFailed as error:
         error.shown = True
         raise

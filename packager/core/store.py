@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packager.core.code import describe
 from packager.core.errors import MachineError
 from packager.core.hashing import write_atomic
 from packager.core.progress import Progress
@@ -84,13 +85,6 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def code_digest(*files: Path) -> str:
-    """Digest of source files, for a step's inputs: a changed program makes a new step, so no stale result survives
-    it.
-    """
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
-
-
 class Store:
     """Content-addressed steps under one folder; safe for several builds at once."""
 
@@ -108,10 +102,12 @@ class Store:
     ) -> Step:
         """The folder of step ``name`` for these inputs, made by ``make(folder, cost)`` when it is not there yet.
 
-        inputs must be JSON-serialisable and name everything the result depends on. Raises MachineError when the disk
-        is full or the store cannot be written; whatever ``make`` raises passes through, and the step stays unmade.
+        inputs must be JSON-serialisable and name all data and options that the result depends on; the program that
+        makes it, and its libraries, are added from ``make`` itself (code.py). Raises MachineError when the disk is full
+        or the store cannot be written; whatever ``make`` raises passes through, and the step stays unmade.
         """
-        key = digest_of({"step": name, "inputs": dict(inputs)})[:40]
+        program = describe(make)
+        key = digest_of({"step": name, "inputs": dict(inputs), "program": program})[:40]
         final = self.root / name / key
         with machine_errors(self.root):
             if found := self._found(name, key, final):
@@ -140,6 +136,7 @@ class Store:
                 record = {
                     "step": name,
                     "inputs": dict(inputs),
+                    "program": program,
                     "files": files,
                     "time": FIXED_TIME,
                     "seconds": round(seconds, 3),

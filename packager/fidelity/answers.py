@@ -11,16 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from packager.fidelity.asking import ANSWER_SECONDS, answered_within, even
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost, Step
-    from packager.fidelity.artifact import Scored
+    from packager.fidelity.artifact import Candidate
     from packager.fidelity.samples import Samples
     from packager.recipe import Job
 
-ASKED = 8  # fine-tuning pairs
 LONGEST = 1024  # tokens of one answer; a pair's limit is twice its trained answer and SLACK, at most this
 SLACK = 64
 THINKING_ASKED, THINKING_LIMIT = 2, 512  # of a reasoning model without pairs: prompts, and tokens each
@@ -56,7 +57,7 @@ def questions(samples: Samples, thinking: bool) -> list[dict[str, Any]]:
     """{"ids", "max_tokens", "trained"} of what is asked: fine-tuning pairs, or for a reasoning model two prompts that
     the package carries; trained is the taught answer's length in tokens, None for those.
     """
-    pairs = [sequence for sequence in samples.sequences if sequence["set"] == "tuning"][:ASKED]
+    pairs = [sequence for sequence in samples.sequences if sequence["set"] == "tuning"]
     if pairs:
         return [
             {
@@ -89,27 +90,32 @@ def summarize(asked: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, A
     )
 
 
-def report(job: Job, scored: Scored, samples: Samples, what: str, steps: list[Step]) -> dict[str, Any] | None:
-    """Let the artifact that was scored answer, once, and say how; None where there is nothing to ask.
+def report(job: Job, form: Candidate, samples: Samples, steps: list[Step]) -> dict[str, Any] | None:
+    """Let a form answer, once, and describe the answers; None where there is nothing to ask. With pairs, "of" has how
+    many were scored, and "why" the reason for answering fewer.
 
-    what: the artifact, in a sentence. steps: where the step is added. Raises ToolError.
+    steps: where the step is added. Raises ToolError.
     """
     from packager.core.processes import follow
-    from packager.fidelity.artifact import runtime_copy
+    from packager.fidelity.artifact import runtime_copy, with_room
 
     thinking = reasons(job.checkpoint)
-    asked = questions(samples, thinking)
-    if not asked:
+    every = questions(samples, thinking)
+    if not every:
         return None
-    runtime = runtime_copy(job, str(scored.run["engine"]))
-    room = max(len(each["ids"]) + each["max_tokens"] for each in asked)
-    run = {**scored.run, "context": (room + 255) // 256 * 256, "slots": 1}
+    count = answered_within([each["trained"] or each["max_tokens"] for each in every], form.seconds_a_token, job.ask)
+    asked = even(every, count)
+    why = f"the budget is {ANSWER_SECONDS:.0f} s and a token takes about {form.seconds_a_token:.2g} s here"
+    if not asked:
+        return {"asked": 0, "of": len(every), "why": why}
+    runtime = runtime_copy(job, form.run.engine)
+    run = with_room(form, max(len(each["ids"]) + each["max_tokens"] for each in asked))
 
     def make(folder: Path, cost: Cost) -> None:
         follow(
             "runtimes",
-            {"run": run, "prompts": asked, "max_rss_bytes": scored.max_rss_bytes},
-            f"asking {what}",
+            {"run": run, "prompts": asked, "max_rss_bytes": form.max_rss_bytes or None},
+            f"asking {form.what}",
             job.progress,
             cost,
             work=folder,
@@ -119,11 +125,12 @@ def report(job: Job, scored: Scored, samples: Samples, what: str, steps: list[St
             arguments=["answer", "--input", "{job}", "--output", folder / "answers.json"],
         )
 
-    inputs = {**scored.inputs, "asked": asked, "runtime": runtime.key}
+    inputs = {**form.identity, "asked": asked, "runtime": runtime.key}
     step = job.store.step("answers", inputs, make, progress=job.progress)
     steps.append(step)
-    found = step.read_json("answers.json")["answers"]
-    return asdict(summarize(asked, found, _texts(job, asked, found) if thinking else []))
+    answered = step.read_json("answers.json")["answers"]
+    summary = asdict(summarize(asked, answered, _texts(job, asked, answered) if thinking else []))
+    return {**summary, "of": len(every), "why": why if count < len(every) else ""}
 
 
 def _texts(job: Job, asked: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,11 +11,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packager.core.errors import GateFailed, InputError
 from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import code_digest, digest_of
+from packager.core.store import digest_of
 from packager.fidelity.artifact import runtime_copy
 from packager.metrics.encoders import Score, compare_labels, compare_vectors
 from packager.prompts.calibration import DATA, Calibration
@@ -23,7 +23,7 @@ from packager.prompts.calibration import DATA, Calibration
 if TYPE_CHECKING:
     from packager.checkpoint.encoder import EncoderFacts
     from packager.core.store import Cost, Step
-    from packager.recipe import Job
+    from packager.recipe import Job, Run
 
 CHILD = WORKERS / "encode.py"
 OWN_TEXTS = 256  # of the user's file, evenly spaced
@@ -112,22 +112,20 @@ def source_outputs(job: Job, facts: EncoderFacts, texts: Texts) -> tuple[Encoded
         "checkpoint": job.checkpoint.digest,
         "texts": texts.digest,
         "settings": {**facts.settings(), "max_length": facts.max_length},
-        "torch": version_of("torch"),
-        "transformers": version_of("transformers"),
-        "code": code_digest(CHILD, WORKERS / "source_encoder.py"),
     }
     step = job.store.step("encoded-source", inputs, make, progress=job.progress)
     return Encoded(**step.read_json("encoded.json")), step
 
 
-def shipped_outputs(job: Job, run: Mapping[str, Any], texts: Texts, *, what: str, model: str) -> tuple[Encoded, Step]:
-    """What the runtime that ships makes of them. run: the manifest's with absolute paths; model: identifies it."""
-    runtime = runtime_copy(job, str(run["engine"]))
+def shipped_outputs(job: Job, run: Run, texts: Texts, *, what: str, model: str) -> tuple[Encoded, Step]:
+    """What the runtime that ships makes of them. run: with absolute paths. model: identifies it."""
+    runtime = runtime_copy(job, run.engine)
+    plain = run.as_dict()
 
     def make(folder: Path, cost: Cost) -> None:
         follow(
             "runtimes",
-            {"run": dict(run), "texts": list(texts.all)},
+            {"run": plain, "texts": list(texts.all)},
             f"asking {what}",
             job.progress,
             cost,
@@ -138,7 +136,7 @@ def shipped_outputs(job: Job, run: Mapping[str, Any], texts: Texts, *, what: str
             arguments=["encode", "--input", "{job}", "--output", folder / "encoded.json"],
         )
 
-    told = {key: value for key, value in run.items() if key not in ("model", "tokenizer")}
+    told = {key: value for key, value in plain.items() if key not in ("model", "tokenizer")}
     inputs = {
         "model": model,
         "run": told,

@@ -7,23 +7,22 @@ Everything is rendered and tokenized by transformers with the checkpoint's own t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from packager.core.errors import InputError
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import Cost, Step, code_digest
-from packager.prompts import calibration, training_template
-from packager.prompts.calibration import DATA, Calibration, Conversation, Message, general, split, spread
+from packager.core.processes import WORKERS, follow
+from packager.core.store import Cost, Step, digest_of
+from packager.fidelity.asking import choose
+from packager.prompts.calibration import DATA, Calibration, Message, general, split, spread
 from packager.recipe import Job
 
 POSITIONS = 256
-HELD_OUT_AT_LEAST = 8
-PAIRS = 32  # fine-tuning pairs asked again
-PAIR_POSITIONS = 768  # tokens of their answers, at most
-LONGEST = 512  # tokens a sequence
+LONGEST = 512  # tokens a sequence of general text and of the calibration
+LONGEST_PAIR = 8192  # tokens of a pair: what the reference holds in memory for one sequence
 CALIBRATION_TOKENS = 8192
 OWN_PROMPTS = 8
 JUDGED, JUDGED_TOKENS = 8, 128  # pieces of the calibration file that the source itself is asked about
@@ -35,21 +34,31 @@ class Samples:
     """What the source is asked. sequences: {"ids", "positions", "set"} for scoring; the set is "general" (conversations
     the package carries) or "tuning" (a fine-tuning pair, scored at every token of its answer). prompts: {"ids", "text",
     "messages", "kind", "trained"} as transformers renders them; trained: the ids of the training template, None where
-    it is not known. calibration: id lists for input statistics. step: where it is stored. held_out: whether the pairs
-    that are scored are kept out of the calibration. typed: special tokens that become control tokens when a user types
-    them. notes: what the contract found and let pass. training: the training template's name. judged: pieces of the
-    user's own plain text, which the source is asked about (language.py).
+    it is not known. calibration: id lists for input statistics. step: where it is stored. typed: special tokens that
+    become control tokens when a user types them. notes: what the contract found and let pass. training: the training
+    template's name. judged: pieces of the user's own plain text, which the source is asked about (language.py). pairs:
+    {"given", "asked", "why", "left_out"} of the fine-tuning pairs, None without any.
     """
 
     sequences: tuple[Mapping[str, Any], ...]
     prompts: tuple[Mapping[str, Any], ...]
     calibration: tuple[list[int], ...]
     step: Step
-    held_out: bool = False
     typed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     training: str | None = None
     judged: tuple[list[int], ...] = ()
+    pairs: Mapping[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        """Names all that is scored: the rendering, and which of its sequences were chosen."""
+        return digest_of([self.step.key, list(self.sequences), list(self.judged)])[:40]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((len(sequence["ids"]) for sequence in self.sequences), default=0)
 
     @property
     def targets(self) -> list[int | None]:
@@ -98,22 +107,9 @@ def _edge(messages: Sequence[Message]) -> str | None:
     return None
 
 
-def divide(talks: tuple[Conversation, ...]) -> tuple[list[Conversation], list[Conversation], bool]:
-    """Fine-tuning conversations as (for calibration, to be asked again, whether the two are disjoint).
-
-    Every tenth is held out where that leaves enough; of a few pairs all serve both, since what is asked again must be
-    what was taught.
-    """
-    answered = [talk for talk in talks if talk[-1]["role"] == "assistant" and len(talk) > 1]
-    held = answered[::10]
-    if len(held) < HELD_OUT_AT_LEAST:
-        return list(talks), answered[:PAIRS], False
-    away = {id(talk) for talk in held}
-    return [talk for talk in talks if id(talk) not in away], held[:PAIRS], True
-
-
-def make_samples(job: Job) -> Samples:
-    """Render and tokenize what the build needs, once.
+def make_samples(job: Job, context: int | None = None) -> Samples:
+    """Render and tokenize what the build needs, once. context: tokens of a conversation that the artifact takes, where
+    it takes fewer than the model.
 
     Raises GateFailed when the training template and the checkpoint's tokenizer disagree, before anything is converted;
     InputError when the chat template refuses everything.
@@ -124,7 +120,7 @@ def make_samples(job: Job) -> Samples:
     checkpoint, own, trained = job.checkpoint, job.calibration, job.training
     builtin = general()
     templated = checkpoint.tokenizer.chat_template is not None
-    taught, asked, held_out = divide(own.conversations if own else ())
+    choice = choose(own.conversations if own else (), checkpoint, job.ask)
     prompts = contract_prompts(builtin.conversations, own.conversations if own else ()) if templated else []
     texts = [*(own.texts if own else ()), *builtin.texts]
     inputs = {
@@ -133,15 +129,12 @@ def make_samples(job: Job) -> Samples:
         "builtin": builtin.digest,
         "contract": contract_talks(),
         "training": trained.digest if trained else None,
-        "transformers": version_of("transformers"),
         "templated": templated,
-        "code": code_digest(
-            Path(__file__), WORKERS / "samples.py", Path(calibration.__file__), Path(training_template.__file__)
-        ),
+        "asked": len(choice.asked),
     }
 
     def make(folder: Path, cost: Cost) -> None:
-        talks = [*taught, *builtin.conversations]
+        talks = [*choice.calibrated, *builtin.conversations]
         follow(
             WORKERS / "samples.py",
             {
@@ -149,7 +142,7 @@ def make_samples(job: Job) -> Samples:
                 "output": str(folder / "samples.json"),
                 "conversations": [list(talk) for talk in talks] if templated else [],
                 "prompts": [prompt["messages"] for prompt in prompts],
-                "pairs": [list(talk) for talk in asked] if templated else [],
+                "pairs": [list(talk) for talk in choice.asked] if templated else [],
                 "texts": [*texts, *([] if templated else [plain(talk) for talk in talks])],
                 "training": trained.as_job() if trained else None,
                 "vocabulary": checkpoint.tokenizer.vocab_size,
@@ -185,21 +178,25 @@ def make_samples(job: Job) -> Samples:
     if trained:
         notes += require_training(checkpoint, trained, kept, found)
     notes += require_agreement(checkpoint, kept, trained.name if trained else None)
+    most = min(LONGEST_PAIR, checkpoint.shape.context, context or checkpoint.shape.context)
+    pairs, left = _pairs(found["pairs"], checkpoint.tokenizer.stop_ids, choice.held, most)
+    if left:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in left.items())
+        notes.append(f"of {len(choice.asked)} fine-tuning pairs {sum(left.values())} cannot be asked: {reasons}")
     for note in notes:
         job.progress.note(note)
     return Samples(
-        sequences=(
-            *_general(found, len(builtin.conversations), templated),
-            *_pairs(found["pairs"], checkpoint.tokenizer.stop_ids),
-        ),
+        sequences=(*_general(found, len(builtin.conversations), templated), *pairs),
         prompts=tuple(kept),
         calibration=tuple(_calibration(found, own, len(builtin.conversations))),
         step=step,
-        held_out=held_out,
         typed=tuple(found["typed"]),
         notes=tuple(notes),
         training=trained.name if trained else None,
         judged=tuple(_judged(found, own)),
+        pairs={"given": choice.given, "asked": len(pairs), "why": choice.why, "left_out": left}
+        if choice.given
+        else None,
     )
 
 
@@ -219,23 +216,33 @@ def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapp
     ]
 
 
-def _pairs(pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int]) -> list[Mapping[str, Any]]:
-    """Each pair at every token of its answer, the end token included, as long as there is room.
+def _pairs(
+    pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int], held: int, longest: int
+) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+    """Each pair at every token of its answer, the end token included; and how many are left out, by the reason.
 
-    A template that renders an answer differently from what follows its generation prompt (thoughts taken out) leaves
-    nothing to compare: such a pair is left out.
+    held: the first so many are kept out of the calibration. longest: tokens that the model takes. A template that
+    renders an answer differently from what follows its generation prompt (thoughts taken out) leaves nothing to
+    compare.
     """
     chosen: list[Mapping[str, Any]] = []
-    room = PAIR_POSITIONS
-    for pair in filter(None, pairs):
-        begin, ids = len(pair["prompt"]), pair["whole"]
-        if ids[:begin] != pair["prompt"]:
+    left: Counter[str] = Counter()
+    for number, pair in enumerate(pairs):
+        if pair is None:
+            left["the chat template refuses them"] += 1
             continue
+        begin, ids = len(pair["prompt"]), pair["whole"]
         end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in stops), len(ids))
-        if begin < end <= LONGEST and end - begin <= room:
-            room -= end - begin
-            chosen.append({"ids": ids[:end], "positions": list(range(begin, end)), "set": "tuning"})
-    return chosen
+        if ids[:begin] != pair["prompt"]:
+            left["the chat template renders the answer otherwise than behind its own prompt"] += 1
+        elif begin >= end:
+            left["the answer is empty"] += 1
+        elif end > longest:
+            left[f"longer than {longest} tokens"] += 1
+        else:
+            positions = list(range(begin, end))
+            chosen.append({"ids": ids[:end], "positions": positions, "set": "tuning", "held": number < held})
+    return chosen, dict(sorted(left.items()))
 
 
 def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:

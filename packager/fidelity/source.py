@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import Cost, Step, code_digest
+from packager.core.processes import WORKERS, follow
+from packager.core.store import Cost, Step
 from packager.fidelity.language import Known, require_known
 from packager.fidelity.samples import Samples as Samples
 from packager.fidelity.samples import make_samples as make_samples
@@ -52,11 +52,8 @@ def _run(
 def _inputs(job: Job, samples: Samples) -> dict[str, object]:
     return {
         "checkpoint": job.checkpoint.digest,
-        "samples": samples.step.key,
-        "torch": version_of("torch"),
-        "transformers": version_of("transformers"),
+        "samples": samples.key,
         "threads": os.cpu_count() or 1,
-        "code": code_digest(WORKERS / "reference.py"),
     }
 
 

@@ -9,21 +9,24 @@ a box without a network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.checkpoint.families import kv_cache_bytes
-from packager.core.store import RECORD, code_digest
+from packager.formats.int4 import build as int4_build
+from packager.formats.int4.folder import read_back
 from packager.metrics.thresholds import Thresholds
-from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost, Step
-    from packager.fidelity.source import Samples
+    from packager.fidelity.artifact import Candidate
+    from packager.fidelity.samples import Samples
     from packager.formats.int4.folder import Form
+    from packager.formats.int4.tuning import Tuned
     from packager.target import Software, Target
 
 VERSION = "0.11.0"  # whose documents, flags and loaders were read; the lock pins it
@@ -111,9 +114,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     shape = checkpoint.shape
     size, ram, seconds = 2 * checkpoint.parameters, 900 << 20, 60 + checkpoint.weight_bytes / 1.2e8
     if options.quant == "int4":
-        from packager.formats.int4.build import weight_bytes
-
-        size = weight_bytes(_form(), checkpoint, GROUP)
+        size = int4_build.weight_bytes(_form(), checkpoint, GROUP)
         ram, longer = costs(checkpoint, options.tune)
         seconds += longer
     embedding = 0 if shape.tied else 2 * shape.vocab * shape.hidden  # one row of it is read, unless it is the head
@@ -139,36 +140,44 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 def build(job: Job, options: Options) -> Artifact:
     """The folder that Edge-LLM builds from, proven against its source. Raises GateFailed."""
-    from packager.fidelity.artifact import measure
-    from packager.fidelity.source import make_samples, source_scores
-    from packager.metrics.thresholds import require_kept
+    from packager.fidelity.gate import Subject, prove
 
     steps: list[Step] = []
-    samples = make_samples(job) if job.verify or (options.quant == "int4" and options.tune != "none") else None
-    if samples:
-        steps.append(samples.step)
-    report: dict[str, Any] = {"edge_llm": {"version": VERSION, "executed": False}}
-    method = "none: the source's weights, rounded to float16"
-    if options.quant == "int4":
-        folder, method = _int4(job, samples, options, steps, report)
-    else:
+    four = options.quant == "int4"
+
+    def ship(samples: Samples | None) -> tuple[tuple[Step, Tuned | None], Candidate]:
+        if four:
+            folder, tuned = _int4(job, samples, options, steps)
+            return (folder, tuned), int4_build.candidate(
+                _form(), job, _run(job, options, int4_build.files_of(folder)), folder
+            )
         folder = _half(job)
         steps.append(folder)
-    if job.verify and samples:
-        source, step = source_scores(job, samples)
-        steps.append(step)
-        found = _scored(job, folder, samples, options, steps, report)
-        fidelity = measure(samples, source, found)
-        limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = {**fidelity.as_dict(limits), "scored": OTHERS_SCORE}
-        require_kept(fidelity, limits, f"the {options.quant} folder", "Give the fine-tuning pairs with --calibration.")
-    files = {path.name: path for path in sorted(folder.path.iterdir()) if path.name != RECORD}
+        return (folder, None), _streamed(job, options, folder)
+
+    subject = Subject(
+        tokenizer="the tokenizer beside the weights",
+        context=options.context,
+        thresholds=thresholds(options),
+        fix="Give the fine-tuning pairs with --calibration.",
+        ship=ship,
+        calibrated=four and options.tune != "none",
+        scored_by=OTHERS_SCORE,
+    )
+    proof = prove(job, subject, steps)
+    folder, tuned = proof.made
+    report = {**proof.report, "edge_llm": {"version": VERSION, "executed": False}}
+    if tuned:
+        report["int4"] = {**tuned.as_dict(), **read_back(_form(), folder.path, job.checkpoint)}
+    files = int4_build.files_of(folder)
     return Artifact(
         format="safetensors",
         files=files,
         run=_run(job, options, files),
         report=report,
-        provenance=provenance(job, options, steps, quantizer=method),
+        provenance=provenance(
+            job, options, steps, quantizer=tuned.method if tuned else "none: the source's weights, rounded to float16"
+        ),
         costs=tuple(step.cost() for step in steps),
         gpu=_needs(job, options),
         release=releases(job.target)[0].jetpack,
@@ -191,19 +200,33 @@ def _needs(job: Job, options: Options) -> dict[str, Any]:
     }
 
 
-def _int4(
-    job: Job, samples: Samples | None, options: Options, steps: list[Step], report: dict[str, Any]
-) -> tuple[Step, str]:
-    """The tuned integers as GPTQ; read back, so that nothing that was to be int4 is not."""
-    from packager.formats.int4 import build as int4_recipe
+def _int4(job: Job, samples: Samples | None, options: Options, steps: list[Step]) -> tuple[Step, Tuned]:
+    """The tuned integers as GPTQ."""
     from packager.formats.int4 import tuning
-    from packager.formats.int4.folder import read_back
 
     tuned = tuning.tune(job, samples, budget=options.tune, group=GROUP)
-    folder = int4_recipe.packed(_form(), job, tuned)
+    folder = int4_build.packed(_form(), job, tuned)
     steps += [tuned.step, folder]
-    report["int4"] = {**tuned.as_dict(), **read_back(_form(), folder.path, job.checkpoint)}
-    return folder, tuned.method
+    return folder, tuned
+
+
+def _streamed(job: Job, options: Options, folder: Step) -> Candidate:
+    """The float16 folder: no engine here holds it in bounded memory, so the reference scores it a layer at a time and
+    it is left to answer nothing.
+    """
+    from packager.checkpoint.checkpoint import open_checkpoint
+    from packager.core.store import cache_root
+    from packager.fidelity.artifact import Candidate
+
+    files = int4_build.files_of(folder)
+    run = _run(job, options, files)
+    return Candidate(
+        "the fp16 folder",
+        run.here(files[PurePosixPath(run.model).name], files),
+        {"model": folder.key},
+        seconds_a_token=math.inf,
+        streamed=open_checkpoint(str(folder.path), progress=job.progress, cache=cache_root(), name=job.checkpoint.name),
+    )
 
 
 def _half(job: Job) -> Step:
@@ -218,49 +241,27 @@ def _half(job: Job) -> Step:
         with job.progress.step("writing the weights in float16"):
             int4_folder.write_half(checkpoint, beside.values(), folder)
 
-    code = code_digest(*(Path(str(module.__file__)) for module in (int4_folder, tokenizer_files)))
-    return job.store.step("half", {"checkpoint": checkpoint.digest, "code": code}, make, progress=job.progress)
+    return job.store.step(
+        "half",
+        {
+            "checkpoint": checkpoint.digest,
+        },
+        make,
+        progress=job.progress,
+    )
 
 
-def _scored(
-    job: Job, folder: Step, samples: Samples, options: Options, steps: list[Step], report: dict[str, Any]
-) -> list[dict[int, float]]:
-    """Distributions of the folder that ships, at the samples' positions."""
-    if options.quant == "int4":
-        from packager.fidelity.artifact import require_contract
-        from packager.formats.int4 import build as int4_recipe
-
-        run = {**_run(job, options, {path.name: path for path in folder.path.iterdir()}), "dtype": "float16"}
-        found = int4_recipe.score_folder(_form(), job, run, folder, samples, steps)
-        said = require_contract(job, samples, found, "the tokenizer beside the weights")
-        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
-        return found.distributions
-    from packager.checkpoint.checkpoint import open_checkpoint
-    from packager.core.store import cache_root
-    from packager.fidelity.source import source_scores
-
-    halved = open_checkpoint(str(folder.path), progress=job.progress, cache=cache_root(), name=job.checkpoint.name)
-    rows, step = source_scores(replace(job, checkpoint=halved), samples)
-    steps.append(step)
-    return rows
-
-
-def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
-    from packager.formats.tokenizer_files import tokenizer_paths
-
+def _run(job: Job, options: Options, files: Mapping[str, Path]) -> Run:
     weights = sorted(name for name in files if name.endswith(".safetensors"))
-    return {
-        "engine": "edgellm",
-        "model": f"model/{weights[0]}",
-        **tokenizer_paths(job.checkpoint),
-        **job.checkpoint.tokenizer.as_run(),
-        "context": options.context,
-        "slots": options.slots,
-        "threads": 0,
-        "read_per_token_bytes": estimate(job.checkpoint, job.target, options).read_per_token_bytes,
-        "model_bytes": sum(files[name].stat().st_size for name in weights),
-        "settings": {"edgellm": VERSION, "reasoning": _reasoning(job.checkpoint)},
-    }
+    return Run.of(
+        job.checkpoint,
+        "edgellm",
+        f"model/{weights[0]}",
+        options,
+        read_per_token_bytes=estimate(job.checkpoint, job.target, options).read_per_token_bytes,
+        model_bytes=sum(files[name].stat().st_size for name in weights),
+        settings={"edgellm": VERSION, "reasoning": _reasoning(job.checkpoint)},
+    )
 
 
 def _reasoning(checkpoint: Checkpoint) -> str:

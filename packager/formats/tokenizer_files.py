@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.checkpoint.tokenizer import read_json
 from packager.core.store import RECORD
+from packager.recipe import TEMPLATE
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 BOX = ("tokenizer.json", "tokenizer_config.json")  # what our own server and its tools read
 GENERATION = "generation_config.json"
 TRANSFORMERS = (*BOX, GENERATION, "special_tokens_map.json")  # what a transformers folder has beside them
-TEMPLATE = "chat_template.jinja"
 
 
 def tokenizer_files(job: Job, names: tuple[str, ...] = BOX) -> dict[str, Path]:
@@ -58,9 +58,3 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     named = [said] if isinstance(said, int) else list(said or [])
     missing = [token for token in checkpoint.tokenizer.stop_ids if token not in (*named, checkpoint.tokenizer.eos_id)]
     return {**found, "eos_token_id": [*named, *missing]} if missing else None
-
-
-def tokenizer_paths(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """The manifest's ``run.tokenizer`` and ``run.chat_template``."""
-    template = None if checkpoint.tokenizer.chat_template is None else f"model/{TEMPLATE}"
-    return {"tokenizer": "model/tokenizer.json", "chat_template": template}

@@ -33,10 +33,11 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """pairs: how many were asked. source: how many of them the source answers word for word. kept: how many of those
-    the artifact answers so too.
+    """given: pairs in the user's file. pairs: how many of them were asked. source: how many of those the source answers
+    word for word. kept: how many of these the artifact answers so too.
     """
 
+    given: int
     pairs: int
     source: int
     kept: int
@@ -49,8 +50,8 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One artifact against its source. tuning and behaviour: None without fine-tuning pairs. held_out: whether those
-    pairs were kept out of the calibration.
+    """One artifact against its source. tuning and behaviour: None without fine-tuning pairs. held_out: whether the
+    pairs of ``tuning`` were kept out of the calibration.
     """
 
     general: Score

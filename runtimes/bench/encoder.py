@@ -18,7 +18,8 @@ from typing import Any
 
 from runtimes.bench import machine as box
 from runtimes.bench.client import BenchError, Client, percentiles, spread
-from runtimes.bench.server import busy, head, load_since, say, server
+from runtimes.bench.server import busy, head, load_since, server
+from runtimes.files import say
 from runtimes.preflight.check import read_manifest, size
 
 PATHS = {"embed": "/v1/embeddings", "classify": "/classify"}

@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any
 
 from runtimes.bench import machine as box
 from runtimes.bench.client import BenchError, Client, measure, roofline, spread, table
-from runtimes.bench.server import busy, head, load_since, say, server
+from runtimes.bench.server import busy, head, load_since, server
+from runtimes.files import say, write_atomically
 from runtimes.preflight.check import read_manifest, size
 
 FAILED = 9
@@ -135,18 +134,8 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Write the report beside its place, then give it its name."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the report whole, or leave what was there."""
+    write_atomically(path, (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -23,12 +23,6 @@ SCHEMA_VERSION = 1
 LOAD_PER_CORE = 0.5  # a machine that was busier than this before the run is named in the notes
 
 
-def say(text: str) -> None:
-    """One line of progress on standard error."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
 def free_port() -> int:
     """A port of the loopback address that nobody listens on now."""
     with socket.socket() as probe:

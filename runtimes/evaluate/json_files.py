@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes.engine import EngineError
+from runtimes.files import write_atomically
 from runtimes.manifest import ManifestError, Run, parse_run
 
 FAILED, UNUSABLE = 1, 3
@@ -31,7 +31,8 @@ def exchange(
     options = parser.parse_args(argv)
     try:
         question = json.loads(options.input.read_text(encoding="utf-8"))
-        _write(options.output, answer(parse_run(question.get("run")), question, options.verbose))
+        answered = answer(parse_run(question.get("run")), question, options.verbose)
+        write_atomically(options.output, json.dumps(answered).encode())
     except EngineError as error:
         sys.stderr.write(f"{verb}: {error}\n")
         return FAILED
@@ -45,12 +46,3 @@ def progress(done: int, total: int) -> None:
     """One line of JSON on standard error, which the build machine turns into its progress."""
     sys.stderr.write(json.dumps({"done": done, "total": total}) + "\n")
     sys.stderr.flush()
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

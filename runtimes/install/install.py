@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import compileall
-import ctypes
-import hashlib
 import json
 import os
 import shutil
@@ -22,13 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from runtimes.files import clone, copy, exchange, file_sha256, flush, hold_folder, say
 from runtimes.install.launchers import make_engine, verbs, write_units, write_wrappers
 from runtimes.preflight import check
 
 BIN = "Scripts" if os.name == "nt" else "bin"
-EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
-AT_FDCWD = -100
-FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
 
 
 class Refused(Exception):
@@ -37,12 +33,6 @@ class Refused(Exception):
     def __init__(self, sentence: str, code: int = check.REFUSED) -> None:
         super().__init__(sentence)
         self.code = code
-
-
-def say(text: str) -> None:
-    """One line of progress on standard error."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, skip_engine: bool = False) -> bool:
@@ -59,7 +49,7 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
     ours = look_at_place(bundle, prefix)
     say(f"checking this box and the files of {manifest['bundle']} …")
     files = check.check_files(bundle)
-    digest = check.file_sha256(bundle / check.MANIFEST)
+    digest = file_sha256(bundle / check.MANIFEST)
     done = ours and is_whole(prefix, digest, verbs(manifest))
     if done:  # nothing will be written, so the disk may be full
         findings = [item for item in findings if item.name != "disk"]
@@ -177,25 +167,10 @@ def sweep(prefix: Path) -> None:
     if previous.exists() and not prefix.exists():
         previous.rename(prefix)
     for left in [previous, *prefix.parent.glob(f"{start}*")]:
-        if left.is_dir() and (held := hold(left)) is not None:
+        if left.is_dir() and (held := hold_folder(left)) is not None:
             say(f"removing what an earlier install left: {left}")
             remove(left)
             os.close(held)
-
-
-def hold(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; None when another process holds it."""
-    if os.name == "nt":
-        return os.open(os.devnull, os.O_RDONLY)
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 def remove(folder: Path) -> None:
@@ -223,7 +198,7 @@ def build_and_publish(
 ) -> None:
     """Make the whole install beside the prefix, then give it the prefix's name."""
     work = Path(tempfile.mkdtemp(prefix=siblings(prefix)[0], dir=prefix.parent))
-    held = hold(work)
+    held = hold_folder(work)
     try:
         work.chmod(0o755)
         say("copying the model and the server …")
@@ -269,33 +244,6 @@ def copy_files(bundle: Path, work: Path) -> None:
         goal.chmod(0o755 if path.endswith(".sh") else 0o644)
     (work / check.SUMS).write_bytes((bundle / check.SUMS).read_bytes())
     compileall.compile_dir(work / "runtime", quiet=2, stripdir=str(work), prependdir=None)
-
-
-def clone(source: Path, goal: Path) -> bool:
-    """Share the file's blocks where the filesystem can (Btrfs, XFS): as safe as a copy, and no second copy on disk.
-    Never a hard link: a later change of the bundle would change the install."""
-    if sys.platform != "linux":
-        return False
-    import fcntl
-
-    with source.open("rb") as reader, goal.open("wb") as writer:
-        try:
-            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
-        except OSError:
-            return False
-    return True
-
-
-def copy(source: Path, goal: Path) -> str:
-    """Copy a file to disk and return the sha256 of what was read."""
-    digest = hashlib.sha256()
-    with source.open("rb") as reader, goal.open("wb") as writer:
-        while block := reader.read(check.CHUNK):
-            digest.update(block)
-            writer.write(block)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return digest.hexdigest()
 
 
 def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
@@ -360,17 +308,7 @@ def settle(work: Path) -> None:
     """Everything on disk before the name changes; one sync instead of an fsync for each of some thousand files."""
     if hasattr(os, "sync"):
         os.sync()
-    fsync_folder(work)
-
-
-def fsync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(work)
 
 
 def publish(work: Path, prefix: Path) -> None:
@@ -389,18 +327,7 @@ def publish(work: Path, prefix: Path) -> None:
             previous.rename(prefix)
             raise
         remove(previous)
-    fsync_folder(prefix.parent)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where system or filesystem cannot."""
-    if sys.platform != "linux":
-        return False
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0)
+    flush(prefix.parent)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ included), 2 usage, 4 the box does not fit, 5 the files are damaged.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 if not __package__:  # run as a file: the package lies two folders above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from runtimes.files import file_sha256
 from runtimes.preflight.facts import read_facts as read_box
 from runtimes.preflight.facts import recorded_facts
 from runtimes.preflight.fit import (
@@ -84,15 +84,6 @@ def sums(bundle: Path) -> Iterator[tuple[str, str]]:
         if len(digest) != 64 or not path or "\\" in path or ":" in path or any(p in ("", ".", "..") for p in parts):
             raise ValueError(f"{SUMS} has a line that cannot be trusted ({line[:120]!r}); copy the bundle again.")
         yield path, digest
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_files(bundle: Path) -> list[Finding]:

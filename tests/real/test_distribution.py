@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 from tests.unit.bundle.parts import wheel as stand_in
+from tests.unit.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.real
 
@@ -73,6 +74,17 @@ def test_an_installed_wheel_finds_its_targets_and_recipes(wheel: Path, tmp_path:
     assert run(venv / "bin/packager", "recipes", "show", "gguf", cwd=tmp_path).returncode == 0
     where = run(python, "-c", "import packager; print(packager.__file__)", cwd=tmp_path).stdout
     assert str(venv) in where
+    # a recipe and a target of one's own, by their paths, far from any checkout
+    pages = {"gguf_as_it_is.py": ("add-a-recipe", "python"), "kiosk.toml": ("add-a-target", "toml")}
+    for name, (page, language) in pages.items():
+        text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text.split(f"```{language}\n")[1].split("```")[0], encoding="utf-8")
+    tiny_checkpoint(tmp_path / "model")
+    own = ["--target", "./kiosk.toml", "--recipe", "./gguf_as_it_is.py", "--set", "context=32"]
+    planned = run(venv / "bin/packager", "plan", "./model", *own, "--json", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    plan = json.loads(planned.stdout)
+    assert (plan["target"], plan["recipe"], plan["refusals"]) == ("kiosk", "gguf_as_it_is", [])
 
 
 def test_an_install_leaves_the_torch_that_is_there(wheel: Path, tmp_path: Path) -> None:

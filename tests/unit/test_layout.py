@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import rooms
 from tests.conftest import ROOT
 from tests.unit.syntax import dotted, imports, nodes, parsed, statements
 
@@ -96,6 +97,34 @@ def test_no_file_is_too_long() -> None:
     }
     assert set(long) <= set(LONG_FOR_A_REASON), long
     assert all(count <= LONGEST + 80 for count in long.values()), long
+
+
+def test_no_import_climbs() -> None:
+    """Every module stands in a room, and imports only rooms below its own (scripts/rooms.py)."""
+    assert not rooms.homeless()
+    assert not rooms.climbs(), "\n".join(map(str, rooms.climbs()))
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("packager/core/store.py", "from packager.cli import console"),  # up
+        ("packager/tensors/rounding.py", "from packager.metrics import encoders"),  # to a room of the same floor
+        ("packager/build.py", "from packager.formats.int4 import tuning"),  # where the two rooms stay apart
+        ("packager/recipe.py", "import packager.fidelity.samples"),
+        ("runtimes/files.py", "from packager.core import hashing"),  # to the other side of the copy
+        ("packager/fidelity/samples.py", "def f() -> None:\n    from packager.formats.gguf.build import build"),
+    ],
+)
+def test_a_planted_climb_fails(tmp_path: Path, importer: str, imported: str) -> None:
+    """The check sees an import that goes up, sideways or across, also inside a function."""
+    for path in rooms.sources().values():
+        place = tmp_path / path.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    assert rooms.climbs(tmp_path) == []
+    (tmp_path / importer).write_text(imported + "\n", encoding="utf-8")
+    assert [climb.importer.replace(".", "/") + ".py" for climb in rooms.climbs(tmp_path)] == [importer]
 
 
 @pytest.mark.parametrize("folder", ["packager", "runtimes"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager.core.store import Cost, Step, code_digest
+from packager.core.store import Cost, Step
 from packager.formats.gguf import llamacpp
 from packager.formats.gguf.llamacpp import compiled
 from packager.formats.gguf.sizes import gguf_name
@@ -39,7 +39,6 @@ def unquantized(job: Job, steps: list[Step]) -> Path:
             "name": job.checkpoint.name,
             "type": kind,
             "converter": llamacpp.SDIST_SHA256,
-            "code": _code(),
         },
         make,
         progress=job.progress,
@@ -76,7 +75,6 @@ def as_type(
         "converter": llamacpp.SDIST_SHA256,
         "imatrix": matrix.parent.name if matrix else None,
         "tuned": tuned.step.key if tuned else None,
-        "code": _code(),
         "numpy": not use_compiled and kind == "Q4_0",  # only there do the two differ: the head's type
     }
     step = job.store.step("gguf-quantize", inputs, make, progress=job.progress)
@@ -114,7 +112,7 @@ def imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
     from packager.fidelity.source import input_squares
 
     squares, source = input_squares(job, samples)
-    steps += [samples.step, source] if not job.verify else [source]
+    steps.append(source)
     architecture = llamacpp.architecture(whole)
 
     def make(folder: Path, cost: Cost) -> None:
@@ -127,14 +125,6 @@ def imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
     step = job.store.step("imatrix", {"squares": source.key, "architecture": architecture}, make, progress=job.progress)
     steps.append(step)
     return step.path / "imatrix.npz"
-
-
-def _code() -> str:
-    """Changes with the programs that write GGUF files."""
-    from packager.core.processes import WORKERS
-
-    names = ("convert.py", "quantize_numpy.py", "quantize_llama.py")
-    return code_digest(Path(llamacpp.__file__), *(WORKERS / name for name in names))
 
 
 def gguf_parts(tuned: Tuned, checkpoint: Checkpoint) -> dict[str, dict[str, object]]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import Cost, Step, code_digest, digest_of
+from packager.core.processes import WORKERS, follow
+from packager.core.store import Cost, Step, digest_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,9 +173,6 @@ def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned
         "group": group,
         "seed": job.seed if iterations else None,
         "threads": threads if iterations else None,  # the order of float32 sums
-        "torch": version_of("torch"),
-        "transformers": version_of("transformers"),
-        "code": code_digest(*(WORKERS / name for name in ("tune.py", "rounding.py", "reference.py"))),
     }
     return open_tuned(job.store.step("tune", inputs, make, progress=job.progress, resumable=True))
 

@@ -44,7 +44,6 @@ HOST_BYTES = 2 << 30
 
 
 PROVIDER = "CUDAExecutionProvider"
-NOT_ASKED = "float16 takes a second or more a token on a processor; what is kept is read from the answers' own scores"
 SCORED_BY = "onnxruntime on the build machine's processor, in float16, not on a GPU"
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.checkpoint.encoder import EncoderFacts, Pooling, read_encoder
 from packager.core.errors import GateFailed, InputError
 from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import RECORD, code_digest
+from packager.core.store import RECORD
 from packager.formats.onnx.encoder_graph import SMALL, Form, block_for, fill, linear_inputs, read_back
 from packager.formats.onnx.external_data import DATA, MODEL
-from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost, Step
-    from packager.fidelity.encoders import Encoded, Texts
     from packager.target import Target
 
 OPSET = 21
@@ -114,8 +112,9 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def build(job: Job, options: Options) -> Artifact:
-    from packager.fidelity.encoders import compare, make_texts, require_same_ids, source_outputs
-    from packager.metrics.encoders import EncoderThresholds, as_dict, require_exact, require_kept
+    """Export, prove, quantize, prove again. Raises GateFailed, InputError or ToolError."""
+    from packager.fidelity.gate_encoder import EncoderProof
+    from packager.metrics.encoders import EncoderThresholds
 
     facts = facts_of(job.checkpoint, options)
     limits = EncoderThresholds().changed(
@@ -123,29 +122,17 @@ def build(job: Job, options: Options) -> Artifact:
     )
     steps: list[Step] = []
     report: dict[str, Any] = {}
+    proof = EncoderProof.begin(job, facts, steps)
     graph = exported(job, facts, steps)
-    texts: Texts | None = None
-    source: Encoded | None = None
     if job.verify:
-        texts = make_texts(job.calibration, facts.labels)
-        source, step = source_outputs(job, facts, texts)
-        steps.append(step)
         whole = filled(job, graph, "float32", steps)
-        found = _asked(job, facts, options, whole, texts, "the unquantized ONNX", steps)
-        require_same_ids(texts, source, found)
-        scores = compare(facts, texts, source, found)
-        for score in scores.values():
-            if score is not None:
-                require_exact(score, "the unquantized ONNX")
-        report["unquantized"] = {name: asdict(score) for name, score in scores.items() if score is not None}
+        report["unquantized"] = proof.exact(whole, _here(job, facts, options, whole), "the unquantized ONNX")
     model = filled(job, graph, options.favour, steps)
     report |= _read_back(job.checkpoint, model.path)
-    if texts is not None and source is not None:
-        found = _asked(job, facts, options, model, texts, "the INT8 ONNX", steps)
-        scores = compare(facts, texts, source, found)
-        report["fidelity"] = as_dict(scores, limits)
-        more = "favour=fidelity keeps more." if options.favour == "speed" else "Another recipe may keep more."
-        require_kept(scores, limits, "the INT8 ONNX", more)
+    more = "favour=fidelity keeps more." if options.favour == "speed" else "Another recipe may keep more."
+    _, fidelity = proof.kept(model, _here(job, facts, options, model), "the INT8 ONNX", limits, more)
+    if fidelity:
+        report["fidelity"] = fidelity
     files = {MODEL: model.path / MODEL, DATA: model.path / DATA, **kept_files(job, steps)}
     return Artifact(
         format="onnx",
@@ -167,7 +154,6 @@ def build(job: Job, options: Options) -> Artifact:
 
 def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
     """The graph without weights."""
-    child = WORKERS / "export_encoder.py"
 
     def make(folder: Path, cost: Cost) -> None:
         asked = {
@@ -177,10 +163,9 @@ def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
             "opset": OPSET,
             "output": str(folder / "graph.onnx"),
         }
-        follow(child, asked, "exporting the graph", job.progress, cost, work=folder)
+        follow(WORKERS / "export_encoder.py", asked, "exporting the graph", job.progress, cost, work=folder)
 
-    versions = {name: version_of(name) for name in ("torch", "transformers", "onnxscript", "onnx-ir")}
-    inputs = {"checkpoint": job.checkpoint.digest, **versions, "opset": OPSET, "code": code_digest(child)}
+    inputs = {"checkpoint": job.checkpoint.digest, "opset": OPSET}
     step = job.store.step("encoder-graph", inputs, make, progress=job.progress)
     steps.append(step)
     return step
@@ -188,7 +173,6 @@ def exported(job: Job, facts: EncoderFacts, steps: list[Step]) -> Step:
 
 def filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
     """The ONNX file in one form."""
-    from packager.formats.onnx import encoder_graph, external_data
 
     def make(folder: Path, cost: Cost) -> None:
         with job.progress.step(f"writing the weights ({form})"):
@@ -198,29 +182,16 @@ def filled(job: Job, graph: Step, form: Form, steps: list[Step]) -> Step:
         "checkpoint": job.checkpoint.digest,
         "graph": graph.key,
         "form": form,
-        "onnx": version_of("onnx"),
-        "code": code_digest(Path(encoder_graph.__file__), Path(external_data.__file__)),
     }
     step = job.store.step("encoder-onnx", inputs, make, progress=job.progress)
     steps.append(step)
     return step
 
 
-def _asked(
-    job: Job, facts: EncoderFacts, options: Options, model: Step, texts: Texts, what: str, steps: list[Step]
-) -> Encoded:
-    """The texts through the runtime that ships."""
-    from packager.fidelity.encoders import shipped_outputs
-
+def _here(job: Job, facts: EncoderFacts, options: Options, model: Step) -> Run:
+    """The run object of a file in the store."""
     files = {MODEL: model.path / MODEL, "tokenizer.json": job.checkpoint.path / "tokenizer.json"}
-    run = {
-        **_run(job, facts, options, files),
-        "model": str(files[MODEL]),
-        "tokenizer": str(files["tokenizer.json"]),
-    }
-    found, step = shipped_outputs(job, run, texts, what=what, model=model.key)
-    steps.append(step)
-    return found
+    return _run(job, facts, options, files).here(files[MODEL], files)
 
 
 def _read_back(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
@@ -255,20 +226,17 @@ def kept_files(job: Job, steps: list[Step]) -> Mapping[str, Path]:
     return {path.relative_to(step.path).as_posix(): path for path in paths}
 
 
-def _run(job: Job, facts: EncoderFacts, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
+def _run(job: Job, facts: EncoderFacts, options: Options, files: Mapping[str, Path]) -> Run:
     size = estimate(job.checkpoint, job.target, options)
-    weights = [path.stat().st_size for name, path in files.items() if name in (MODEL, DATA)]
-    return {
-        "engine": "ort_encoder",
-        "task": facts.task,
-        "model": f"model/{MODEL}",
-        "tokenizer": "model/tokenizer.json",
-        "chat_template": None,
-        **job.checkpoint.tokenizer.as_run(),
-        "context": facts.max_length,
-        "slots": options.slots,
-        "threads": 0,
-        "read_per_token_bytes": size.read_per_token_bytes,
-        "model_bytes": sum(weights),
-        "settings": facts.settings(),
-    }
+    return Run.of(
+        job.checkpoint,
+        "ort_encoder",
+        f"model/{MODEL}",
+        options,
+        read_per_token_bytes=size.read_per_token_bytes,
+        model_bytes=sum(path.stat().st_size for name, path in files.items() if name in (MODEL, DATA)),
+        task=facts.task,
+        chat_template=None,
+        context=facts.max_length,
+        settings=facts.settings(),
+    )

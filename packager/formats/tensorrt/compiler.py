@@ -19,7 +19,7 @@ from packager.core.errors import ToolError
 from packager.core.folders import lock_file
 from packager.core.pip import pip
 from packager.core.processes import WORKERS, ChildFailed, follow, last_words
-from packager.core.store import cache_root, code_digest, fetched_once
+from packager.core.store import cache_root, fetched_once
 
 if TYPE_CHECKING:
     from packager.core.progress import Progress
@@ -37,7 +37,7 @@ CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
 FLOAT_ONLY = ("7.5",)
 ENGINE = "engine.rtx"
 TOLD = "told.json"  # beside the engine, by the child
-CHILD, MEMORY = WORKERS / "tensorrt_compile.py", WORKERS / "fixed_addresses.py"
+CHILD = WORKERS / "tensorrt_compile.py"
 OURS = WORKERS.parent.parent  # the child takes this install's own modules
 # What glibc reads when a process begins, for workers/fixed_addresses.py: its limit of arenas hangs on the number of
 # processors; and a thread that gives back small pieces of another's memory keeps them all for itself, so that the other
@@ -141,7 +141,6 @@ def compile_engine(
         "sm": list(sm),
         "version": BUILD,
         "lock": hashlib.sha256(lock().read_bytes()).hexdigest()[:16],
-        "code": code_digest(CHILD, MEMORY),
         "environment": dict(ENVIRONMENT),
     }
     step = job.store.step("tensorrt-engine", inputs, make, progress=job.progress)

@@ -8,11 +8,11 @@ for one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.checkpoint.families import kv_cache_bytes
-from packager.core.store import code_digest
 from packager.formats.onnx import decoder_graph, rope
 from packager.formats.onnx import matrices as onnx_weights
 from packager.formats.tensorrt import decoder_graph as onnx_typed_decoder
@@ -28,17 +28,17 @@ from packager.formats.tensorrt.compiler import (
     unlisted,
     why_not_here,
 )
-from packager.formats.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.formats.tokenizer_files import tokenizer_files
 from packager.metrics.thresholds import Thresholds
-from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost, Step
-    from packager.fidelity.artifact import Scored
-    from packager.fidelity.source import Samples
+    from packager.fidelity.artifact import Candidate
+    from packager.fidelity.samples import Samples
     from packager.target import Target
 
 MODEL, DATA = "model.onnx", onnx_weights.DATA
@@ -52,6 +52,7 @@ DEVICE_BYTES = 1 << 30
 # workers/fixed_addresses.py. SmolLM2's engine was the same in 15 of 15 compilations, 10 of them under load.
 SAME = "all, as far as was seen: TensorRT-RTX numbers lengths by their addresses, and these were settled"
 NOT_SAME = "all but the engine: TensorRT-RTX numbers lengths by their addresses, which differ where it was compiled"
+DECODE_RATE = 1e8  # parameters a second that two cores decode with: float16 is widened for every product
 SCORED_BY = "onnxruntime on the build machine's processor, not by TensorRT"
 
 
@@ -169,33 +170,32 @@ def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
 
 
 def build(job: Job, options: Options) -> Artifact:
-    """Write the typed graph, score it, compile it. Raises GateFailed or ToolError."""
-    from packager.fidelity.artifact import measure, require_contract
-    from packager.fidelity.source import make_samples, source_scores
-    from packager.metrics.thresholds import require_kept
+    """Write the typed graph, prove it, compile it. Raises GateFailed or ToolError."""
+    from packager.fidelity.gate import Subject, prove
 
     steps: list[Step] = []
-    samples = make_samples(job) if job.verify else None
-    written = _written(job, options)
-    steps.append(written)
-    report: dict[str, Any] = {"tensorrt": {"library": LIBRARY, "version": VERSION, "executed": False}}
-    if samples:
-        source, step = source_scores(job, samples)
-        steps += [samples.step, step]
-        found = _score(job, written, samples, steps)
-        said = require_contract(job, samples, found, "the bundle's tokenizer")
-        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
-        fidelity = measure(samples, source, found.distributions)
-        limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = {**fidelity.as_dict(limits), "scored": SCORED_BY}
-        report["prompts_equal"] = len(samples.prompts)
-        require_kept(fidelity, limits, f"the {_precision(options)} graph", "Set precision=fp16, or use another recipe.")
+
+    def ship(samples: Samples | None) -> tuple[Step, Candidate]:
+        written = _written(job, options)
+        steps.append(written)
+        return written, _candidate(job, options, written)
+
+    subject = Subject(
+        tokenizer="the bundle's tokenizer",
+        context=options.context,
+        thresholds=thresholds(options),
+        fix="Set precision=fp16, or use another recipe.",
+        ship=ship,
+        scored_by=SCORED_BY,
+    )
+    proof = prove(job, subject, steps)
+    written = proof.made
     shapes = profile(job.checkpoint, options.slots, options.context)
     sm = [str(plans.capability(job.target))]
     engine = compile_engine(job, written.path / MODEL, written.key, shapes, sm, steps)
-    report["tensorrt"]["same_bytes"] = SAME if same_bytes(engine) else NOT_SAME
     planned = _plan(job, options, written, engine, shapes)
     steps.append(planned)
+    about = {"library": LIBRARY, "version": VERSION, "executed": False}
     files = {
         MODEL: written.path / MODEL,
         DATA: written.path / DATA,
@@ -206,8 +206,8 @@ def build(job: Job, options: Options) -> Artifact:
     return Artifact(
         format="tensorrt",
         files={**files, **tokenizer_files(job)},
-        run=_run(job, options, files),
-        report=report,
+        run=_run(job, options, files[ENGINE]),
+        report={**proof.report, "tensorrt": {**about, "same_bytes": SAME if same_bytes(engine) else NOT_SAME}},
         provenance=provenance(
             job,
             options,
@@ -225,7 +225,6 @@ def _precision(options: Options) -> str:
 
 def _written(job: Job, options: Options) -> Step:
     """The graph, its weights, and the plan without an engine, by which it is scored."""
-    from packager.core.processes import version_of
 
     checkpoint = job.checkpoint
 
@@ -241,14 +240,11 @@ def _written(job: Job, options: Options) -> Step:
         plain = plain_plan(checkpoint, job.target, folder, _precision(options), shapes, None)
         (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
 
-    modules = (decoder_graph, matrices, onnx_typed_decoder, onnx_weights, rope, plans)
     inputs = {
         "checkpoint": checkpoint.digest,
         "context": options.context,
         "bits": bits(options),
         "target": job.target.digest,
-        "onnx": version_of("onnx"),
-        "code": code_digest(*(Path(str(module.__file__)) for module in modules), Path(__file__)),
     }
     return job.store.step("onnx-typed-decoder", inputs, make, progress=job.progress)
 
@@ -258,8 +254,7 @@ def _plan(job: Job, options: Options, written: Step, engine: Step, shapes: plans
         plain = plain_plan(job.checkpoint, job.target, written.path, _precision(options), shapes, engine.path / ENGINE)
         (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
 
-    code = code_digest(Path(__file__), Path(plans.__file__))
-    inputs = {"model": written.key, "engine": engine.key, "target": job.target.digest, "code": code}
+    inputs = {"model": written.key, "engine": engine.key, "target": job.target.digest}
     return job.store.step("tensorrt-plan", inputs, make, progress=job.progress)
 
 
@@ -286,40 +281,28 @@ def plain_plan(
     )
 
 
-def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
-    return {
-        "engine": "tensorrt_decoder",
-        "task": "generate",
-        "model": f"model/{plans.PLAN}",
-        **tokenizer_paths(job.checkpoint),
-        **job.checkpoint.tokenizer.as_run(),
-        "context": options.context,
-        "slots": options.slots,
-        "threads": 0,
-        "read_per_token_bytes": estimate(job.checkpoint, job.target, options).read_per_token_bytes,
-        "model_bytes": files[ENGINE].stat().st_size,
-        "settings": {"library": LIBRARY},
-    }
-
-
-def _score(job: Job, written: Step, samples: Samples, steps: list[Step]) -> Scored:
-    """Score the graph through the engine that serves it, on the processor."""
-    from packager.core.processes import version_of
-    from packager.fidelity.artifact import score
-
-    own = tokenizer_files(job)
-    run = {
-        "engine": "tensorrt_decoder",
-        "model": str(written.path / plans.PLAN),
-        **{key: str(own[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
-        **job.checkpoint.tokenizer.as_run(),
-        "context": 1024,
-        "slots": 1,
-        "settings": {"library": LIBRARY, "device": "cpu"},
-    }
-    version = version_of("onnxruntime")
-    found, step = score(
-        job, run, samples, what="the typed ONNX", inputs={"model": written.key, "engine": version}, max_rss_bytes=0
+def _run(job: Job, options: Options, engine: Path | None) -> Run:
+    """engine: the compiled file; None before it is there."""
+    return Run.of(
+        job.checkpoint,
+        "tensorrt_decoder",
+        f"model/{plans.PLAN}",
+        options,
+        read_per_token_bytes=estimate(job.checkpoint, job.target, options).read_per_token_bytes,
+        model_bytes=engine.stat().st_size if engine else 0,
+        settings={"library": LIBRARY},
     )
-    steps.append(step)
-    return found
+
+
+def _candidate(job: Job, options: Options, written: Step) -> Candidate:
+    """The graph as the engine that serves it opens it, on the CPU."""
+    from packager.core.processes import version_of
+    from packager.fidelity.artifact import Candidate
+
+    run = _run(job, options, None).here(written.path / plans.PLAN, tokenizer_files(job))
+    return Candidate(
+        f"the {_precision(options)} graph",
+        replace(run, settings={"library": LIBRARY, "device": "cpu"}),
+        {"model": written.key, "engine": version_of("onnxruntime")},
+        seconds_a_token=job.checkpoint.parameters / DECODE_RATE,
+    )

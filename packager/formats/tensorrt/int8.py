@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import code_digest, digest_of
+from packager.core.processes import WORKERS, follow
+from packager.core.store import digest_of
 from packager.fidelity.encoders import Texts
 from packager.formats.tensorrt.encoder_graph import Group, Rounding, groups
 from packager.prompts.calibration import DATA
@@ -127,9 +127,6 @@ def choose(
         "settings": {**facts.settings(), "max_length": facts.max_length},
         "texts": digest_of([calibration, measured])[:40],
         "aim": aim,
-        "torch": version_of("torch"),
-        "transformers": version_of("transformers"),
-        "code": code_digest(CHILD, WORKERS / "source_encoder.py"),
     }
     step = job.store.step("tensorrt-layers", inputs, make, progress=job.progress)
     steps.append(step)

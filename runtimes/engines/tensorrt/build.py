@@ -24,7 +24,8 @@ from typing import Any
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.cache import Say
 from runtimes.engines.tensorrt.device import RUNTIME, Device, environment
-from runtimes.engines.tensorrt.plan import Plan, Profile, file_sha256, trtexec_arguments
+from runtimes.engines.tensorrt.plan import Plan, Profile, trtexec_arguments
+from runtimes.files import file_sha256
 
 TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it (package libnvinfer-bin)
 EVERY = 5.0  # seconds between two lines of progress

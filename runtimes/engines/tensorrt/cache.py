@@ -23,7 +23,8 @@ from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.device import Device
-from runtimes.engines.tensorrt.plan import Plan, file_sha256
+from runtimes.engines.tensorrt.plan import Plan
+from runtimes.files import file_sha256, flush, hold
 
 ENGINE, ENTRY, LOCK = "engine.plan", "entry.json", ".lock"
 FORMAT = 1
@@ -215,46 +216,14 @@ def locked(folder: Path, say: Say, pause: float = 0.5) -> Iterator[None]:
     if sys.platform == "win32":  # engines are built on Jetsons alone
         yield
         return
-    import fcntl
-
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         told = False
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    say("another process builds an engine here; waiting for it …")
-                told = True
-                time.sleep(pause)
+        while not hold(handle):
+            if not told:
+                say("another process builds an engine here; waiting for it …")
+            told = True
+            time.sleep(pause)
         yield
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the file, flush, and rename over it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    work = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """A file or folder on disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

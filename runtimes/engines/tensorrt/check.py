@@ -16,8 +16,9 @@ import numpy as np
 from runtimes.engine import EngineError
 from runtimes.engines.encoder import Settings, Text, padded, rows
 from runtimes.engines.tensorrt.encoder import fitted
-from runtimes.engines.tensorrt.plan import Plan, file_sha256, read_plan
+from runtimes.engines.tensorrt.plan import Plan, read_plan
 from runtimes.engines.tensorrt.session import NativeSession
+from runtimes.files import file_sha256
 from runtimes.manifest import ManifestError, read_bundle
 
 

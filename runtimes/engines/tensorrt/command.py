@@ -19,8 +19,9 @@ from runtimes.engines.tensorrt import cache
 from runtimes.engines.tensorrt.build import check
 from runtimes.engines.tensorrt.cache import Key
 from runtimes.engines.tensorrt.device import ask, unfit
-from runtimes.engines.tensorrt.open import home_of, prepare, say
+from runtimes.engines.tensorrt.open import home_of, prepare
 from runtimes.engines.tensorrt.plan import Plan, read_plan
+from runtimes.files import say
 from runtimes.manifest import ManifestError, Run, read_bundle
 
 PAST = "past_key_values."  # a language model's caches, two a layer: no news beside the other shapes

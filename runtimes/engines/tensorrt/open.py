@@ -6,7 +6,6 @@ provider, "cpu" for onnxruntime without any GPU. Only what was asked for is used
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from runtimes.engines.tensorrt import cache
 from runtimes.engines.tensorrt.build import build
 from runtimes.engines.tensorrt.cache import Key, Say
 from runtimes.engines.tensorrt.device import Device, Session, ask, unfit
-from runtimes.engines.tensorrt.plan import Plan, Profile, file_sha256, read_plan
+from runtimes.engines.tensorrt.plan import Plan, Profile, read_plan
+from runtimes.files import file_sha256, say
 from runtimes.manifest import Run
 
 DEVICES = ("gpu", "onnxruntime", "cpu")
@@ -44,12 +44,6 @@ class Opened:
 def home_of(run: Run) -> Path:
     """The bundle's folder, or that of its install: plan.json lies in model/."""
     return run.model.resolve().parent.parent
-
-
-def say(text: str) -> None:
-    """A line of progress on standard error."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 def prepare(plan: Plan, home: Path, tell: Say = say, *, force: bool = False, device: Device | None = None) -> Prepared:

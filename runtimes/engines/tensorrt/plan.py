@@ -115,15 +115,6 @@ def read_plan(path: Path) -> Plan:
         raise ManifestError(f"{path.name} cannot be used: {error}; copy the bundle again or build it anew.") from None
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, read in pieces. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _plan(plain: Any, path: Path, digest: str) -> Plan:
     folder = path.parent
     keys = (

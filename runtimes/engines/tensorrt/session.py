@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.engine import EngineError
-from runtimes.engines.tensorrt.cache import write_atomically
 from runtimes.engines.tensorrt.cuda import Cuda
 from runtimes.engines.tensorrt.device import TITLES, full_version
 from runtimes.engines.tensorrt.plan import Plan, Profile
+from runtimes.files import write_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

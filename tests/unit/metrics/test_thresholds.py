@@ -12,7 +12,7 @@ import pytest
 from packager.core.errors import GateFailed
 from packager.core.store import Step
 from packager.fidelity.artifact import measure
-from packager.fidelity.samples import PAIR_POSITIONS, Samples, _pairs, divide
+from packager.fidelity.samples import Samples
 from packager.metrics.distributions import compare, interval
 from packager.metrics.thresholds import Thresholds, require_kept, shortfalls
 
@@ -49,6 +49,15 @@ def test_behaviour_counts_whole_answers_that_the_source_gives() -> None:
     nothing = [*TRAINED[:2], row(7), row(7), row(7), row(7)]
     none = measure(asked, nothing, TRAINED)
     assert none.behaviour is not None and none.behaviour.share is None
+
+
+def test_the_score_is_of_the_pairs_kept_out_of_the_calibration() -> None:
+    """Behaviour is of every pair that was asked; the tuning score of those alone that nothing was fitted to."""
+    asked = samples(GENERAL, {**FIRST, "held": True}, {**SECOND, "held": False})
+    damaged = [*TRAINED[:4], row(77), row(77)]
+    found = measure(asked, TRAINED, damaged)
+    assert found.held_out and found.tuning is not None and found.tuning.kl_mean == 0
+    assert found.behaviour is not None and (found.behaviour.pairs, found.behaviour.kept) == (2, 1)
 
 
 def test_the_two_texts_are_scored_apart() -> None:
@@ -108,29 +117,3 @@ def test_positions_of_one_text_are_resampled_together() -> None:
     alone = compare(rows, other, [5] * 100)
     assert by_text.top1 == alone.top1
     assert by_text.top1_ci[1] - by_text.top1_ci[0] > 2 * (alone.top1_ci[1] - alone.top1_ci[0])
-
-
-def talk(number: int) -> tuple[dict[str, str], ...]:
-    return ({"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"})
-
-
-def test_few_pairs_serve_both_and_of_many_a_tenth_is_held_out() -> None:
-    """What is held out is never in the calibration; what ends with a question is not asked again."""
-    few = tuple(talk(n) for n in range(10))
-    assert divide(few) == (list(few), list(few), False)
-    many = tuple(talk(n) for n in range(200))
-    taught, asked, held_out = divide(many)
-    assert held_out and len(asked) == 20 and not set(map(str, asked)) & set(map(str, taught))
-    assert len(taught) == 180
-    assert divide((talk(0)[:1],)) == ([talk(0)[:1]], [], False)
-
-
-def test_an_answer_is_scored_from_its_first_token_to_its_end_token() -> None:
-    """Positions are those of the answer; what follows the end token, and a pair rendered otherwise, is left out."""
-    whole = [1, 10, 11, STOP, 13]
-    assert _pairs([{"prompt": [1, 10], "whole": whole}], {STOP}) == [
-        {"ids": [1, 10, 11, STOP], "positions": [2, 3], "set": "tuning"}
-    ]
-    assert _pairs([None, {"prompt": [1, 9], "whole": whole}, {"prompt": [1, 10], "whole": [1, 10]}], {STOP}) == []
-    long = {"prompt": [1], "whole": [1] + [5] * 400}
-    assert sum(len(pair["positions"]) for pair in _pairs([long, long, long], {STOP})) <= PAIR_POSITIONS

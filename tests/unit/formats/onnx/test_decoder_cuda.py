@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager.bundle.engines import lock_files
+from packager.bundle.engines import ENGINES
+from packager.core.folders import lock_file
 from packager.formats.onnx import decoder_cuda, matrices
 from packager.planning.catalog import load_recipe, load_target
 from packager.planning.options import parse_options
@@ -111,7 +112,7 @@ def test_what_a_box_is_asked_for() -> None:
 
 def test_the_lock_has_the_library_that_was_read_and_what_it_is_linked_with() -> None:
     """And neither cuDNN nor cuFFT, which would be another gigabyte; the box's engine names the same driver."""
-    found = pinned(lock_files({"engine": "ort_cuda"})[0].name)
+    found = pinned(lock_file(ENGINES["ort_cuda"].locks[0]).name)
     assert found["onnxruntime-gpu"] == decoder_cuda.VERSION
     assert {name for name in found if name.startswith("nvidia")} == {
         "nvidia-cublas",

@@ -23,7 +23,7 @@ from tests.system_packages import system_package
 BOXES = ROOT / "tests" / "unit" / "boxes"
 TREES = sorted(path.name for path in (BOXES / "trees").iterdir() if path.is_dir())
 PREFLIGHT = [f"preflight/{path.stem}" for path in sorted((ROOT / "runtimes/preflight").glob("*.py"))]
-ON_THE_BOX_ALONE = ["__init__", "__main__", "install/__init__", "install/install", *PREFLIGHT]
+ON_THE_BOX_ALONE = ["__init__", "__main__", "files", "install/__init__", "install/install", *PREFLIGHT]
 
 
 @pytest.mark.parametrize("name", TREES)
