@@ -279,7 +279,8 @@ def fidelity_lines(fidelity: Mapping[str, Any] | None) -> list[str]:
         closed, opened, taught = answers["thoughts_closed"], answers["thoughts_opened"], answers["trained_tokens_mean"]
         lines.append(
             f"answers: {answers['asked']} of {answers['of']} generated, {answers['ended']} ended within "
-            f"{answers['limit']} tokens, on average {answers['tokens_mean']} tokens{f' (taught: {taught})' if taught is not None else ''}"
+            f"{answers['limit']} tokens, on average {answers['tokens_mean']} tokens"
+            f"{f' (taught: {taught})' if taught is not None else ''}"
             f"{f', {closed} of {opened} thoughts closed' if opened else ''}"
         )
     return lines
