@@ -77,6 +77,7 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     """Open the checkpoint, check its weights, merge the adapter. Raises InputError or NetworkError."""
     from packager.checkpoint.checkpoint import check_weights, open_checkpoint
     from packager.checkpoint.merge import check_fit, merge, merged_name, open_adapter
+    from packager.core.processes import warm_up
 
     base = open_checkpoint(
         request.checkpoint,
@@ -98,6 +99,8 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
         "adapter": None,
     }
     steps = [store.step("checked-weights", {"checkpoint": base.digest}, check, progress=progress)]
+    if not steps[0].reused:  # a build that starts from nothing: import torch while the adapter is merged
+        warm_up()
     if adapter is None or request.adapter is None:
         return Opened(base, tuple(steps), sources)
 
