@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(real):
             item.add_marker("real")
+            item.add_marker("no_cover")  # tracing costs a third of the time; coverage is the unit ring's figure
 
     def rank(item: pytest.Item) -> int:
         if item.get_closest_marker("real") is None:
