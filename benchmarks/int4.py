@@ -3,9 +3,8 @@
     .venv/bin/python benchmarks/int4.py .demo/smollm2 --adapter demo/persona-lora --pairs demo/persona.json
 
 The distance is taken through the runtime that ships, on 300 positions of a chapter of Python's own documentation that
-no calibration text of the packager holds; the pairs are asked greedily through the bundle's server. K-quants need the
-extra ``llamacpp``. Steps found in the store cost nothing again; their peak memory is that of their making. A tuning
-takes minutes.
+no calibration text of the packager holds; the pairs are asked greedily through the bundle's server. Steps found in the
+store cost nothing again; their peak memory is that of their making. A tuning takes minutes.
 """
 
 from __future__ import annotations

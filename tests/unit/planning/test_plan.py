@@ -124,11 +124,11 @@ def test_old_python_is_refused() -> None:
 
 def test_missing_modules() -> None:
     """Only what the chosen options need counts, and the extra is named."""
-    needs = (Need("json", "x"), Need("no_such_module", "packager[llamacpp]", when="quant=Q4_K_M|F16"))
+    needs = (Need("json", "x"), Need("no_such_module", "packager[extra]", when="quant=Q4_K_M|F16"))
     recipe = replace(RECIPE, needs=needs)
     assert not plan(SMOLLM2, "desktop_linux_x86_64", recipe=recipe).refusals
     (refusal,) = plan(SMOLLM2, "desktop_linux_x86_64", "quant=F16", recipe=recipe).refusals
-    assert "no_such_module for quant=Q4_K_M|F16" in refusal and 'pip install "packager[llamacpp]"' in refusal
+    assert "no_such_module for quant=Q4_K_M|F16" in refusal and 'pip install "packager[extra]"' in refusal
 
 
 def test_the_recipe_s_own_refusal_and_unsupported_target() -> None:
