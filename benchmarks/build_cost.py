@@ -101,7 +101,7 @@ def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
             "--outtype",
             "auto",
         ],
-        [sys.executable, str(ROOT / "packager" / "children" / "quantize_llama.py"), str(job)],
+        [sys.executable, str(ROOT / "packager" / "workers" / "quantize_llama.py"), str(job)],
     ]
 
 
