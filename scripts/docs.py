@@ -228,7 +228,7 @@ def refusals() -> str:
 
     return "\n".join(
         [
-            "# What a box is told",
+            "# Refusals of recorded boxes",
             "",
             "Recorded boxes (`tests/unit/boxes`) against bundles, each row one run of the preflight;",
             "`python benchmarks/refusals.py` prints the same. The boxes were written from documentation and published",
