@@ -49,7 +49,7 @@ class Settings:
         given = run.settings
         pooling, scores = str(given.get("pooling", "mean")), str(given.get("scores", "softmax"))
         if pooling not in POOLINGS or scores not in ("softmax", "sigmoid", "none"):
-            raise EngineError(f"This runtime knows no pooling {pooling!r} or no scores {scores!r}.")
+            raise EngineError(f"This runtime does not support the pooling {pooling!r} or the scores {scores!r}.")
         return cls(
             pad_id=int(given.get("pad_id", 0)),
             token_types=bool(given.get("token_types", False)),
@@ -118,7 +118,9 @@ class Reader:
         try:
             (whole + (pair or "")).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RequestRefused(f"A text has half a character (position {error.start}).", param=param) from None
+            raise RequestRefused(
+                f"A text has half a character, an unpaired surrogate (position {error.start}).", param=param
+            ) from None
         with self._lock:
             encoding = self._tokenizer.encode(whole, pair)
             count = len(encoding.ids)

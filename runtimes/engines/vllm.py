@@ -95,7 +95,7 @@ def serve(run: Run, options: argparse.Namespace) -> int:
         return REFUSED
     words = command(run, program, options.host, free_port(options.host, options.port))
     if options.log_json:
-        sys.stderr.write("--log-json is our own server's; vLLM writes its own log.\n")
+        sys.stderr.write("--log-json is an option of our own server; vLLM writes its own log.\n")
     shown = f"[{options.host}]" if ":" in options.host else options.host
     sys.stdout.write(f"{run.name} by vLLM on http://{shown}:{words[words.index('--port') + 1]} (API page: /docs)\n")
     sys.stdout.flush()

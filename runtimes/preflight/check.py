@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(read_facts(given.prefix or given.bundle or Path.home(), gpu=True), indent=2) + "\n")
         return FITS
     if given.bundle is None and given.needs is None:
-        sys.stderr.write("--bundle is missing: say which bundle this box is compared with.\n")
+        sys.stderr.write("--bundle is missing: name the bundle to compare this box with.\n")
         return USAGE
     try:
         facts = recorded_facts(given.facts) if given.facts else None

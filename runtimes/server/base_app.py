@@ -246,4 +246,4 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> Response:
         log.exception("a defect of the server", exc_info=error)
-        return JSONResponse(error_body("The server failed; its log says more.", "server_error"), 500)
+        return JSONResponse(error_body("The server failed; see its log.", "server_error"), 500)

@@ -153,7 +153,7 @@ def _add_embedder(app: FastAPI, service: EncoderService) -> None:
         require_model(service.run, request.model)
         if request.dimensions not in (None, service.size):
             raise RequestRefused(
-                f"This model gives {service.size} dimensions, and nothing says that it was trained to be cut.",
+                f"This model gives {service.size} dimensions; it is not known to support fewer.",
                 param="dimensions",
             )
 

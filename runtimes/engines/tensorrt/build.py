@@ -167,8 +167,10 @@ def judge_failure(status: int, lines: Sequence[str], hints: Sequence[str], kills
     without a tactic. kills: processes that the kernel's out-of-memory killer ended meanwhile, where known.
     """
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        sure = "the kernel ended it for want of memory" if kills else "it was killed, most likely for want of memory"
-        return Outcome(False, True, sure)
+        cause = (
+            "the kernel killed it because memory ran out" if kills else "it was killed, probably because memory ran out"
+        )
+        return Outcome(False, True, cause)
     errors = [line for line in hints if "[W]" not in line and MEMORY.search(line)]
     if not errors and any(NONE_LEFT in line for line in hints):
         errors = [line for line in hints if "[W]" in line]
@@ -178,7 +180,9 @@ def judge_failure(status: int, lines: Sequence[str], hints: Sequence[str], kills
         return Outcome(False, False, f"it crashed with {signal.Signals(-status).name}")
     wrong = [line for line in lines if ERROR.search(line)]
     last = wrong[-1] if wrong else lines[-1] if lines else "no message"
-    return Outcome(False, False, _plain(last) if status else f"it ended well but wrote no engine; {_plain(last)}")
+    return Outcome(
+        False, False, _plain(last) if status else f"it exited with status 0 but wrote no engine; {_plain(last)}"
+    )
 
 
 def _plain(line: str) -> str:

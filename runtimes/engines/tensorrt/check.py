@@ -61,7 +61,7 @@ def try_engine(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
             (vector,) = rows(cut, inputs["attention_mask"], run.task, settings)
             wanted = np.asarray(row, np.float32)
             if vector.shape != wanted.shape or not np.isfinite(vector).all():
-                raise EngineError("The engine gives vectors of another size, or ones that are no numbers.")
+                raise EngineError("The engine gives vectors of another size, or with NaN or infinity.")
             cosines.append(float(vector @ wanted / (np.linalg.norm(vector) * np.linalg.norm(wanted) + 1e-12)))
     finally:
         session.close()

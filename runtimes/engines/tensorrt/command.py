@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = read_bundle(options.bundle)
         if run.engine not in COMPILED:
-            raise ManifestError(f"This bundle's engine is {run.engine!r}, which needs no engine of its own.")
+            raise ManifestError(
+                f"This bundle's engine is {run.engine!r}; only TensorRT bundles have an engine to build."
+            )
         plan = read_plan(run.model)
         document, code = WHAT[options.what](run, plan, options)
     except ManifestError as error:

@@ -70,7 +70,7 @@ class Transformers:
         check_prompt(prompt, self.context, self._model.vocabulary)
         if sampling.schema is not None:
             raise RequestRefused(
-                "This engine cannot hold an answer to a JSON Schema; ask for JSON in the prompt, or use a bundle of "
+                "This engine does not support JSON Schemas; ask for JSON in the prompt, or use a bundle of "
                 "the gguf recipe.",
                 code="unsupported",
                 param="response_format",

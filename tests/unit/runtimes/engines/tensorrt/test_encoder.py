@@ -153,7 +153,7 @@ def test_an_engine_for_another_gpu_is_not_run_though_it_has_the_name(tmp_path: P
     (file.parent / "entry.json").write_text(json.dumps(entry), encoding="utf-8")
     code, log = serve(bundle)
     assert code == 1
-    assert "is not taken by TensorRT 10.3.0.30 on Orin" in log and "expecting compute 8.7 got compute 8.6" in log
+    assert "cannot be loaded by TensorRT 10.3.0.30 on Orin" in log and "expecting compute 8.7 got compute 8.6" in log
 
 
 def test_no_other_device_is_used_than_was_asked_for(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_no_other_device_is_used_than_was_asked_for(tmp_path: Path) -> None:
     code, log = serve(bundle, "--device", "cpu")  # "echo" is no ONNX
     assert code == 1 and "model.onnx does not load" in log
     code, log = serve(bundle, "--device", "tpu")
-    assert (code, log) == (3, "The engine tensorrt knows no --device tpu; it knows gpu, onnxruntime, cpu.\n")
+    assert (code, log) == (3, "The engine tensorrt has no --device tpu; choose gpu, onnxruntime, cpu.\n")
     code, log = serve(make_bundle(tmp_path / "other", run={"engine": "ort_encoder"}), "--device", "cpu")
-    assert (code, log) == (3, "The engine ort_encoder knows no --device cpu; leave it out.\n")
+    assert (code, log) == (3, "The engine ort_encoder has no --device cpu; leave it out.\n")
     code, log = serve(bundle, "--device", "onnxruntime")
     assert code == 1 and "expected a build with its TensorRT or CUDA provider, found" in log
 
