@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from runtimes.decoding.detokenize import Detokenizer
 from runtimes.decoding.stream import Stream, check_prompt, chunks_to_score
@@ -226,7 +226,7 @@ class Scheduler:
             request.read += 1
             self._take(request, logits[request.slot - first, -1])
 
-    def _take(self, request: _Request, logits: Any) -> None:
+    def _take(self, request: _Request, logits: NDArray[np.float32]) -> None:
         """Choose the next token and emit it; end the answer when it is complete."""
         import numpy as np
 

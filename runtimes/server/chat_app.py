@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from types import ModuleType
-from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from runtimes.decoding.chat_template import Prompts, TemplateRefused
 from runtimes.engine import Engine, Piece, RequestRefused, Sampling
@@ -41,7 +41,7 @@ class Service(BaseService[Dispatcher]):
         return Dispatcher(self.engine, self.metrics)
 
     @property
-    def card(self) -> dict[str, Any]:
+    def card(self) -> dict[str, object]:
         """The fields of /v1/models beside the name."""
         return {"max_model_len": self.run.context}
 
@@ -61,7 +61,7 @@ def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> Service:
     return Service(run, prompts, engine.load(run, verbose=verbose))
 
 
-def make_app(service: Service, *, max_body: int, log_json: bool) -> Any:
+def make_app(service: Service, *, max_body: int, log_json: bool) -> ASGIApp:
     """The ASGI application. max_body: bytes; larger requests get a 413."""
 
     def add_routes(app: FastAPI) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -60,7 +59,7 @@ class WholeResponse(GeneratedResponse):
         dispatcher: Dispatcher,
         prompt: Sequence[int],
         sampling: Sampling,
-        finish: Callable[[list[Piece]], dict[str, Any]],
+        finish: Callable[[list[Piece]], Mapping[str, object]],
     ) -> None:
         super().__init__(dispatcher, prompt, sampling)
         self.finish = finish

@@ -26,7 +26,7 @@ import socket
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ class LlamaCpp:
             )
         )
 
-    def _call(self, request: Mapping[str, Any], take: Any) -> None:
+    def _call(self, request: Mapping[str, Any], take: Callable[[bytes], object]) -> None:
         try:
             self._server.handle_completions(json.dumps(request).encode(), take)
         except RuntimeError as error:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.cache import Say
@@ -49,7 +49,9 @@ class Outcome:
     reason: str = ""
 
 
-def build(plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EVERY) -> tuple[int, Mapping[str, Any]]:
+def build(
+    plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EVERY
+) -> tuple[int, Mapping[str, object]]:
     """Build the engine into the file ``goal``. Returns the number of its profile and the facts of the build. Raises
     EngineError with one sentence.
     """
@@ -120,7 +122,7 @@ def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float
     lines: deque[str] = deque(maxlen=400)
     hints: list[str] = []
 
-    def read(stream: Any) -> None:
+    def read(stream: IO[bytes]) -> None:
         for raw in stream:
             line = raw.decode("utf-8", "replace").rstrip()
             lines.append(line)
@@ -190,7 +192,7 @@ def _plain(line: str) -> str:
     return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).strip()[:300].rstrip(".")
 
 
-def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] | None:
+def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, object] | None:
     """Run an engine in a child on the bundle's reference texts, where it has them, and compare with the source's
     answers. Raises EngineError for an engine whose answers differ. None without reference texts.
     """

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.device import Device
@@ -63,7 +62,7 @@ class Entry:
     profile: int
     sha256: str
     bytes: int
-    made: Mapping[str, Any]
+    made: Mapping[str, object]
 
     @property
     def engine(self) -> Path:
@@ -118,7 +117,7 @@ def read_entry(path: Path, key: Key, plan: Plan) -> Entry | None:
         return None
 
 
-Build = Callable[[Path], tuple[int, Mapping[str, Any]]]
+Build = Callable[[Path], tuple[int, Mapping[str, object]]]
 """Builds the engine into the given file. Returns the profile's number and the facts of the build. Raises EngineError.
 """
 

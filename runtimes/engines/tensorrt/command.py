@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.registry import COMPILED
@@ -66,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """Build the engine where it is missing; check one that the bundle contains. Code 4 for a box that does not fit."""
     try:
         device = ask(plan.library)
@@ -89,10 +88,10 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
     }, FINE
 
 
-def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """The device, the plan's requirements, and the engines in the cache."""
     folders = cache.places(home_of(run))
-    document: dict[str, Any] = {
+    document: dict[str, object] = {
         "precision": plan.precision,
         "bundled": plan.compiled and plan.compiled.file.name,
         "sha256": plan.compiled and plan.compiled.sha256,
@@ -115,7 +114,7 @@ def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, A
     return document, REFUSED if refusal else FINE
 
 
-def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """Remove every engine of this install."""
     removed = cache.clear(cache.places(home_of(run)), say)
     return {"ok": True, "removed": [str(path) for path in removed]}, FINE
@@ -144,7 +143,7 @@ def _failed(sentence: str, code: int, as_json: bool) -> int:
     return code
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     return "\n  ".join(["", *map(str, value)]) if isinstance(value, list) else "none" if value is None else str(value)

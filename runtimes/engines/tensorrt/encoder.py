@@ -19,6 +19,7 @@ from runtimes.manifest import Run
 from runtimes.process import resident_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 APP = "encoder_app"
@@ -49,7 +50,7 @@ class TensorrtEncoder:
         self.compute([Text((self.settings.pad_id,) * self.context, (0,) * self.context)] * self.slots)
         self._session.settle()
 
-    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         inputs = padded(texts, self.settings)
         output = self._session.run(fitted(inputs, self._profile, self.settings.pad_id))[self._output]
