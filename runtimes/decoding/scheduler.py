@@ -17,7 +17,7 @@ from runtimes.decoding.detokenize import Detokenizer
 from runtimes.decoding.stream import Stream, check_prompt, chunks_to_score
 from runtimes.engine import Emit, EngineError, Piece, Sampling, iterate
 from runtimes.manifest import Run
-from runtimes.process import give_back, resident_bytes
+from runtimes.process import release_freed_memory, resident_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +102,7 @@ class Scheduler:
         self._waiting: deque[_Request] = deque()
         self._slots: list[_Request | None] = [None] * run.slots
         self._closing = False
-        give_back()
+        release_freed_memory()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 

@@ -163,7 +163,7 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
-def refused(error: Exception) -> JSONResponse:
+def error_response(error: Exception) -> JSONResponse:
     """The HTTP response to an engine's error or a full queue."""
     if isinstance(error, RequestRefused):
         return JSONResponse(error_body(str(error), "invalid_request_error", param=error.param, code=error.code), 400)
@@ -233,7 +233,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestRefused)
     async def refuse(_: Request, error: RequestRefused) -> Response:
-        return refused(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:

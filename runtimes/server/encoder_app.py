@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from runtimes.engine import Busy, EngineError, RequestRefused
 from runtimes.engines.encoder import Encoder, Text, labelled
 from runtimes.manifest import Run
-from runtimes.server.base_app import BaseService, make_base_app, refused, require_model, while_connected
+from runtimes.server.base_app import BaseService, error_response, make_base_app, require_model, while_connected
 from runtimes.server.batcher import Batcher
 from runtimes.server.metrics import EncoderMetrics
 
@@ -131,7 +131,7 @@ class ComputedResponse(Response):
             texts = await asyncio.to_thread(self.read)  # tokenizing a megabyte of text takes a while
             rows = await self.batcher.compute(texts)
         except (EngineError, Busy) as error:
-            return refused(error)
+            return error_response(error)
         return await asyncio.to_thread(lambda: JSONResponse(self.finish(texts, rows)))
 
 
@@ -165,7 +165,7 @@ def _add_embedder(app: FastAPI, service: EncoderService) -> None:
 
         def finish(texts: Sequence[Text], rows: list[NDArray[np.float32]]) -> dict[str, object]:
             data = [{"object": "embedding", "index": place, "embedding": vector(row)} for place, row in enumerate(rows)]
-            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+            return {"object": "list", "data": data, "model": service.run.name, **_usage(texts)}
 
         return ComputedResponse(service, lambda: _texts(service, request.input, request.truncate), finish)
 
@@ -184,14 +184,14 @@ def _add_classifier(app: FastAPI, service: EncoderService) -> None:
             firsts, seconds = _listed(request.input), _listed(request.pair)
             if len(firsts) != len(seconds):
                 raise RequestRefused("input and pair have different lengths.", param="pair")
-            _few(firsts)
+            _check_count(firsts)
             return [
                 reader.read(one, other, truncate=request.truncate) for one, other in zip(firsts, seconds, strict=True)
             ]
 
         def finish(texts: Sequence[Text], rows: list[NDArray[np.float32]]) -> dict[str, object]:
             data = [{"index": place, **labelled(row, settings)} for place, row in enumerate(rows)]
-            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+            return {"object": "list", "data": data, "model": service.run.name, **_usage(texts)}
 
         return ComputedResponse(service, read, finish)
 
@@ -207,7 +207,7 @@ def _listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _few(texts: Sequence[object]) -> None:
+def _check_count(texts: Sequence[object]) -> None:
     if not 0 < len(texts) <= MAX_TEXTS:
         raise RequestRefused(f"A request holds 1 to {MAX_TEXTS} texts, this one {len(texts)}.", param="input")
 
@@ -220,7 +220,7 @@ def _texts(service: EncoderService, given: str | Sequence[str | int | list[int]]
     ids = [token for token in given if isinstance(token, int)]
     if ids:
         return [reader.from_ids(ids, truncate=truncate)]
-    _few(given)
+    _check_count(given)
     texts: list[Text] = []
     for entry in given:
         if isinstance(entry, str):
@@ -230,7 +230,7 @@ def _texts(service: EncoderService, given: str | Sequence[str | int | list[int]]
     return texts
 
 
-def _counted(texts: Sequence[Text]) -> dict[str, object]:
+def _usage(texts: Sequence[Text]) -> dict[str, object]:
     """The usage, and which texts were cut."""
     tokens = sum(len(text.ids) for text in texts)
     cut = [place for place, text in enumerate(texts) if text.cut]

@@ -21,9 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 from runtimes.engine import EngineError
-from runtimes.engines.llamacpp.page_cache import bounded
+from runtimes.engines.llamacpp.page_cache import bounded_memory
 from runtimes.manifest import Run
-from runtimes.process import wait_politely
+from runtimes.process import limit_spinning
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 _ERROR = 4
@@ -93,7 +93,7 @@ class Scorer:
     def __init__(
         self, run: Run, *, batch: int, extra_buffers: bool, verbose: bool, loaded: Callable[[], None] = lambda: None
     ) -> None:
-        wait_politely()
+        limit_spinning()
         import xllamacpp
 
         self.version = f"xllamacpp {xllamacpp.__version__}"
@@ -203,7 +203,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
     """
     # llama.cpp rounds contexts up to multiples of 256
     run = replace(run, slots=1, context=max(256, (longest + 255) // 256 * 256))
-    with bounded(run.model, max_rss_bytes) as loaded:
+    with bounded_memory(run.model, max_rss_bytes) as loaded:
         scorer = Scorer(run, batch=SCORE_BATCH, extra_buffers=max_rss_bytes is None, verbose=verbose, loaded=loaded)
         with contextlib.closing(scorer):
             yield scorer

@@ -60,9 +60,9 @@ def build(
     begun = time.monotonic()
     outcome = Outcome(False)
     for number, profile in enumerate(plan.profiles):
-        what = shown(profile)
+        what = describe(profile)
         say(f"building the engine for {device.name} with TensorRT {device.version}, {what}; this takes minutes …")
-        outcome = attempt(command(plan, number, goal, program), plan, goal, say, every)
+        outcome = run_build(command(plan, number, goal, program), plan, goal, say, every)
         if outcome.fine:
             made = {"seconds": round(time.monotonic() - begun, 1), "by": "trtexec" if program else "python"}
             return number, {**made, "checked": check(plan, number, goal, say)}
@@ -74,7 +74,7 @@ def build(
         if number + 1 < len(plan.profiles):
             say(f"the build ran out of memory ({outcome.reason}); trying the next smaller profile")
     raise EngineError(
-        f"Memory: expected enough to build even the smallest engine ({shown(plan.profiles[-1])}), found too little ("
+        f"Memory: expected enough to build even the smallest engine ({describe(plan.profiles[-1])}), found too little ("
         f"{outcome.reason}; the box has {device.bytes / 1e9:.1f} GB, {free_memory()} free); end other programs and the "
         "desktop session, restart the box, and run bin/engine build."
     )
@@ -113,7 +113,7 @@ def command(plan: Plan, number: int, goal: Path, trtexec: str | None) -> list[st
     ]
 
 
-def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
+def run_build(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
     """Run one build to its end, with a line of progress every ``every`` seconds."""
     from runtimes.process import die_with_parent
 
@@ -221,7 +221,7 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, objec
     return {"texts": result["texts"], "cosine_min": result["cosine_min"]}
 
 
-def shown(profile: Profile) -> str:
+def describe(profile: Profile) -> str:
     """A profile for a message: "input_ids up to 8x256"."""
     name, shapes = next(iter(profile.items()))
     return f"{name} up to {'x'.join(map(str, shapes.max))}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.device import Device
 from runtimes.engines.tensorrt.plan import Plan
-from runtimes.files import file_sha256, flush, hold
+from runtimes.files import file_sha256, flush, lock
 
 ENGINE, ENTRY, LOCK = "engine.plan", "entry.json", ".lock"
 FORMAT = 1
@@ -219,7 +219,7 @@ def locked(folder: Path, say: Say, pause: float = 0.5) -> Iterator[None]:
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         waited = False
-        while not hold(handle):
+        while not lock(handle):
             if not waited:
                 say("another process builds an engine here; waiting for it …")
             waited = True

@@ -17,7 +17,7 @@ from runtimes.engines.registry import COMPILED
 from runtimes.engines.tensorrt import cache
 from runtimes.engines.tensorrt.build import check
 from runtimes.engines.tensorrt.cache import Key
-from runtimes.engines.tensorrt.device import ask, unfit
+from runtimes.engines.tensorrt.device import query_device, unfit
 from runtimes.engines.tensorrt.open import home_of, prepare
 from runtimes.engines.tensorrt.plan import Plan, read_plan
 from runtimes.files import say
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """Build the engine where it is missing; check one that the bundle contains. Code 4 for a box that does not fit."""
     try:
-        device = ask(plan.library)
+        device = query_device(plan.library)
     except EngineError as error:
         return {"ok": False, "error": str(error)}, REFUSED
     if (refusal := unfit(plan, device)) is not None:
@@ -100,7 +100,7 @@ def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, o
         "kept": sorted(str(path) for folder in folders for path in cache.entries(folder)),
     }
     try:
-        device = ask(plan.library)
+        device = query_device(plan.library)
     except EngineError as error:
         return {**document, "ok": False, "device": None, "error": str(error)}, REFUSED
     refusal = unfit(plan, device)

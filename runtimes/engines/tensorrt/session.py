@@ -232,7 +232,7 @@ class NativeSession:
         """Known bytes on the device: weights, activations and buffers, without CUDA's own."""
         return self._held
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Save the kernels that TensorRT-RTX compiled, if there are new ones; the next start is faster."""
         if self._cache is None or self._kernels is None:
             return
@@ -248,7 +248,7 @@ class NativeSession:
         if self._engine is not None:
             self._cuda.use()  # the caller may be another thread than the one that computed
         if self._context is not None:
-            self.settle()
+            self.save_kernels()
         self._context = self._engine = self._cache = self._runtime = None
         self._cuda.close()
 

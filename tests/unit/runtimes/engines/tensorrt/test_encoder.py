@@ -18,7 +18,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from runtimes.engine import EngineError
-from runtimes.engines.tensorrt.encoder import fitted
+from runtimes.engines.tensorrt.encoder import pad_to_profile
 from runtimes.engines.tensorrt.onnxruntime import providers_for
 from runtimes.engines.tensorrt.plan import Shapes, read_plan
 from tests.conftest import ROOT
@@ -196,7 +196,7 @@ def test_batches_are_padded_to_what_the_profile_takes(
 ) -> None:
     """Lengths in steps of eight, up to the profile's own end; rows that are added are a text again, never empty."""
     inputs = {"input_ids": np.full(shape, 5), "attention_mask": np.ones(shape, np.int64)}
-    result = fitted(inputs, {name: Shapes(least, least, most) for name in inputs}, 9)
+    result = pad_to_profile(inputs, {name: Shapes(least, least, most) for name in inputs}, 9)
     assert result["input_ids"].shape == result["attention_mask"].shape == expected
     assert (result["input_ids"][:, : shape[1]] == 5).all() and (result["input_ids"][:, shape[1] :] == 9).all()
     assert (result["attention_mask"].sum(axis=1) == shape[1]).all()
