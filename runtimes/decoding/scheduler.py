@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from runtimes.decoding.json_schema import Constraint
     from runtimes.decoding.sampling import Sampler
 
-PREFILL_CHUNK = (
-    128  # prompt tokens per prefill chunk: between two checks for a cancel, and between two tokens of the others
-)
+# Prompt tokens per prefill chunk: between two checks for a cancel, and between two tokens of the other answers.
+PREFILL_CHUNK = 128
 SCORE_CHUNK = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
 
 

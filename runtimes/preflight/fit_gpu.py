@@ -24,7 +24,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def size(count: float) -> str:
-    """Bytes for people: "4.0 GB" (10^9)."""
+    """A number of bytes for a message: "4.0 GB" (10^9 bytes)."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

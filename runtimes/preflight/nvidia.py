@@ -62,9 +62,7 @@ def read_facts(box: Box, jetson: Mapping[str, Any], memory: tuple[int | None, in
     """
     gpus, driver, because = _from_smi(box)
     has_driver = any(box.exists(name) for name in DEVICES) or bool(jetson["soc"])
-    if (
-        gpus is None and not because and not has_driver
-    ):  # no nvidia-smi and no driver: there may still be an NVIDIA card
+    if gpus is None and not because and not has_driver:  # there may still be an NVIDIA card
         return {"gpus": [], "driver": "", "cuda_driver": "", "card_without_driver": _has_card(box)}
     hangs = because == HANGS  # then the driver's libraries hang too
     whole = bool(gpus) and not any(_has_gap(gpu, bool(jetson["soc"])) for gpu in gpus or [])
