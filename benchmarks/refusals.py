@@ -54,7 +54,7 @@ def rows() -> list[Row]:
                 check=False,
                 encoding="utf-8",
             )
-            found.append(Row(case["is"], cases["bundles"][case["needs"]]["is"], done.returncode, message(done.stdout)))
+            found.append(Row(case["is"], cases["bundles"][case["needs"]]["is"], done.returncode, said(done.stdout)))
     return found
 
 
@@ -65,19 +65,19 @@ def write_bundle(folder: Path, needs: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def message(document: str) -> str:
+def said(document: str) -> str:
     """The refusal, else that it fits, with the warnings and what stayed unknown."""
-    result = json.loads(document)
-    if result["refusal"]:
-        return str(result["refusal"])
-    unknown = [f"{one['name']}: {one['found']}." for one in result["findings"] if one["ok"] is None]
+    found = json.loads(document)
+    if found["refusal"]:
+        return str(found["refusal"])
+    unknown = [f"{one['name']}: {one['found']}." for one in found["findings"] if one["ok"] is None]
     fits = "It fits, as far as is known." if unknown else "It fits."
-    return " ".join([fits, *(f"Warning: {sentence}" for sentence in result["warnings"]), *unknown])
+    return " ".join([fits, *(f"Warning: {sentence}" for sentence in found["warnings"]), *unknown])
 
 
 def markdown() -> str:
     """The rows as a table; bars inside cells are escaped."""
-    lines = ["| box | bundle | exit | message |", "| --- | --- | --- | --- |"]
+    lines = ["| box | bundle | exit | what it is told |", "| --- | --- | --- | --- |"]
     for row in rows():
         cells = (row.box, row.bundle, str(row.code), row.says)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

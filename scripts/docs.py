@@ -228,7 +228,7 @@ def refusals() -> str:
 
     return "\n".join(
         [
-            "# Refusals of recorded boxes",
+            "# What a box is told",
             "",
             "Recorded boxes (`tests/unit/boxes`) against bundles, each row one run of the preflight;",
             "`python benchmarks/refusals.py` prints the same. The boxes were written from documentation and published",
