@@ -61,7 +61,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             work.unlink()
 
 
-def hold(handle: int) -> bool:
+def lock(handle: int) -> bool:
     """Lock an open file or folder until it is closed; False when another process holds it. Windows: always True.
 
     Raises OSError where the filesystem has no locks.
@@ -77,11 +77,11 @@ def hold(handle: int) -> bool:
     return True
 
 
-def hold_folder(folder: Path) -> Optional[int]:  # noqa: UP045 - Python 3.8
+def lock_folder(folder: Path) -> Optional[int]:  # noqa: UP045 - Python 3.8
     """Lock a folder: the handle to close, or None when another process holds it or the filesystem has no locks."""
     handle = os.open(os.devnull if os.name == "nt" else folder, os.O_RDONLY)
     try:
-        held = hold(handle)
+        held = lock(handle)
     except OSError:
         held = False
     if held:

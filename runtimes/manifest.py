@@ -65,7 +65,7 @@ def read_bundle(folder: Path) -> Run:
     return parse_run(manifest.get("run"), name=str(manifest.get("name", "model")), folder=folder)
 
 
-def parse_run(run: Any, *, name: str = "model", folder: Path | None = None) -> Run:
+def parse_run(run: object, *, name: str = "model", folder: Path | None = None) -> Run:
     """Check a manifest's ``run`` object. Without a folder its paths are taken as they are (score and render)."""
     if not isinstance(run, dict):
         raise ManifestError("The manifest has no run object.")

@@ -12,7 +12,7 @@ from pathlib import Path
 SPINS = "1000"
 
 
-def wait_politely() -> None:
+def limit_spinning() -> None:
     """Make idle OpenMP threads sleep soon instead of spinning; call it before the engine's library is loaded.
 
     llama.cpp's threads wait at hundreds of barriers per token. When another program takes one of their cores, all other
@@ -38,7 +38,7 @@ def resident_bytes() -> int:
         return 0
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Return freed memory to the system, which glibc would keep: loading a model leaves much of it."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def head(manifest: Mapping[str, Any], url: str | None, settings: Mapping[str, An
     }
 
 
-def load_since(before: Any) -> dict[str, Any]:
+def load_since(before: Sequence[float] | None) -> dict[str, Any]:
     """The machine's load before the run and now."""
     return {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
 

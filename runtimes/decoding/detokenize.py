@@ -6,9 +6,12 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runtimes.decoding.tokenizer import open_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers.decoders import DecodeStream
 
 
 class Detokenizer:
@@ -18,7 +21,7 @@ class Detokenizer:
         self.path = tokenizer
         self.tokenizer = open_tokenizer(tokenizer)
 
-    def stream(self) -> Any:
+    def stream(self) -> DecodeStream:
         """A decoder for one answer. ``step(tokenizer, id)`` returns text, or None while a character is incomplete. The
         tokenizer's special tokens give no text.
         """

@@ -7,7 +7,7 @@ to the tokens that the previous filter kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -63,9 +63,10 @@ class Sampler:
         return int(kept[min(place, len(kept) - 1)])
 
 
-def _softmax(values: NDArray[np.float64]) -> Any:
-    powers = np.exp(values - values.max())
-    return powers / powers.sum()
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    powers: NDArray[np.float64] = np.exp(values - values.max())
+    shares: NDArray[np.float64] = powers / powers.sum()
+    return shares
 
 
 def top_logprobs(logits: NDArray[np.float32], top: int) -> dict[int, float]:

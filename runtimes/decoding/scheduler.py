@@ -11,13 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from runtimes.decoding.detokenize import Detokenizer
 from runtimes.decoding.stream import Stream, check_prompt, chunks_to_score
 from runtimes.engine import Emit, EngineError, Piece, Sampling, iterate
 from runtimes.manifest import Run
-from runtimes.process import give_back, resident_bytes
+from runtimes.process import release_freed_memory, resident_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from runtimes.decoding.json_schema import Constraint
     from runtimes.decoding.sampling import Sampler
 
-PREFILL_CHUNK = (
-    128  # prompt tokens per prefill chunk: between two checks for a cancel, and between two tokens of the others
-)
+# Prompt tokens per prefill chunk: between two checks for a cancel, and between two tokens of the other answers.
+PREFILL_CHUNK = 128
 SCORE_CHUNK = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
 
 
@@ -102,7 +101,7 @@ class Scheduler:
         self._waiting: deque[_Request] = deque()
         self._slots: list[_Request | None] = [None] * run.slots
         self._closing = False
-        give_back()
+        release_freed_memory()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
@@ -226,7 +225,7 @@ class Scheduler:
             request.read += 1
             self._take(request, logits[request.slot - first, -1])
 
-    def _take(self, request: _Request, logits: Any) -> None:
+    def _take(self, request: _Request, logits: NDArray[np.float32]) -> None:
         """Choose the next token and emit it; end the answer when it is complete."""
         import numpy as np
 

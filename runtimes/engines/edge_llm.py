@@ -96,7 +96,7 @@ def serve(run: Run, options: argparse.Namespace) -> int:
     if options.verbose:
         words += ["--log-level", "debug"]
     if options.log_json:
-        sys.stderr.write("--log-json is our own server's; Edge-LLM writes its own log.\n")
+        sys.stderr.write("--log-json is an option of our own server; Edge-LLM writes its own log.\n")
     shown = f"[{options.host}]" if ":" in options.host else options.host
     sys.stdout.write(
         f"{run.name} by TensorRT Edge-LLM on http://{shown}:{words[words.index('--port') + 1]} (the first "

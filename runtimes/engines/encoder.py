@@ -14,6 +14,7 @@ from runtimes.engine import EngineError, RequestRefused
 from runtimes.manifest import Run
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
@@ -49,7 +50,7 @@ class Settings:
         given = run.settings
         pooling, scores = str(given.get("pooling", "mean")), str(given.get("scores", "softmax"))
         if pooling not in POOLINGS or scores not in ("softmax", "sigmoid", "none"):
-            raise EngineError(f"This runtime knows no pooling {pooling!r} or no scores {scores!r}.")
+            raise EngineError(f"This runtime does not support the pooling {pooling!r} or the scores {scores!r}.")
         return cls(
             pad_id=int(given.get("pad_id", 0)),
             token_types=bool(given.get("token_types", False)),
@@ -77,7 +78,7 @@ class Encoder(Protocol):
     @property
     def details(self) -> Mapping[str, str]: ...
 
-    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         ...
 
@@ -118,7 +119,9 @@ class Reader:
         try:
             (whole + (pair or "")).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RequestRefused(f"A text has half a character (position {error.start}).", param=param) from None
+            raise RequestRefused(
+                f"A text has half a character, an unpaired surrogate (position {error.start}).", param=param
+            ) from None
         with self._lock:
             encoding = self._tokenizer.encode(whole, pair)
             count = len(encoding.ids)
@@ -163,7 +166,7 @@ def require_inputs(names: Sequence[str], settings: Settings, model: str) -> None
         raise EngineError(f"{model} takes {', '.join(sorted(names))}; the manifest says otherwise.")
 
 
-def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[Any]]:
+def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[np.int64]]:
     """The model's inputs [texts, longest text], int64."""
     import numpy as np
 
@@ -177,7 +180,7 @@ def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[Any]]
     return {**inputs, "token_type_ids": types} if settings.token_types else inputs
 
 
-def rows(output: NDArray[Any], mask: NDArray[Any], task: str, settings: Settings) -> list[NDArray[Any]]:
+def rows(output: NDArray[Any], mask: NDArray[Any], task: str, settings: Settings) -> list[NDArray[np.float32]]:
     """A float32 vector for each text of a batch, from the model's output: the embedding, or the logits."""
     import numpy as np
 
@@ -185,7 +188,7 @@ def rows(output: NDArray[Any], mask: NDArray[Any], task: str, settings: Settings
     return list(values if task == "classify" else pooled(values, mask, settings))
 
 
-def pooled(states: NDArray[Any], mask: NDArray[Any], settings: Settings) -> NDArray[Any]:
+def pooled(states: NDArray[Any], mask: NDArray[Any], settings: Settings) -> NDArray[np.float32]:
     """Vectors [texts, hidden] from token states [texts, length, hidden], padding excluded."""
     import numpy as np
 
@@ -199,7 +202,7 @@ def pooled(states: NDArray[Any], mask: NDArray[Any], settings: Settings) -> NDAr
         vectors = (states * weights).sum(axis=1) / (np.sqrt(count) if settings.pooling == "mean_sqrt_len" else count)
     if settings.normalize:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    result: NDArray[Any] = vectors.astype(np.float32)
+    result: NDArray[np.float32] = vectors.astype(np.float32)
     return result
 
 
@@ -216,7 +219,7 @@ def scored(logits: NDArray[Any], settings: Settings) -> list[float]:
     return [float(value) for value in values]
 
 
-def labelled(logits: NDArray[Any], settings: Settings) -> Mapping[str, Any]:
+def labelled(logits: NDArray[Any], settings: Settings) -> Mapping[str, object]:
     """The answer for one text: the best label with its score, and all scores."""
     scores = scored(logits, settings)
     names = settings.labels or tuple(f"LABEL_{number}" for number in range(len(scores)))

@@ -67,7 +67,7 @@ def module(name: str) -> ModuleType:
             # only the engine's own module or folder may be missing from a bundle; another missing module is a defect
             if error.name is None or not f"{path}.".startswith(f"{error.name}."):
                 raise
-    raise ManifestError(f"This runtime has no engine {name!r}; it knows {', '.join(MODULES)}.")
+    raise ManifestError(f"This runtime has no engine {name!r}; it has {', '.join(MODULES)}.")
 
 
 def scorer(name: str) -> OpenScorer:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runtimes.manifest import ManifestError, Run
 from runtimes.preflight.facts import read_facts
-from runtimes.preflight.fit_gpu import lacking, vllm
+from runtimes.preflight.fit_gpu import requirements, vllm
 from runtimes.preflight.vllm import find_vllm
 
 REFUSED = 4
@@ -87,7 +87,7 @@ def serve(run: Run, options: argparse.Namespace) -> int:
     """
     needs = gpu_needs(options.bundle)
     facts = read_facts()
-    bad = [row for row in [*lacking(needs, facts), vllm(str(needs["vllm"]), facts)] if row[1] is False]
+    bad = [row for row in [*requirements(needs, facts), vllm(str(needs["vllm"]), facts)] if row[1] is False]
     program = find_vllm()
     if bad or program is None:
         name, _, expected, found, fix = bad[0] if bad else ("vLLM", False, "the program vllm", "none", "install it")
@@ -95,7 +95,7 @@ def serve(run: Run, options: argparse.Namespace) -> int:
         return REFUSED
     words = command(run, program, options.host, free_port(options.host, options.port))
     if options.log_json:
-        sys.stderr.write("--log-json is our own server's; vLLM writes its own log.\n")
+        sys.stderr.write("--log-json is an option of our own server; vLLM writes its own log.\n")
     shown = f"[{options.host}]" if ":" in options.host else options.host
     sys.stdout.write(f"{run.name} by vLLM on http://{shown}:{words[words.index('--port') + 1]} (API page: /docs)\n")
     sys.stdout.flush()

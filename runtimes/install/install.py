@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runtimes.files import clone, copy, exchange, file_sha256, flush, hold_folder, say
+from runtimes.files import clone, copy, exchange, file_sha256, flush, lock_folder, say
 from runtimes.install.launchers import make_engine, verbs, write_launchers, write_units
 from runtimes.preflight import check
 
@@ -47,11 +47,11 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
         raise Refused(str(error), check.DAMAGED) from error
     facts = check.read_facts(prefix, gpu=bool(manifest["needs"].get("gpu")))
     findings = check.compare(manifest["needs"], facts, installing=True)
-    ours = look_at_place(bundle, prefix)
+    ours = check_prefix(bundle, prefix)
     say(f"checking this box and the files of {manifest['bundle']} …")
     files = check.check_files(bundle)
     digest = file_sha256(bundle / check.MANIFEST)
-    done = ours and is_whole(prefix, digest, verbs(manifest))
+    done = ours and is_intact(prefix, digest, verbs(manifest))
     if done:  # nothing is written then, so the disk may be full
         findings = [item for item in findings if item.name != "disk"]
     code = check.exit_code(findings, files)
@@ -77,7 +77,7 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
     return True
 
 
-def look_at_place(bundle: Path, prefix: Path) -> bool:
+def check_prefix(bundle: Path, prefix: Path) -> bool:
     """Whether the prefix has an install of ours. Raises Refused for other files there, or a folder without write
     access.
     """
@@ -125,7 +125,7 @@ def user() -> str:
     return os.environ.get("USER") or os.environ.get("USERNAME") or "this user"
 
 
-def is_whole(prefix: Path, manifest_sha256: str, names: tuple[str, ...]) -> bool:
+def is_intact(prefix: Path, manifest_sha256: str, names: tuple[str, ...]) -> bool:
     """Whether the install at the prefix has this manifest and this Python, is undamaged and can start."""
     try:
         marker = json.loads((prefix / check.MARKER).read_text("utf-8"))
@@ -170,7 +170,7 @@ def sweep(prefix: Path) -> None:
     if previous.exists() and not prefix.exists():
         previous.rename(prefix)
     for left in [previous, *prefix.parent.glob(f"{start}*")]:
-        if left.is_dir() and (held := hold_folder(left)) is not None:
+        if left.is_dir() and (held := lock_folder(left)) is not None:
             say(f"removing what an earlier install left: {left}")
             remove(left)
             os.close(held)
@@ -201,7 +201,7 @@ def build_and_publish(
 ) -> None:
     """Make the whole install beside the prefix, then rename it to the prefix. Raises Refused or OSError."""
     work = Path(tempfile.mkdtemp(prefix=siblings(prefix)[0], dir=prefix.parent))
-    held = hold_folder(work)
+    held = lock_folder(work)
     try:
         work.chmod(0o755)
         say("copying the model and the server …")

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(read_facts(given.prefix or given.bundle or Path.home(), gpu=True), indent=2) + "\n")
         return FITS
     if given.bundle is None and given.needs is None:
-        sys.stderr.write("--bundle is missing: say which bundle this box is compared with.\n")
+        sys.stderr.write("--bundle is missing: name the bundle to compare this box with.\n")
         return USAGE
     try:
         facts = recorded_facts(given.facts) if given.facts else None
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return USAGE
     if given.bundle is None:
-        return _write(compared(json.loads(given.needs.read_text("utf-8")), facts), given.output)
+        return _write(compare_each(json.loads(given.needs.read_text("utf-8")), facts), given.output)
     try:
         manifest = read_manifest(given.bundle, needs=True)
     except ValueError as error:
@@ -173,7 +173,7 @@ def verdict(findings: list[Finding], files: list[Finding]) -> dict[str, Any]:
     }
 
 
-def compared(needs: Mapping[str, Any], facts: dict[str, Any] | None) -> dict[str, Any]:
+def compare_each(needs: Mapping[str, Any], facts: dict[str, Any] | None) -> dict[str, Any]:
     """Compare this box, or the recorded one, with several needs, by name."""
     if facts is None:
         facts = read_facts(Path.home(), gpu=True)

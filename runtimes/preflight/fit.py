@@ -50,13 +50,13 @@ def compare(needs: Mapping[str, Any], facts: Mapping[str, Any], *, installing: b
     gpu = needs.get("gpu")
     findings = [*_system(needs, facts)]
     if gpu:
-        findings += [Finding(*row) for row in fit_gpu.lacking(gpu, facts)]
+        findings += [Finding(*row) for row in fit_gpu.requirements(gpu, facts)]
     findings += [*_python(needs, facts), *_memory(needs, facts)]
     if gpu and "vllm" in gpu:
         findings.append(Finding(*fit_gpu.vllm(str(gpu["vllm"]), facts)))
     if installing:
         findings.append(
-            _look(
+            _check(
                 facts,
                 "disk",
                 "disk_free_bytes",
@@ -66,10 +66,10 @@ def compare(needs: Mapping[str, Any], facts: Mapping[str, Any], *, installing: b
                 size,
             )
         )
-    return findings + [Finding(*row, severity=WARNS) for row in fit_gpu.slow(needs, facts)]
+    return findings + [Finding(*row, severity=WARNS) for row in fit_gpu.cautions(needs, facts)]
 
 
-def _look(
+def _check(
     facts: Mapping[str, Any],
     name: str,
     fact: str,
@@ -88,7 +88,7 @@ def _system(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> Sequence[Find
     system, machine = needs["system"], needs["machine"]
     name = SYSTEMS.get(system, system)
     return (
-        _look(
+        _check(
             facts,
             "system",
             "system",
@@ -97,7 +97,7 @@ def _system(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> Sequence[Find
             f"use a bundle that was built for this system, or a {name} box",
             lambda value: SYSTEMS.get(value, value),
         ),
-        _look(
+        _check(
             facts,
             "processor",
             "machine",
@@ -113,7 +113,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
     low, high = numbers(oldest), numbers(newest)
     pythons = f"Python {oldest} to {newest}" if oldest != newest else f"Python {oldest}"
     findings = [
-        _look(
+        _check(
             facts,
             "Python",
             "python",
@@ -122,7 +122,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             f"install one of them beside the system's own and name it with --python python{newest}",
             lambda value: f"Python {value}",
         ),
-        _look(
+        _check(
             facts,
             "Python implementation",
             "implementation",
@@ -130,7 +130,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             lambda value: value == "CPython",
             "name a CPython with --python",
         ),
-        _look(
+        _check(
             facts,
             "Python word size",
             "bits",
@@ -139,7 +139,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             "install a 64-bit system or name a 64-bit Python with --python",
             lambda value: f"{value} bit",
         ),
-        _look(
+        _check(
             facts,
             "Python build",
             "free_threaded",
@@ -148,7 +148,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             "name an ordinary build with --python",
             lambda value: "a free-threaded one" if value else "one with it",
         ),
-        _look(
+        _check(
             facts,
             "Python modules",
             "modules_missing",
@@ -165,7 +165,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             findings.append(Finding("C library", False, f"glibc {least} or newer", str(facts["libc"]), fix))
         else:
             findings.append(
-                _look(
+                _check(
                     facts,
                     "C library",
                     "glibc",
@@ -182,7 +182,7 @@ def _memory(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
     if not needs["ram_bytes"]:
         return []
     return [
-        _look(
+        _check(
             facts,
             "memory",
             "ram_bytes",

@@ -24,7 +24,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def size(count: float) -> str:
-    """Bytes for people: "4.0 GB" (10^9)."""
+    """A number of bytes for a message: "4.0 GB" (10^9 bytes)."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
@@ -33,7 +33,7 @@ def size(count: float) -> str:
     return f"{value:.1f} GB"
 
 
-def lacking(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
+def requirements(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
     """Rows for the GPU itself (which no update changes), then JetPack, TensorRT, driver and CUDA where needed."""
     rows = [_gpu(needs, facts)]
     if needs.get("jetpack"):
@@ -77,13 +77,13 @@ def _jetpack(wanted: list[str], facts: Mapping[str, Any]) -> tuple[str, bool | N
         return name, False, expected, "none (this is no Jetson)", OTHER_BUNDLE
     shown = f"JetPack {release} (Jetson Linux {l4t or 'unknown'})"
     installed = numbers(release)
-    verdicts = [_begins(installed, numbers(listed)) for listed in wanted]
+    verdicts = [_includes(installed, numbers(listed)) for listed in wanted]
     if True not in verdicts and None in verdicts:
         return name, None, expected, f"a release of JetPack {release} that is not known (Jetson Linux {l4t})", fix
     return name, True in verdicts, expected, shown, fix
 
 
-def _begins(box: tuple[int, ...], listed: tuple[int, ...]) -> bool | None:
+def _includes(box: tuple[int, ...], listed: tuple[int, ...]) -> bool | None:
     shorter = min(len(box), len(listed))
     if box[:shorter] != listed[:shorter]:
         return False
@@ -165,7 +165,7 @@ def vllm(least: str, facts: Mapping[str, Any]) -> tuple[str, bool | None, str, s
     return "vLLM", new, wanted, shown, "install it there in an environment of its own (it brings its own torch)"
 
 
-def slow(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
+def cautions(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
     """Rows for what makes a box slow or short of memory: known facts only, and a driver of unknown version."""
     gpu = needs.get("gpu") or {}
     rows: list[tuple[str, bool | None, str, str, str]] = []
@@ -182,7 +182,7 @@ def slow(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, 
         )
     gpus = facts.get("gpus") or []
     if gpu:
-        rows += _crowded(gpu, gpus)
+        rows += _free_memory(gpu, gpus)
     if gpu and gpus and facts.get("driver") is None and not gpu.get("driver_min"):
         rows.append(
             (
@@ -206,7 +206,9 @@ def slow(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, 
     return rows + _jetson(facts)
 
 
-def _crowded(needs: Mapping[str, Any], gpus: list[Mapping[str, Any]]) -> list[tuple[str, bool | None, str, str, str]]:
+def _free_memory(
+    needs: Mapping[str, Any], gpus: list[Mapping[str, Any]]
+) -> list[tuple[str, bool | None, str, str, str]]:
     """A row for GPU memory that other programs hold. A GPU with unified memory is covered by "free memory"."""
     least, count = int(needs["bytes"]), int(needs["count"])
     known = [one["free_bytes"] for one in gpus if one.get("free_bytes") is not None and not one.get("unified")]

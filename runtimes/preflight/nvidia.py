@@ -62,14 +62,12 @@ def read_facts(box: Box, jetson: Mapping[str, Any], memory: tuple[int | None, in
     """
     gpus, driver, because = _from_smi(box)
     has_driver = any(box.exists(name) for name in DEVICES) or bool(jetson["soc"])
-    if (
-        gpus is None and not because and not has_driver
-    ):  # no nvidia-smi and no driver: there may still be an NVIDIA card
+    if gpus is None and not because and not has_driver:  # there may still be an NVIDIA card
         return {"gpus": [], "driver": "", "cuda_driver": "", "card_without_driver": _has_card(box)}
     hangs = because == HANGS  # then the driver's libraries hang too
     whole = bool(gpus) and not any(_has_gap(gpu, bool(jetson["soc"])) for gpu in gpus or [])
     probed: Mapping[str, Any] = {} if hangs or whole else box.probe()
-    gpus = _together(gpus or [], probed) or ([_of_soc(jetson)] if jetson["soc"] in CAPABILITIES else gpus)
+    gpus = _merge(gpus or [], probed) or ([_soc_gpu(jetson)] if jetson["soc"] in CAPABILITIES else gpus)
     for gpu in gpus or []:
         if gpu["unified"] or (gpu["unified"] is None and jetson["soc"]):
             gpu.update(unified=True, bytes=memory[0] or gpu["bytes"], free_bytes=memory[1])
@@ -127,7 +125,7 @@ def _has_gap(gpu: Mapping[str, Any], of_a_jetson: bool) -> bool:
     return bool(gpu["capability"] is None or gpu["mig"] or (gpu["bytes"] is None and not of_a_jetson))
 
 
-def _together(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _merge(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dict[str, Any]]:
     """nvidia-smi's list with its gaps filled from the driver's libraries; without a list, the libraries' own."""
     known = probed.get("gpus") or []
     free = probed.get("free") or []
@@ -147,7 +145,7 @@ def _together(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dic
     return result
 
 
-def _of_soc(jetson: Mapping[str, Any]) -> dict[str, Any]:
+def _soc_gpu(jetson: Mapping[str, Any]) -> dict[str, Any]:
     """A Jetson's GPU: it is part of the processor, so the device tree identifies it."""
     soc = jetson["soc"]
     return {

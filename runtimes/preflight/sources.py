@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 LIMIT = 1 << 20  # characters of a file, bytes of a program's output: more than any of them needs
 PROBE = Path(__file__).with_name("driver_probe.py")
@@ -107,7 +107,7 @@ def plain(text: str) -> str:
     return "".join(mark for mark in text if mark.isprintable() or mark in "\n\t")
 
 
-def _closing(file: Any) -> Iterator[str]:
+def _closing(file: TextIO) -> Iterator[str]:
     with file:
         yield from file
 

@@ -19,7 +19,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.types import Receive
+from starlette.types import ASGIApp, Receive
 
 from runtimes.engine import Busy, RequestRefused
 from runtimes.manifest import Run
@@ -72,7 +72,7 @@ class BaseService(ABC, Generic[AnyWorker]):
 
     @property
     @abstractmethod
-    def card(self) -> dict[str, Any]:
+    def card(self) -> dict[str, object]:
         """The fields of /v1/models beside the name."""
 
     @property
@@ -112,7 +112,7 @@ class BaseService(ABC, Generic[AnyWorker]):
 
 def make_base_app(
     service: BaseService[Any], add_routes: Callable[[FastAPI], None], *, max_body: int, log_json: bool
-) -> Any:
+) -> ASGIApp:
     """The ASGI application. add_routes: adds the routes of this kind of model. max_body: bytes; more gets a 413."""
 
     @asynccontextmanager
@@ -163,7 +163,7 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
-def refused(error: Exception) -> JSONResponse:
+def error_response(error: Exception) -> JSONResponse:
     """The HTTP response to an engine's error or a full queue."""
     if isinstance(error, RequestRefused):
         return JSONResponse(error_body(str(error), "invalid_request_error", param=error.param, code=error.code), 400)
@@ -177,7 +177,7 @@ def _add_status(app: FastAPI, service: BaseService[Any]) -> None:
     tags: list[str | Enum] = ["status"]
 
     @app.get("/v1/models", tags=tags, summary="The one model served here")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         card = {"id": service.run.name, "object": "model", "created": 0, "owned_by": "packager"}
         return {"object": "list", "data": [{**card, **service.card}]}
 
@@ -233,7 +233,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestRefused)
     async def refuse(_: Request, error: RequestRefused) -> Response:
-        return refused(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
@@ -246,4 +246,4 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> Response:
         log.exception("a defect of the server", exc_info=error)
-        return JSONResponse(error_body("The server failed; its log says more.", "server_error"), 500)
+        return JSONResponse(error_body("The server failed; see its log.", "server_error"), 500)

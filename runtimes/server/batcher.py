@@ -11,13 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtimes.engine import Busy, EngineError
 from runtimes.engines.encoder import Encoder, Text
 from runtimes.server.metrics import EncoderMetrics
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 MAX_WAITING = 8192  # texts
@@ -29,7 +30,7 @@ class Group:
 
     def __init__(self, texts: Sequence[Text], loop: asyncio.AbstractEventLoop) -> None:
         self.texts = texts
-        self.rows: list[NDArray[Any] | None] = [None] * len(texts)
+        self.rows: list[NDArray[np.float32] | None] = [None] * len(texts)
         # longest first, so that the texts of a batch have similar lengths
         self.left = deque(sorted(range(len(texts)), key=lambda place: -len(texts[place].ids)))
         self.computing = 0
@@ -58,7 +59,7 @@ class Batcher:
         self.thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self.thread.start()
 
-    async def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    async def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A row for each text. Raises Busy or EngineError. Cancelling it removes the waiting texts from the queue."""
         group = Group(texts, self.loop)
         with self.changed:
@@ -136,7 +137,7 @@ class Batcher:
         texts = [group.texts[place] for group, place in batch]
         begun = time.perf_counter()
         error: EngineError | None = None
-        rows: list[NDArray[Any]] = []
+        rows: list[NDArray[np.float32]] = []
         try:
             rows = self.engine.compute(texts)
         except EngineError as failure:

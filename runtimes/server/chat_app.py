@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from types import ModuleType
-from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from runtimes.decoding.chat_template import Prompts, TemplateRefused
 from runtimes.engine import Engine, Piece, RequestRefused, Sampling
@@ -41,7 +41,7 @@ class Service(BaseService[Dispatcher]):
         return Dispatcher(self.engine, self.metrics)
 
     @property
-    def card(self) -> dict[str, Any]:
+    def card(self) -> dict[str, object]:
         """The fields of /v1/models beside the name."""
         return {"max_model_len": self.run.context}
 
@@ -61,7 +61,7 @@ def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> Service:
     return Service(run, prompts, engine.load(run, verbose=verbose))
 
 
-def make_app(service: Service, *, max_body: int, log_json: bool) -> Any:
+def make_app(service: Service, *, max_body: int, log_json: bool) -> ASGIApp:
     """The ASGI application. max_body: bytes; larger requests get a 413."""
 
     def add_routes(app: FastAPI) -> None:
@@ -115,7 +115,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return WholeResponse(dispatcher, service.user_turn(request.text), defaults(), finish)
 
     @app.get("/answer", tags=tags, response_model=AnswerResponse, summary="One question in the address, one answer")
-    async def answer(prompt: str = Query(min_length=1, description="what the user says")) -> Response:
+    async def answer(prompt: str = Query(min_length=1, description="the user's message")) -> Response:
         dispatcher = service.worker()
         return WholeResponse(dispatcher, service.user_turn(prompt), defaults(), _wrapped("answer"))
 
@@ -131,7 +131,9 @@ def _prompt_ids(service: Service, prompt: str | list[int] | list[str]) -> list[i
         return service.prompts.plain(prompt[0])
     ids = [token for token in prompt if isinstance(token, int)]
     if len(ids) != len(prompt):
-        raise RequestRefused("One prompt a request: send several requests, they are decoded together.", param="prompt")
+        raise RequestRefused(
+            "One prompt per request: send several requests, which are decoded together.", param="prompt"
+        )
     size = service.prompts.vocabulary()
     if any(not 0 <= token < size for token in ids):
         raise RequestRefused(f"A token id of the prompt lies outside the vocabulary of {size}.", param="prompt")

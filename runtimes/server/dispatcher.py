@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from runtimes.engine import Busy, Engine, EngineError, Piece, Sampling
 from runtimes.server.metrics import Metrics
@@ -163,6 +162,6 @@ class Stopwatch:
     def close(self) -> None:
         self.metrics.tokens.inc(self.seen)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, int]:
         """Fields for the access log."""
         return {"completion_tokens": self.seen}

@@ -11,36 +11,37 @@ import base64
 from collections.abc import Callable, Sequence
 from enum import Enum
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtimes.engine import Busy, EngineError, RequestRefused
 from runtimes.engines.encoder import Encoder, Text, labelled
 from runtimes.manifest import Run
-from runtimes.server.base_app import BaseService, make_base_app, refused, require_model, while_connected
+from runtimes.server.base_app import BaseService, error_response, make_base_app, require_model, while_connected
 from runtimes.server.batcher import Batcher
 from runtimes.server.metrics import EncoderMetrics
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 MAX_TEXTS = 2048  # OpenAI's limit
 Token = Annotated[int, Field(strict=True)]
-Finish = Callable[[Sequence[Text], list[Any]], dict[str, Any]]
+Finish = Callable[[Sequence[Text], "list[NDArray[np.float32]]"], dict[str, object]]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _known_shape(value: Any) -> Any:
+def _known_shape(value: object) -> object:
     """Check the form of ``input``: one error, where pydantic reports one for each member of the union."""
 
-    def ids(entry: Any) -> bool:
+    def ids(entry: object) -> bool:
         return isinstance(entry, list) and all(type(token) is int for token in entry)
 
     listed = isinstance(value, list) and (all(isinstance(entry, str) for entry in value) or all(map(ids, value)))
@@ -96,10 +97,10 @@ class EncoderService(BaseService[Batcher]):
         return Batcher(self.engine, self.metrics)
 
     @property
-    def card(self) -> dict[str, Any]:
+    def card(self) -> dict[str, object]:
         """The fields of /v1/models beside the name."""
         settings = self.engine.settings
-        common: dict[str, Any] = {"task": self.engine.task, "max_model_len": self.engine.context}
+        common: dict[str, object] = {"task": self.engine.task, "max_model_len": self.engine.context}
         if self.details:
             common["engine"] = dict(self.details)
         if self.engine.task == "classify":
@@ -130,7 +131,7 @@ class ComputedResponse(Response):
             texts = await asyncio.to_thread(self.read)  # tokenizing a megabyte of text takes a while
             rows = await self.batcher.compute(texts)
         except (EngineError, Busy) as error:
-            return refused(error)
+            return error_response(error)
         return await asyncio.to_thread(lambda: JSONResponse(self.finish(texts, rows)))
 
 
@@ -139,7 +140,7 @@ def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> EncoderServi
     return EncoderService(run, engine.load(run, verbose=verbose))
 
 
-def make_app(service: EncoderService, *, max_body: int, log_json: bool) -> Any:
+def make_app(service: EncoderService, *, max_body: int, log_json: bool) -> ASGIApp:
     """The ASGI application. max_body: bytes; larger requests get a 413."""
     add = _add_classifier if service.engine.task == "classify" else _add_embedder
     return make_base_app(service, lambda app: add(app, service), max_body=max_body, log_json=log_json)
@@ -153,18 +154,18 @@ def _add_embedder(app: FastAPI, service: EncoderService) -> None:
         require_model(service.run, request.model)
         if request.dimensions not in (None, service.size):
             raise RequestRefused(
-                f"This model gives {service.size} dimensions, and nothing says that it was trained to be cut.",
+                f"This model gives {service.size} dimensions; it is not known to support fewer.",
                 param="dimensions",
             )
 
-        def vector(row: NDArray[Any]) -> str | list[float]:
+        def vector(row: NDArray[np.float32]) -> str | list[float]:
             if request.encoding_format == "base64":
                 return base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
             return [float(value) for value in row]
 
-        def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:
+        def finish(texts: Sequence[Text], rows: list[NDArray[np.float32]]) -> dict[str, object]:
             data = [{"object": "embedding", "index": place, "embedding": vector(row)} for place, row in enumerate(rows)]
-            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+            return {"object": "list", "data": data, "model": service.run.name, **_usage(texts)}
 
         return ComputedResponse(service, lambda: _texts(service, request.input, request.truncate), finish)
 
@@ -183,14 +184,14 @@ def _add_classifier(app: FastAPI, service: EncoderService) -> None:
             firsts, seconds = _listed(request.input), _listed(request.pair)
             if len(firsts) != len(seconds):
                 raise RequestRefused("input and pair have different lengths.", param="pair")
-            _few(firsts)
+            _check_count(firsts)
             return [
                 reader.read(one, other, truncate=request.truncate) for one, other in zip(firsts, seconds, strict=True)
             ]
 
-        def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:
+        def finish(texts: Sequence[Text], rows: list[NDArray[np.float32]]) -> dict[str, object]:
             data = [{"index": place, **labelled(row, settings)} for place, row in enumerate(rows)]
-            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+            return {"object": "list", "data": data, "model": service.run.name, **_usage(texts)}
 
         return ComputedResponse(service, read, finish)
 
@@ -206,7 +207,7 @@ def _listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _few(texts: Sequence[object]) -> None:
+def _check_count(texts: Sequence[object]) -> None:
     if not 0 < len(texts) <= MAX_TEXTS:
         raise RequestRefused(f"A request holds 1 to {MAX_TEXTS} texts, this one {len(texts)}.", param="input")
 
@@ -219,7 +220,7 @@ def _texts(service: EncoderService, given: str | Sequence[str | int | list[int]]
     ids = [token for token in given if isinstance(token, int)]
     if ids:
         return [reader.from_ids(ids, truncate=truncate)]
-    _few(given)
+    _check_count(given)
     texts: list[Text] = []
     for entry in given:
         if isinstance(entry, str):
@@ -229,7 +230,7 @@ def _texts(service: EncoderService, given: str | Sequence[str | int | list[int]]
     return texts
 
 
-def _counted(texts: Sequence[Text]) -> dict[str, Any]:
+def _usage(texts: Sequence[Text]) -> dict[str, object]:
     """The usage, and which texts were cut."""
     tokens = sum(len(text.ids) for text in texts)
     cut = [place for place, text in enumerate(texts) if text.cut]

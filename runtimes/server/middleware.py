@@ -65,9 +65,8 @@ class Middleware:
 
         try:
             if self._declared(scope) > self.max_body:
-                if not any(
-                    name == b"expect" for name, _ in scope["headers"]
-                ):  # a client that sends Expect has not sent the body yet
+                # a client that sends Expect has not sent the body yet
+                if not any(name == b"expect" for name, _ in scope["headers"]):
                     await drop_rest(receive)
                 body = error_body(too_large, "invalid_request_error", code="request_too_large")
                 await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, counted)

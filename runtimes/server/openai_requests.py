@@ -164,7 +164,7 @@ class CompletionRequest(Common):
 
 
 class PredictRequest(Strict):
-    text: str = Field(min_length=1, description="what the user says")
+    text: str = Field(min_length=1, description="the user's message")
 
 
 class PredictResponse(BaseModel):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from runtimes.engine import Busy, EngineError, Piece, Sampling
-from runtimes.server.base_app import refused, while_connected
+from runtimes.server.base_app import error_response, while_connected
 from runtimes.server.dispatcher import Answer, Dispatcher, Stopwatch
 from runtimes.server.openai_responses import ResponseBuilder, error_body
 
@@ -39,7 +38,7 @@ class GeneratedResponse(Response, ABC):
             answer = await self.dispatcher.start(self.prompt, self.sampling)
             pieces = await answer.next()  # after the first pieces no error status can be sent
         except (EngineError, Busy) as error:
-            await refused(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
         else:
             await self._send(answer, pieces, scope, receive, send)
         finally:
@@ -60,7 +59,7 @@ class WholeResponse(GeneratedResponse):
         dispatcher: Dispatcher,
         prompt: Sequence[int],
         sampling: Sampling,
-        finish: Callable[[list[Piece]], dict[str, Any]],
+        finish: Callable[[list[Piece]], Mapping[str, object]],
     ) -> None:
         super().__init__(dispatcher, prompt, sampling)
         self.finish = finish
@@ -76,7 +75,7 @@ class WholeResponse(GeneratedResponse):
             if not collected or collected[-1].finish is None:
                 raise EngineError(CUT_OFF)
         except EngineError as error:
-            await refused(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         await JSONResponse(self.finish(collected))(scope, receive, send)
 

@@ -62,8 +62,8 @@ def _device(name: str, engine: ModuleType, run: Run) -> str:
     known = getattr(engine, "DEVICES", ())
     if name not in known:
         raise ManifestError(
-            f"The engine {run.engine} knows no --device {name}"
-            + (f"; it knows {', '.join(known)}." if known else "; leave it out.")
+            f"The engine {run.engine} has no --device {name}"
+            + (f"; choose {', '.join(known)}." if known else "; leave it out.")
         )
     return name
 
@@ -74,7 +74,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, OverflowError) as error:
-        raise ManifestError(f"{host} port {port} is no address to listen on: {error}.") from None
+        raise ManifestError(f"{host} port {port} is not an address to listen on: {error}.") from None
     try:
         if os.name == "posix":  # on Windows this option would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

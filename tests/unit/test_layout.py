@@ -22,7 +22,7 @@ LONG_FOR_A_REASON: dict[str, str] = {}
 MAY_WRITE = {
     "packager/cli/console.py",
     "packager/cli/main.py",
-}  # cli.py: the last line of an interrupt, when no console is there
+}  # main.py: the last line of an interrupt, when no console is there
 OWNERS = {
     "subprocess": {"packager/core/processes.py"},
     "torch": {"packager/checkpoint/state_dict.py"},

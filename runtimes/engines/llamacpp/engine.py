@@ -26,7 +26,7 @@ import socket
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ from runtimes.engine import (
     iterate,
 )
 from runtimes.engines.llamacpp.logits import open_scorer as open_scorer
-from runtimes.engines.llamacpp.page_cache import bounded
-from runtimes.engines.llamacpp.replies import StreamedAnswer, captured, log_reason, logprobs, refusal
+from runtimes.engines.llamacpp.page_cache import bounded_memory
+from runtimes.engines.llamacpp.replies import StreamedAnswer, capture_stderr, log_reason, logprobs, refusal
 from runtimes.manifest import Run
+from runtimes.process import limit_spinning
 from runtimes.process import resident_bytes as resident_bytes
-from runtimes.process import wait_politely
 
 # Prompt tokens per prefill batch on a CPU, between two checks for a cancel. llama.cpp's own micro-batch is 512.
 CPU_BATCH = 512
@@ -69,7 +69,7 @@ class LlamaCpp:
         keep_listener: bool = False,
         verbose: bool = False,
     ) -> None:
-        wait_politely()
+        limit_spinning()
         import xllamacpp
 
         self.context, self.slots = run.context, run.slots
@@ -83,7 +83,7 @@ class LlamaCpp:
         log: Sequence[str] = ()
         try:
             parameters = self._parameters(xllamacpp, run, batch, warmup, extra_buffers, verbose)
-            with captured(not verbose) as log:
+            with capture_stderr(not verbose) as log:
                 self._server: Any = xllamacpp.Server(parameters)
         except (RuntimeError, ValueError) as error:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -212,7 +212,7 @@ class LlamaCpp:
             )
         )
 
-    def _call(self, request: Mapping[str, Any], take: Any) -> None:
+    def _call(self, request: Mapping[str, Any], take: Callable[[bytes], object]) -> None:
         try:
             self._server.handle_completions(json.dumps(request).encode(), take)
         except RuntimeError as error:
@@ -303,7 +303,7 @@ def load_within(run: Run, max_rss_bytes: int | None, *, verbose: bool) -> Iterat
     """The engine with resident memory near ``max_rss_bytes``, for the build machine. Without the warm-up, which reads
     all weights while the constructor holds the GIL and so blocks the thread that drops their pages. Raises EngineError.
     """
-    with bounded(run.model, max_rss_bytes) as mapped:
+    with bounded_memory(run.model, max_rss_bytes) as mapped:
         engine = LlamaCpp(run, warmup=False, extra_buffers=max_rss_bytes is None, verbose=verbose)
         mapped()
         yield engine

@@ -21,9 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 from runtimes.engine import EngineError
-from runtimes.engines.llamacpp.page_cache import bounded
+from runtimes.engines.llamacpp.page_cache import bounded_memory
 from runtimes.manifest import Run
-from runtimes.process import wait_politely
+from runtimes.process import limit_spinning
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 _ERROR = 4
@@ -73,11 +73,11 @@ class _Batch(Structure):
     )
 
 
-_MODEL_DEFAULTS: dict[str, Any] = {
+_MODEL_DEFAULTS: dict[str, object] = {
     **{"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "kv_overrides": None},
     **{"check_tensors": False, "use_extra_bufts": True, "no_alloc": False},
 }
-_CONTEXT_DEFAULTS: dict[str, Any] = {
+_CONTEXT_DEFAULTS: dict[str, object] = {
     **{"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1},
     **{"flash_attention": -1, "yarn_slow": -1.0, "defrag": -1.0, "eval_callback": None, "type_k": 1, "type_v": 1},
     **{"abort_data": None, "offload_kqv": True, "no_perf": True, "kv_unified": False, "other": None},
@@ -93,7 +93,7 @@ class Scorer:
     def __init__(
         self, run: Run, *, batch: int, extra_buffers: bool, verbose: bool, loaded: Callable[[], None] = lambda: None
     ) -> None:
-        wait_politely()
+        limit_spinning()
         import xllamacpp
 
         self.version = f"xllamacpp {xllamacpp.__version__}"
@@ -177,7 +177,7 @@ class Scorer:
             raise EngineError("llama.cpp cannot tokenize the text")
         return list(out[:count])
 
-    def vocabulary(self, ids: Sequence[int]) -> dict[str, Any]:
+    def vocabulary(self, ids: Sequence[int]) -> dict[str, object]:
         """llama.cpp's reading of the GGUF's tokens: whether it puts BOS before a text, and which of ``ids`` it takes
         for end tokens.
         """
@@ -203,7 +203,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
     """
     # llama.cpp rounds contexts up to multiples of 256
     run = replace(run, slots=1, context=max(256, (longest + 255) // 256 * 256))
-    with bounded(run.model, max_rss_bytes) as loaded:
+    with bounded_memory(run.model, max_rss_bytes) as loaded:
         scorer = Scorer(run, batch=SCORE_BATCH, extra_buffers=max_rss_bytes is None, verbose=verbose, loaded=loaded)
         with contextlib.closing(scorer):
             yield scorer
@@ -265,7 +265,7 @@ def _library(path: str) -> Any:
     return library
 
 
-def _check(parameters: Structure, defaults: dict[str, Any], version: str) -> None:
+def _check(parameters: Structure, defaults: dict[str, object], version: str) -> None:
     actual = {name: getattr(parameters, name) for name in defaults}
     if actual != defaults:
         raise EngineError(f"{version} lays out llama.cpp's parameters in an unknown way; install the bundle's version.")

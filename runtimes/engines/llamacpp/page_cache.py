@@ -22,7 +22,7 @@ MCL_FUTURE, MCL_ONFAULT = 2, 4
 
 
 @contextlib.contextmanager
-def bounded(model: Path, ceiling: int | None) -> Iterator[Callable[[], None]]:
+def bounded_memory(model: Path, ceiling: int | None) -> Iterator[Callable[[], None]]:
     """Keep resident memory near ``ceiling`` bytes. Yields a function to call once the model is mapped.
 
     Does nothing without a ceiling, and on other systems than Linux. Reading a dropped page again costs a minor fault

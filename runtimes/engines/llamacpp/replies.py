@@ -80,7 +80,7 @@ def refusal(error: Mapping[str, Any]) -> EngineError:
 
 
 @contextlib.contextmanager
-def captured(wanted: bool) -> Iterator[list[str]]:
+def capture_stderr(wanted: bool) -> Iterator[list[str]]:
     """Collect the lines that the C++ library writes to file descriptor 2 while the model loads."""
     log: list[str] = []
     if not wanted:

@@ -124,7 +124,7 @@ class Model:
         self._kept_input = next((entry.name for entry in inputs if entry.name in ("kept", "wanted")), "")
         caches = [entry for entry in inputs if entry.name.startswith(PAST)]
         if not caches or not self._kept_input:
-            raise EngineError(f"{path.name} is no decoder that this runtime knows: it has no key/value cache.")
+            raise EngineError(f"{path.name} is not a decoder that this runtime supports: it has no KV cache.")
         self._kind: Any = np.float16 if caches[0].type == HALF else np.float32
         self._row = (int(caches[0].shape[1]), context, int(caches[0].shape[3]))
         self._caches = self._place.zeros([entry.name for entry in caches], (slots, *self._row), self._kind)

@@ -12,6 +12,7 @@ from runtimes.manifest import Run
 from runtimes.process import resident_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 APP = "encoder_app"
@@ -32,7 +33,7 @@ class OrtEncoder:
         require_inputs([value.name for value in self._session.get_inputs()], self.settings, run.model.name)
         self.compute([self.reader.read("a")])  # a model that cannot compute fails at start-up, not on the first request
 
-    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         inputs = padded(texts, self.settings)
         try:

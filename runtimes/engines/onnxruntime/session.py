@@ -42,9 +42,8 @@ def open_session(
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False  # the arena keeps the memory of the longest prompt
-        options.execution_order = (
-            ort.ExecutionOrder.PRIORITY_BASED
-        )  # by default every weight is cast before the first is used
+        # by default every weight is cast before the first is used
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     try:
         return ort.InferenceSession(str(path), options, providers=[(name, dict(given)) for name, given in providers])
     except Exception as error:  # onnxruntime's errors share no class of their own

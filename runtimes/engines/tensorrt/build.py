@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.cache import Say
@@ -49,7 +49,9 @@ class Outcome:
     reason: str = ""
 
 
-def build(plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EVERY) -> tuple[int, Mapping[str, Any]]:
+def build(
+    plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EVERY
+) -> tuple[int, Mapping[str, object]]:
     """Build the engine into the file ``goal``. Returns the number of its profile and the facts of the build. Raises
     EngineError with one sentence.
     """
@@ -58,9 +60,9 @@ def build(plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EV
     begun = time.monotonic()
     outcome = Outcome(False)
     for number, profile in enumerate(plan.profiles):
-        what = shown(profile)
+        what = describe(profile)
         say(f"building the engine for {device.name} with TensorRT {device.version}, {what}; this takes minutes …")
-        outcome = attempt(command(plan, number, goal, program), plan, goal, say, every)
+        outcome = run_build(command(plan, number, goal, program), plan, goal, say, every)
         if outcome.fine:
             made = {"seconds": round(time.monotonic() - begun, 1), "by": "trtexec" if program else "python"}
             return number, {**made, "checked": check(plan, number, goal, say)}
@@ -72,7 +74,7 @@ def build(plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EV
         if number + 1 < len(plan.profiles):
             say(f"the build ran out of memory ({outcome.reason}); trying the next smaller profile")
     raise EngineError(
-        f"Memory: expected enough to build even the smallest engine ({shown(plan.profiles[-1])}), found too little ("
+        f"Memory: expected enough to build even the smallest engine ({describe(plan.profiles[-1])}), found too little ("
         f"{outcome.reason}; the box has {device.bytes / 1e9:.1f} GB, {free_memory()} free); end other programs and the "
         "desktop session, restart the box, and run bin/engine build."
     )
@@ -111,7 +113,7 @@ def command(plan: Plan, number: int, goal: Path, trtexec: str | None) -> list[st
     ]
 
 
-def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
+def run_build(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
     """Run one build to its end, with a line of progress every ``every`` seconds."""
     from runtimes.process import die_with_parent
 
@@ -120,7 +122,7 @@ def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float
     lines: deque[str] = deque(maxlen=400)
     hints: list[str] = []
 
-    def read(stream: Any) -> None:
+    def read(stream: IO[bytes]) -> None:
         for raw in stream:
             line = raw.decode("utf-8", "replace").rstrip()
             lines.append(line)
@@ -167,8 +169,10 @@ def judge_failure(status: int, lines: Sequence[str], hints: Sequence[str], kills
     without a tactic. kills: processes that the kernel's out-of-memory killer ended meanwhile, where known.
     """
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        sure = "the kernel ended it for want of memory" if kills else "it was killed, most likely for want of memory"
-        return Outcome(False, True, sure)
+        cause = (
+            "the kernel killed it because memory ran out" if kills else "it was killed, probably because memory ran out"
+        )
+        return Outcome(False, True, cause)
     errors = [line for line in hints if "[W]" not in line and MEMORY.search(line)]
     if not errors and any(NONE_LEFT in line for line in hints):
         errors = [line for line in hints if "[W]" in line]
@@ -178,7 +182,9 @@ def judge_failure(status: int, lines: Sequence[str], hints: Sequence[str], kills
         return Outcome(False, False, f"it crashed with {signal.Signals(-status).name}")
     wrong = [line for line in lines if ERROR.search(line)]
     last = wrong[-1] if wrong else lines[-1] if lines else "no message"
-    return Outcome(False, False, _plain(last) if status else f"it ended well but wrote no engine; {_plain(last)}")
+    return Outcome(
+        False, False, _plain(last) if status else f"it exited with status 0 but wrote no engine; {_plain(last)}"
+    )
 
 
 def _plain(line: str) -> str:
@@ -186,7 +192,7 @@ def _plain(line: str) -> str:
     return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).strip()[:300].rstrip(".")
 
 
-def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] | None:
+def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, object] | None:
     """Run an engine in a child on the bundle's reference texts, where it has them, and compare with the source's
     answers. Raises EngineError for an engine whose answers differ. None without reference texts.
     """
@@ -215,7 +221,7 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] 
     return {"texts": result["texts"], "cosine_min": result["cosine_min"]}
 
 
-def shown(profile: Profile) -> str:
+def describe(profile: Profile) -> str:
     """A profile for a message: "input_ids up to 8x256"."""
     name, shapes = next(iter(profile.items()))
     return f"{name} up to {'x'.join(map(str, shapes.max))}"

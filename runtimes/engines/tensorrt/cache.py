@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.device import Device
 from runtimes.engines.tensorrt.plan import Plan
-from runtimes.files import file_sha256, flush, hold
+from runtimes.files import file_sha256, flush, lock
 
 ENGINE, ENTRY, LOCK = "engine.plan", "entry.json", ".lock"
 FORMAT = 1
@@ -63,7 +62,7 @@ class Entry:
     profile: int
     sha256: str
     bytes: int
-    made: Mapping[str, Any]
+    made: Mapping[str, object]
 
     @property
     def engine(self) -> Path:
@@ -118,7 +117,7 @@ def read_entry(path: Path, key: Key, plan: Plan) -> Entry | None:
         return None
 
 
-Build = Callable[[Path], tuple[int, Mapping[str, Any]]]
+Build = Callable[[Path], tuple[int, Mapping[str, object]]]
 """Builds the engine into the given file. Returns the profile's number and the facts of the build. Raises EngineError.
 """
 
@@ -220,7 +219,7 @@ def locked(folder: Path, say: Say, pause: float = 0.5) -> Iterator[None]:
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         waited = False
-        while not hold(handle):
+        while not lock(handle):
             if not waited:
                 say("another process builds an engine here; waiting for it …")
             waited = True

@@ -16,7 +16,7 @@ import numpy as np
 
 from runtimes.engine import EngineError
 from runtimes.engines.encoder import Settings, Text, padded, rows
-from runtimes.engines.tensorrt.encoder import fitted
+from runtimes.engines.tensorrt.encoder import pad_to_profile
 from runtimes.engines.tensorrt.plan import Plan, read_plan
 from runtimes.engines.tensorrt.session import NativeSession
 from runtimes.files import file_sha256
@@ -56,12 +56,12 @@ def try_engine(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
             if len(text.ids) > longest:  # too long for a smaller profile
                 continue
             inputs = padded([text], settings)
-            states = session.run(fitted(inputs, profile, settings.pad_id))[plan.outputs[0].name]
+            states = session.run(pad_to_profile(inputs, profile, settings.pad_id))[plan.outputs[0].name]
             cut = states[:1, : len(text.ids)] if states.ndim == 3 else states[:1]
             (vector,) = rows(cut, inputs["attention_mask"], run.task, settings)
             wanted = np.asarray(row, np.float32)
             if vector.shape != wanted.shape or not np.isfinite(vector).all():
-                raise EngineError("The engine gives vectors of another size, or ones that are no numbers.")
+                raise EngineError("The engine gives vectors of another size, or with NaN or infinity.")
             cosines.append(float(vector @ wanted / (np.linalg.norm(vector) * np.linalg.norm(wanted) + 1e-12)))
     finally:
         session.close()

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.registry import COMPILED
 from runtimes.engines.tensorrt import cache
 from runtimes.engines.tensorrt.build import check
 from runtimes.engines.tensorrt.cache import Key
-from runtimes.engines.tensorrt.device import ask, unfit
+from runtimes.engines.tensorrt.device import query_device, unfit
 from runtimes.engines.tensorrt.open import home_of, prepare
 from runtimes.engines.tensorrt.plan import Plan, read_plan
 from runtimes.files import say
@@ -36,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = read_bundle(options.bundle)
         if run.engine not in COMPILED:
-            raise ManifestError(f"This bundle's engine is {run.engine!r}, which needs no engine of its own.")
+            raise ManifestError(
+                f"This bundle's engine is {run.engine!r}; only TensorRT bundles have an engine to build."
+            )
         plan = read_plan(run.model)
         document, code = WHAT[options.what](run, plan, options)
     except ManifestError as error:
@@ -64,10 +65,10 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """Build the engine where it is missing; check one that the bundle contains. Code 4 for a box that does not fit."""
     try:
-        device = ask(plan.library)
+        device = query_device(plan.library)
     except EngineError as error:
         return {"ok": False, "error": str(error)}, REFUSED
     if (refusal := unfit(plan, device)) is not None:
@@ -87,10 +88,10 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
     }, FINE
 
 
-def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """The device, the plan's requirements, and the engines in the cache."""
     folders = cache.places(home_of(run))
-    document: dict[str, Any] = {
+    document: dict[str, object] = {
         "precision": plan.precision,
         "bundled": plan.compiled and plan.compiled.file.name,
         "sha256": plan.compiled and plan.compiled.sha256,
@@ -99,7 +100,7 @@ def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, A
         "kept": sorted(str(path) for folder in folders for path in cache.entries(folder)),
     }
     try:
-        device = ask(plan.library)
+        device = query_device(plan.library)
     except EngineError as error:
         return {**document, "ok": False, "device": None, "error": str(error)}, REFUSED
     refusal = unfit(plan, device)
@@ -113,7 +114,7 @@ def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, A
     return document, REFUSED if refusal else FINE
 
 
-def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """Remove every engine of this install."""
     removed = cache.clear(cache.places(home_of(run)), say)
     return {"ok": True, "removed": [str(path) for path in removed]}, FINE
@@ -142,7 +143,7 @@ def _failed(sentence: str, code: int, as_json: bool) -> int:
     return code
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     return "\n  ".join(["", *map(str, value)]) if isinstance(value, list) else "none" if value is None else str(value)

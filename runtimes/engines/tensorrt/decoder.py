@@ -126,7 +126,7 @@ def open_model(run: Run, *, rows: int, verbose: bool) -> Model:
     device = run.device or str(run.settings.get("device", DEVICES[0]))
     profile = plan.profiles[0]
     if not {"input_ids", "start", "places", "wanted"} <= profile.keys():
-        raise ManifestError(f"{run.model.name} is no language model's plan; copy the bundle again.")
+        raise ManifestError(f"{run.model.name} is not a language model's plan; copy the bundle again.")
     if device not in DEVICES:
         raise EngineError(f"There is no device {device!r}; choose {', '.join(DEVICES)}.")
     if device == "cpu":

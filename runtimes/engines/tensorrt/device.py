@@ -57,7 +57,7 @@ class Session(Protocol):
         """Bytes of device memory that the engine holds; 0 where it has none of its own."""
         ...
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Save the kernels that were compiled at run time, for a faster start; on failure print a message, no error."""
         ...
 
@@ -75,7 +75,7 @@ def environment() -> dict[str, str]:
     return {"CUDA_MODULE_LOADING": "LAZY", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def ask(library: str) -> Device:
+def query_device(library: str) -> Device:
     """The first GPU with the library that a plan needs, read in a child. Raises EngineError with one sentence."""
     command = [sys.executable, "-m", "runtimes.engines.tensorrt.device_probe", library]
     title = TITLES[library]

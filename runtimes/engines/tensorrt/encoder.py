@@ -19,6 +19,7 @@ from runtimes.manifest import Run
 from runtimes.process import resident_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 APP = "encoder_app"
@@ -47,12 +48,12 @@ class TensorrtEncoder:
         """Compute one text and the largest batch: a broken engine or too little memory fails at start-up."""
         self.compute([self.reader.read("a")])
         self.compute([Text((self.settings.pad_id,) * self.context, (0,) * self.context)] * self.slots)
-        self._session.settle()
+        self._session.save_kernels()
 
-    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         inputs = padded(texts, self.settings)
-        output = self._session.run(fitted(inputs, self._profile, self.settings.pad_id))[self._output]
+        output = self._session.run(pad_to_profile(inputs, self._profile, self.settings.pad_id))[self._output]
         count, length = inputs["attention_mask"].shape
         states = output[:count, :length] if output.ndim == 3 else output[:count]
         return rows(states, inputs["attention_mask"], self.task, self.settings)
@@ -72,7 +73,7 @@ class TensorrtEncoder:
         self._session.close()
 
 
-def fitted(inputs: Mapping[str, NDArray[Any]], profile: Profile, pad: int) -> dict[str, NDArray[Any]]:
+def pad_to_profile(inputs: Mapping[str, NDArray[Any]], profile: Profile, pad: int) -> dict[str, NDArray[Any]]:
     """The inputs [texts, length], padded to a shape of the profile: lengths in steps of eight, at least its smallest.
 
     Added rows repeat the last one: a row without a token would be a softmax over nothing.

@@ -58,7 +58,7 @@ class OrtSession:
         """0: onnxruntime does not report device memory."""
         return 0
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Nothing: onnxruntime's providers save their engines themselves."""
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from runtimes.engine import EngineError
 from runtimes.engines.tensorrt import cache
 from runtimes.engines.tensorrt.build import build
 from runtimes.engines.tensorrt.cache import Key, Say
-from runtimes.engines.tensorrt.device import Device, Session, ask, unfit
+from runtimes.engines.tensorrt.device import Device, Session, query_device, unfit
 from runtimes.engines.tensorrt.plan import Plan, Profile, read_plan
 from runtimes.files import file_sha256, say
 from runtimes.manifest import Run
@@ -50,7 +50,7 @@ def prepare(plan: Plan, home: Path, log: Say = say, *, force: bool = False, devi
     """Check the GPU, then take the engine from the bundle or the cache, or build it. device: the GPU's facts, where
     they are known already. Raises EngineError with one sentence.
     """
-    device = device or ask(plan.library)
+    device = device or query_device(plan.library)
     if (refusal := unfit(plan, device)) is not None:
         raise EngineError(refusal)
     if plan.compiled is not None:

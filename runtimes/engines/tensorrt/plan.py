@@ -115,7 +115,7 @@ def read_plan(path: Path) -> Plan:
         raise ManifestError(f"{path.name} cannot be used: {error}; copy the bundle again or build it anew.") from None
 
 
-def _plan(plain: Any, path: Path, digest: str) -> Plan:
+def _plan(plain: object, path: Path, digest: str) -> Plan:
     folder = path.parent
     keys = (
         "schema_version",
@@ -173,7 +173,7 @@ def _plan(plain: Any, path: Path, digest: str) -> Plan:
     )
 
 
-def _object(value: Any, name: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+def _object(value: object, name: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """A JSON object with all of ``keys`` and no others than the optional ones. Raises _Bad."""
     if not isinstance(value, dict):
         raise _Bad(f"{name} is no JSON object")
@@ -185,25 +185,25 @@ def _object(value: Any, name: str, keys: tuple[str, ...], optional: tuple[str, .
     return value
 
 
-def _list(value: Any, name: str) -> list[Any]:
+def _list(value: object, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise _Bad(f"{name} is no list")
     return value
 
 
-def _count(value: Any, name: str) -> int:
+def _count(value: object, name: str) -> int:
     if type(value) is not int or value < 1:
         raise _Bad(f"{name} is {value!r} where a whole number above 0 is expected")
     return value
 
 
-def _sha256(value: Any, name: str) -> str:
+def _sha256(value: object, name: str) -> str:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
         raise _Bad(f"{name} is {value!r} where a sha256 is expected")
     return value
 
 
-def _file(folder: Path, value: Any, name: str) -> Path:
+def _file(folder: Path, value: object, name: str) -> Path:
     if not isinstance(value, str) or not value:
         raise _Bad(f"{name} is {value!r} where a file's name is expected")
     try:
@@ -212,14 +212,14 @@ def _file(folder: Path, value: Any, name: str) -> Path:
         raise _Bad(f"{name} names {value!r}, and no such file lies beside the plan") from None
 
 
-def _architectures(value: Any, name: str) -> tuple[str, ...]:
+def _architectures(value: object, name: str) -> tuple[str, ...]:
     capabilities = _list(value, name)
     if not capabilities or not all(isinstance(one, str) and re.fullmatch(r"\d+\.\d", one) for one in capabilities):
         raise _Bad(f'{name} is {value!r} where compute capabilities such as ["8.7"] are expected')
     return tuple(capabilities)
 
 
-def _tensors(value: Any, name: str) -> tuple[Tensor, ...]:
+def _tensors(value: object, name: str) -> tuple[Tensor, ...]:
     entries = [_object(entry, name, ("name", "dtype")) for entry in _list(value, name)]
     tensors = tuple(Tensor(str(entry["name"]), str(entry["dtype"])) for entry in entries)
     if not tensors or len({one.name for one in tensors}) != len(tensors):
@@ -230,12 +230,12 @@ def _tensors(value: Any, name: str) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _profile(value: Any, inputs: tuple[Tensor, ...]) -> Profile:
+def _profile(value: object, inputs: tuple[Tensor, ...]) -> Profile:
     given = _object(value, "a profile", tuple(one.name for one in inputs))
     return {one.name: _shapes(given[one.name], one.name) for one in inputs}
 
 
-def _shapes(value: Any, name: str) -> Shapes:
+def _shapes(value: object, name: str) -> Shapes:
     given = _object(value, f"the profile of {name}", SHAPES)
     shapes = [tuple(_list(given[key], f"the profile of {name}")) for key in SHAPES]
     sizes = [size for shape in shapes for size in shape]
@@ -246,7 +246,7 @@ def _shapes(value: Any, name: str) -> Shapes:
     return Shapes(*shapes)
 
 
-def _arguments(value: Any) -> tuple[str, ...]:
+def _arguments(value: object) -> tuple[str, ...]:
     """trtexec's arguments, each one known and harmless, because the plan is not trusted. Raises _Bad."""
     arguments = _list(_object(value, "builder", ("trtexec",))["trtexec"], "builder.trtexec")
     for word in arguments:
@@ -259,7 +259,7 @@ def _arguments(value: Any) -> tuple[str, ...]:
     return tuple(str(word) for word in arguments)
 
 
-def _compiled(value: Any, folder: Path) -> Compiled | None:
+def _compiled(value: object, folder: Path) -> Compiled | None:
     if value is None:
         return None
     given = _object(value, "engine", ("file", "sha256", "bytes", "library", "version", "sm"))

@@ -126,7 +126,7 @@ class NativeSession:
             self._runtime = trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(data)
             if self._engine is None:
-                raise self._failed(f"{engine.name} is not taken by {self.version} on {self.device}")
+                raise self._failed(f"{engine.name} cannot be loaded by {self.version} on {self.device}")
             self._require(plan, profile)
             self._context = self._make_context()
             self._inputs = {one.name: np.dtype(one.dtype) for one in plan.inputs}
@@ -165,12 +165,12 @@ class NativeSession:
         wanted |= {one.name: (False, one.dtype) for one in plan.outputs}
         if actual != wanted:
             names = ", ".join(sorted(name for name in {*actual, *wanted} if actual.get(name) != wanted.get(name)))
-            raise EngineError(f"The engine is not the plan's: {names} differ; build it again.")
+            raise EngineError(f"The engine does not match the plan: {names} differ; build it again.")
         for name, shapes in profile.items():
             given = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
             if given != (shapes.min, shapes.opt, shapes.max):
                 raise EngineError(
-                    f"The engine is not of this profile: {name} goes from {given[0]} to {given[2]}, "
+                    f"The engine has another profile: {name} goes from {given[0]} to {given[2]}, "
                     f"not from {shapes.min} to {shapes.max}; build it again."
                 )
 
@@ -232,7 +232,7 @@ class NativeSession:
         """Known bytes on the device: weights, activations and buffers, without CUDA's own."""
         return self._held
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Save the kernels that TensorRT-RTX compiled, if there are new ones; the next start is faster."""
         if self._cache is None or self._kernels is None:
             return
@@ -248,13 +248,13 @@ class NativeSession:
         if self._engine is not None:
             self._cuda.use()  # the caller may be another thread than the one that computed
         if self._context is not None:
-            self.settle()
+            self.save_kernels()
         self._context = self._engine = self._cache = self._runtime = None
         self._cuda.close()
 
 
 def _first(log: Any) -> str:
-    return str(log.errors[0]) if log.errors else "it does not say why"
+    return str(log.errors[0]) if log.errors else "it gives no reason"
 
 
 def _bytes(shape: tuple[int, ...], kind: Any) -> int:

@@ -17,7 +17,7 @@ from runtimes.decoding.detokenize import Detokenizer
 from runtimes.decoding.stream import Stream, check_prompt, chunks_to_score
 from runtimes.engine import Emit, EngineError, Piece, RequestRefused, Sampling, iterate
 from runtimes.manifest import Run
-from runtimes.process import resident_bytes, wait_politely
+from runtimes.process import limit_spinning, resident_bytes
 
 if TYPE_CHECKING:
     from runtimes.engines.transformers.model import Model
@@ -70,7 +70,7 @@ class Transformers:
         check_prompt(prompt, self.context, self._model.vocabulary)
         if sampling.schema is not None:
             raise RequestRefused(
-                "This engine cannot hold an answer to a JSON Schema; ask for JSON in the prompt, or use a bundle of "
+                "This engine does not support JSON Schemas; ask for JSON in the prompt, or use a bundle of "
                 "the gguf recipe.",
                 code="unsupported",
                 param="response_format",
@@ -163,7 +163,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
 
 def load_model(run: Run, verbose: bool) -> Model:
     """The model in the folder of ``run.model``. Raises EngineError."""
-    wait_politely()
+    limit_spinning()
     for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(key, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

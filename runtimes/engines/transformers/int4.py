@@ -24,7 +24,7 @@ class UnknownForm(Exception):
     """The tensors are not in one of the two formats; the text says which tensor and why."""
 
 
-def spread(words: torch.Tensor, order: tuple[int, ...] = tuple(range(WORD))) -> torch.Tensor:
+def unpack(words: torch.Tensor, order: tuple[int, ...] = tuple(range(WORD))) -> torch.Tensor:
     """int32 words (rows, n) as integers 0…15 (rows, 8n), uint8: neighbour k lies in bits 4·order[k] of its word."""
     shifts = torch.tensor([4 * place for place in order], dtype=torch.int32)
     return (words.unsqueeze(-1) >> shifts & 15).to(torch.uint8).flatten(1)
@@ -40,9 +40,9 @@ def integers(form: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tens
     if words.dtype != torch.int32 or zeros.dtype != torch.int32:
         raise UnknownForm(f"integers are kept as {words.dtype} and {zeros.dtype}, not in words of 32 bits")
     if form == "awq":
-        q, zero = spread(words, AWQ_ORDER).T, spread(zeros, AWQ_ORDER)
+        q, zero = unpack(words, AWQ_ORDER).T, unpack(zeros, AWQ_ORDER)
     elif form == "gptq":
-        q, zero = spread(words.T.contiguous()), spread(zeros) + 1
+        q, zero = unpack(words.T.contiguous()), unpack(zeros) + 1
     else:
         raise UnknownForm(f"the quantization is {form!r}, known are gptq and awq")
     groups, outputs = scales.shape

@@ -13,7 +13,7 @@ import pytest
 from runtimes.decoding.detokenize import Detokenizer
 from runtimes.decoding.sampling import Sampler, top_logprobs
 from runtimes.engine import Sampling
-from runtimes.engines.transformers.engine import Turns
+from runtimes.engines.transformers.engine import FairLock
 from tests.unit.runtimes.serving import write_tokenizer
 
 LOGITS = np.array([0.0, 3.0, 2.0, 3.0, -1.0], np.float32)
@@ -89,7 +89,7 @@ def test_characters_come_whole_and_special_tokens_as_nothing(tmp_path: Path) -> 
 
 def test_turns_are_given_in_the_order_of_asking() -> None:
     """Who releases and asks again comes after those who waited."""
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
     started = [threading.Event() for _ in range(3)]
 
     def work(name: int) -> None:

@@ -18,7 +18,7 @@ from runtimes.engines.vllm import command, free_port
 from runtimes.manifest import ManifestError, read_bundle
 from runtimes.preflight import vllm as box_vllm
 from runtimes.preflight.check import compare
-from runtimes.preflight.fit_gpu import lacking
+from runtimes.preflight.fit_gpu import requirements
 from tests.conftest import ROOT
 from tests.unit.runtimes.serving import write_bundle
 
@@ -227,4 +227,4 @@ def test_facts_are_compared_and_the_unknown_refuses_nothing() -> None:
     assert verdicts(gpus=None, vllm=None) == {"GPU": None, "vLLM": None}
     assert verdicts() == {"GPU": None, "vLLM": None}
     assert verdicts(gpus=[{**T4, "capability": None}], vllm="0.40")["GPU"] is None
-    assert [(name, ok) for name, ok, *_ in lacking({**NEEDS, "count": 2}, {"gpus": [T4]})] == [("GPU", False)]
+    assert [(name, ok) for name, ok, *_ in requirements({**NEEDS, "count": 2}, {"gpus": [T4]})] == [("GPU", False)]

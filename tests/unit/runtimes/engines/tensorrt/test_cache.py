@@ -22,7 +22,7 @@ import pytest
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt import cache
-from runtimes.engines.tensorrt.build import MEMORY, NONE_LEFT, attempt, judge_failure, require_model
+from runtimes.engines.tensorrt.build import MEMORY, NONE_LEFT, judge_failure, require_model, run_build
 from runtimes.engines.tensorrt.cache import Key
 from runtimes.engines.tensorrt.command import main
 from runtimes.engines.tensorrt.device import Device, full_version, unfit
@@ -345,14 +345,14 @@ def test_a_damaged_model_is_not_built(bundle: Path, plan: Plan) -> None:
 
 def test_a_builder_that_is_no_program_is_told(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "trtexec").write_text("", encoding="utf-8")
-    result = attempt([str(tmp_path / "trtexec")], plan, tmp_path / "goal", print)
+    result = run_build([str(tmp_path / "trtexec")], plan, tmp_path / "goal", print)
     assert (result.fine, result.memory) == (False, False) and "cannot be started" in result.reason
 
 
 def test_progress_is_told_while_it_builds(plan: Plan, tmp_path: Path) -> None:
     log: list[str] = []
     words = [sys.executable, "-c", f"import time; time.sleep(0.6); open({str(tmp_path / 'goal')!r}, 'w').write('x')"]
-    assert attempt(words, plan, tmp_path / "goal", log.append, every=0.1).fine
+    assert run_build(words, plan, tmp_path / "goal", log.append, every=0.1).fine
     assert any(line.startswith("still building: ") and "of memory free" in line for line in log)
     assert os.path.exists(tmp_path / "goal")  # noqa: PTH110
 

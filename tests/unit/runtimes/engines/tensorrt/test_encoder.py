@@ -18,7 +18,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from runtimes.engine import EngineError
-from runtimes.engines.tensorrt.encoder import fitted
+from runtimes.engines.tensorrt.encoder import pad_to_profile
 from runtimes.engines.tensorrt.onnxruntime import providers_for
 from runtimes.engines.tensorrt.plan import Shapes, read_plan
 from tests.conftest import ROOT
@@ -154,7 +154,7 @@ def test_an_engine_for_another_gpu_is_not_run_though_it_has_the_name(tmp_path: P
     (file.parent / "entry.json").write_text(json.dumps(entry), encoding="utf-8")
     code, log = serve(bundle)
     assert code == 1
-    assert "is not taken by TensorRT 10.3.0.30 on Orin" in log and "expecting compute 8.7 got compute 8.6" in log
+    assert "cannot be loaded by TensorRT 10.3.0.30 on Orin" in log and "expecting compute 8.7 got compute 8.6" in log
 
 
 def test_no_other_device_is_used_than_was_asked_for(tmp_path: Path) -> None:
@@ -163,9 +163,9 @@ def test_no_other_device_is_used_than_was_asked_for(tmp_path: Path) -> None:
     code, log = serve(bundle, "--device", "cpu")  # "echo" is no ONNX
     assert code == 1 and "model.onnx does not load" in log
     code, log = serve(bundle, "--device", "tpu")
-    assert (code, log) == (3, "The engine tensorrt knows no --device tpu; it knows gpu, onnxruntime, cpu.\n")
+    assert (code, log) == (3, "The engine tensorrt has no --device tpu; choose gpu, onnxruntime, cpu.\n")
     code, log = serve(make_bundle(tmp_path / "other", run={"engine": "ort_encoder"}), "--device", "cpu")
-    assert (code, log) == (3, "The engine ort_encoder knows no --device cpu; leave it out.\n")
+    assert (code, log) == (3, "The engine ort_encoder has no --device cpu; leave it out.\n")
     code, log = serve(bundle, "--device", "onnxruntime")
     assert code == 1 and "expected a build with its TensorRT or CUDA provider, found" in log
 
@@ -197,7 +197,7 @@ def test_batches_are_padded_to_what_the_profile_takes(
 ) -> None:
     """Lengths in steps of eight, up to the profile's own end; rows that are added are a text again, never empty."""
     inputs = {"input_ids": np.full(shape, 5), "attention_mask": np.ones(shape, np.int64)}
-    result = fitted(inputs, {name: Shapes(least, least, most) for name in inputs}, 9)
+    result = pad_to_profile(inputs, {name: Shapes(least, least, most) for name in inputs}, 9)
     assert result["input_ids"].shape == result["attention_mask"].shape == expected
     assert (result["input_ids"][:, : shape[1]] == 5).all() and (result["input_ids"][:, shape[1] :] == 9).all()
     assert (result["attention_mask"].sum(axis=1) == shape[1]).all()
