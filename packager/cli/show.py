@@ -276,10 +276,11 @@ def fidelity_lines(fidelity: Mapping[str, Any] | None) -> list[str]:
     if answers and not answers["asked"]:
         lines.append(f"answers: none of {answers['of']} generated here ({answers['why']})")
     elif answers:
-        closed, opened, taught = answers["thoughts_closed"], answers["thoughts_opened"], answers["trained_tokens_mean"]
+        closed, opened, trained = answers["thoughts_closed"], answers["thoughts_opened"], answers["trained_tokens_mean"]
         lines.append(
             f"answers: {answers['asked']} of {answers['of']} generated, {answers['ended']} ended within "
-            f"{answers['limit']} tokens, on average {answers['tokens_mean']} tokens{f' (taught: {taught})' if taught is not None else ''}"
+            f"{answers['limit']} tokens, on average {answers['tokens_mean']} tokens"
+            f"{f' (trained: {trained})' if trained is not None else ''}"
             f"{f', {closed} of {opened} thoughts closed' if opened else ''}"
         )
     return lines

@@ -60,8 +60,8 @@ def test_bf16_is_read_as_float32() -> None:
     """The sixteen bits are the upper half of a float32."""
     values = np.array([1.0, -2.5, 3.140625, 0.0], dtype=np.float32)
     halves = (values.view(np.uint32) >> 16).astype(np.uint16)
-    found = child.as_float(halves.view(np.uint8), TYPES.BF16, 1, 3)
-    assert found.tolist() == [-2.5, 3.140625]
+    floats = child.as_float(halves.view(np.uint8), TYPES.BF16, 1, 3)
+    assert floats.tolist() == [-2.5, 3.140625]
 
 
 @pytest.mark.parametrize(("kind", "size"), [("Q8_0", 34), ("Q4_0", 18)])
