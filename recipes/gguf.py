@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp and Ollama: converted, checked against its source, quantized, and scored through the runtime that
+"""GGUF for llama.cpp and Ollama: converted, compared with its source, quantized, and scored in the runtime that
 ships.
 """
 
@@ -40,8 +40,8 @@ class Options:
 def settle(
     options: Options, calibration: Calibration | None, checkpoint: Checkpoint
 ) -> tuple[Options, tuple[str, ...]]:
-    """Tuning is worth its minutes where 4 bits meet fine-tuning data that could be lost; hours are spent when asked
-    for.
+    """tune=auto tunes Q4_0 when fine-tuning data is given and tuning takes under an hour; returns a note when it takes
+    longer.
     """
     if options.tune != "auto":
         return options, ()
@@ -49,8 +49,8 @@ def settle(
         return replace(options, tune="none"), ()
     from packager.formats.int4.tuning import affordable
 
-    tune, said = affordable(checkpoint, "Q4_0's")
-    return replace(options, tune=tune), said
+    tune, notes = affordable(checkpoint, "Q4_0's")
+    return replace(options, tune=tune), notes
 
 
 RECIPE = Recipe(
