@@ -1,9 +1,9 @@
-"""Compiles llama-cpp-python once per machine and keeps the wheel outside the checkout. Standard library only.
+"""Compiles llama-cpp-python once per machine and stores the wheel outside the checkout. Standard library only.
 
 The package index has its source only, and compiling takes minutes, so the wheel is kept under
-``${XDG_CACHE_HOME:-~/.cache}/packager/wheels/KEY``. Its code is made for this very processor (``-march=native``), so
-the key covers the processor's features and the compiler beside the locks. A half-made wheel is never taken for a whole
-one: the folder appears by one rename, and the wheel's digest stands beside it.
+``${XDG_CACHE_HOME:-~/.cache}/packager/wheels/KEY``. It is compiled for this processor (``-march=native``), so the key
+covers the processor's features and the compiler as well as the locks. An incomplete wheel is never used: the folder is
+published by one rename, with the wheel's digest beside it.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def _first_line(argv: list[str]) -> str:
 def compiler() -> str:
     """The C++ compiler's own name and version. Raises Stopped when there is none."""
     name = os.environ.get("CXX", "c++").split()[0]
-    found = _first_line([name, "--version"])
-    if not found:
+    answer = _first_line([name, "--version"])
+    if not answer:
         raise Stopped(
             f"no C++ compiler: `{name} --version` did not answer.",
             "the tests compile llama-cpp-python, which the package index has as source only.",
             "install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) and run the same command "
             "again. `make demo` needs none.",
         )
-    return found
+    return answer
 
 
 def processor() -> str:
-    """What decides which instructions the compiler may use: features on Linux, the chip's name elsewhere."""
+    """What determines the compiler's instructions: the processor's features on Linux, its name elsewhere."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         facts: dict[str, str] = {}
@@ -68,7 +68,7 @@ def processor() -> str:
 
 
 def cache_key() -> str:
-    """``0.3.36-cp311-x86_64-<12 hex digits>``: equal keys mean the kept wheel runs here as it is."""
+    """``0.3.36-cp311-x86_64-<12 hex digits>``: with an equal key the stored wheel runs on this machine."""
     locked = LOCKS[0].read_text(encoding="utf-8")
     version = re.search(r"^llama-cpp-python==([\w.]+)", locked, re.MULTILINE)
     assert version, "locks/llama-cpp-python.lock names no version"
@@ -81,7 +81,7 @@ def cache_key() -> str:
 
 
 def kept_wheel(folder: Path) -> Path | None:
-    """The whole wheel in a cache folder, or None when there is none or its digest does not match."""
+    """The wheel in a cache folder; None when there is none or its digest does not match."""
     for wheel in sorted(folder.glob("*.whl")):
         noted = folder / (wheel.name + ".sha256")
         if noted.exists() and noted.read_text(encoding="ascii").strip() == _sha256(wheel):
@@ -99,7 +99,7 @@ def wheel_for_this_machine(log: Path) -> Path:
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / cache_key()
-    with locked(cache / f"{folder.name}.lock"):  # a second checkout waits here instead of compiling the same
+    with locked(cache / f"{folder.name}.lock"):  # a second checkout waits instead of compiling the same
         if wheel := kept_wheel(folder):
             return wheel
         shutil.rmtree(folder, ignore_errors=True)
@@ -156,7 +156,7 @@ def _compile(out: Path, log: Path) -> None:
     )
     wheels = list(out.glob("*.whl"))
     if code or len(wheels) != 1:
-        raise Stopped("llama-cpp-python could not be compiled.", _last(tail), f"read the compiler's words in {log}.")
+        raise Stopped("llama-cpp-python could not be compiled.", _last(tail), f"read the compiler's output in {log}.")
     shutil.rmtree(tools)
     (out / (wheels[0].name + ".sha256")).write_text(_sha256(wheels[0]) + "\n", encoding="ascii")
     (out / "made.txt").write_text(f"{time.strftime('%Y-%m-%d')} {compiler()}\n", encoding="utf-8")
