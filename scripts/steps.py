@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class Step:
-    """One step's line: rewritten in place on a terminal; in a log a first and a last line, and news every 30 seconds."""
+    """One step's line: rewritten in place on a terminal; in a log a first and a last line, news every 30 seconds."""
 
     def __init__(self, name: str) -> None:
         self.name = name
