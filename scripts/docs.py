@@ -139,7 +139,7 @@ def manifest() -> str:
             schema["description"],
             "",
             "The JSON Schema is `packager/bundle/schemas/manifest.schema.json`. The same inputs give the same bytes:",
-            "no times, host names or absolute paths stand in any file of a bundle; what a build cost is in",
+            "no file of a bundle contains times, host names or absolute paths; a build's time and memory are in",
             "`<bundle>.build.json` beside it.",
             "",
             table(("key", "type", "required", "meaning"), rows),
