@@ -219,12 +219,12 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)
-    costs = [step.cost() for step in opened.steps] + [dict(cost) for cost in artifact.costs]
+    costs = [*(step.cost() for step in opened.steps), *artifact.costs]
     record = {
         "bundle": str(bundle),
         "checkpoint_path": str(opened.checkpoint.path.resolve()),
         "seconds": round(time.monotonic() - start, 2),
-        "peak_rss_bytes": max([_own_peak(), *(int(str(cost["peak_rss_bytes"])) for cost in costs)]),
+        "peak_rss_bytes": max([_own_peak(), *(cost["peak_rss_bytes"] for cost in costs)]),
         "steps": costs,
     }
     with machine_errors(out):

@@ -16,7 +16,7 @@ from packager.metrics.thresholds import Thresholds
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.progress import Progress
-    from packager.core.store import Step, Store
+    from packager.core.store import Step, StepCost, Store
     from packager.prompts.calibration import Calibration
     from packager.prompts.training_template import Training
     from packager.target import Target
@@ -186,7 +186,7 @@ class Artifact:
     report: Mapping[str, Any]
     provenance: Mapping[str, Any]
     extra: Mapping[str, Path] = field(default_factory=dict)
-    costs: tuple[Mapping[str, Any], ...] = ()
+    costs: tuple[StepCost, ...] = ()
     gpu: Mapping[str, Any] | None = None
     release: str | None = None
 

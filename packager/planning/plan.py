@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from packager.core.errors import UsageError
 from packager.planning.options import parse_options
@@ -92,11 +92,21 @@ def make_plan(
     )
 
 
-def fit_all(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Whether the checkpoint fits each target with its default recipe: target, title, recipe, fits, line."""
+class TargetFit(TypedDict):
+    """Whether a checkpoint fits a target with its default recipe. line: the sizes, or the first refusal."""
+
+    target: str
+    title: str
+    recipe: str
+    fits: bool
+    line: str
+
+
+def fit_all(checkpoint: Checkpoint) -> list[TargetFit]:
+    """Whether the checkpoint fits each known target."""
     from packager.planning import catalog
 
-    rows = []
+    rows: list[TargetFit] = []
     for name in catalog.target_names():
         target = catalog.load_target(name)
         recipe = catalog.load_recipe(target.recipe)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Streamed:
     on_layer: called with the index of every finished layer; None when the caller loads and drops the layers itself.
     """
 
-    def __init__(self, folder: Path, on_layer: Any) -> None:
+    def __init__(self, folder: Path, on_layer: Callable[[int], None] | None) -> None:
         self.weights = Weights(folder)
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -130,7 +130,7 @@ class Streamed:
         for name, _ in list(layer.named_parameters()):
             place(layer, name, self.weights.read(f"model.layers.{index}.{name}"))
 
-    def _done(self, layer: nn.Module, index: int, on_layer: Any) -> None:
+    def _done(self, layer: nn.Module, index: int, on_layer: Callable[[int], None]) -> None:
         self.drop(layer)
         on_layer(index)
 

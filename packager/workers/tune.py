@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Tuner:
         self.source.load(self.layers[index], index)
         self.write(index, self.linears(index), tuned=False, errors={})
 
-    def tune(self, index: int, on_step: Any) -> None:
+    def tune(self, index: int, on_step: Callable[[], None]) -> None:
         """Tune a layer and compute both streams of hidden states after it."""
         self.source.load(self.layers[index], index)
         linears = self.linears(index)
@@ -136,7 +136,9 @@ class Tuner:
         size = wanted.square().mean(-1)
         return ((output[keep] - wanted).square().mean(-1) / (size + FLOOR * size.mean() + 1e-12)).mean()
 
-    def descend(self, index: int, linears: list[Linear], goals: list[torch.Tensor], on_step: Any) -> None:
+    def descend(
+        self, index: int, linears: list[Linear], goals: list[torch.Tensor], on_step: Callable[[], None]
+    ) -> None:
         """Sign descent with a rate that falls to zero; each gradient is used and freed as soon as it is computed."""
         iterations = self.job["iterations"]
         rate = 0.0
