@@ -16,7 +16,7 @@ from packager.core.errors import MachineError, PlanRefused, UsageError
 from packager.core.progress import Progress
 from packager.core.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
 from packager.core.units import size
-from packager.recipe import Artifact, Job, Recipe
+from packager.recipe import Artifact, Job, Options, Recipe
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
@@ -142,8 +142,12 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
 
 
 def settled(
-    recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint, ask: int | None = None
-) -> tuple[Any, tuple[str, ...]]:
+    recipe: Recipe[Options],
+    options: Options,
+    samples: Calibration | None,
+    checkpoint: Checkpoint,
+    ask: int | None = None,
+) -> tuple[Options, tuple[str, ...]]:
     """The options with every "auto" replaced, and the notes shown with the plan: on the tokenizer, the fine-tuning
     pairs and the recipe's choices.
     """

@@ -14,6 +14,8 @@ from packager.metrics.encoders import EncoderThresholds
 from packager.metrics.thresholds import Thresholds
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.progress import Progress
     from packager.core.store import Step, StepCost, Store
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from packager.prompts.training_template import Training
     from packager.target import Target
 
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound="DataclassInstance")  # a recipe's own frozen dataclass
 TEMPLATE = "chat_template.jinja"  # the chat template's name in a bundle
 
 
