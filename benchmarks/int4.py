@@ -106,7 +106,8 @@ def distance(request: Any, bundle: Path, run: Run, store: Any) -> Mapping[str, A
     from packager.cli.console import Console
     from packager.core.store import digest_of
     from packager.fidelity.artifact import Candidate, score
-    from packager.fidelity.source import Samples, source_scores
+    from packager.fidelity.samples import Samples, ScoredSequence
+    from packager.fidelity.source import source_scores
     from packager.metrics.distributions import compare
     from packager.planning.catalog import load_target
     from packager.recipe import Job
@@ -114,7 +115,8 @@ def distance(request: Any, bundle: Path, run: Run, store: Any) -> Mapping[str, A
     checkpoint = open_merged(request, store, Console(quiet=True)).checkpoint
     ids = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json")).encode(pydoc_data.topics.topics[CHAPTER]).ids
     pieces = [ids[number * PIECE : (number + 1) * PIECE] for number in range(PIECES)]
-    sequences = [{"ids": piece, "positions": list(POSITIONS)} for piece in pieces]
+    positions = list(POSITIONS)
+    sequences: list[ScoredSequence] = [{"ids": piece, "positions": positions, "set": "general"} for piece in pieces]
     job = Job(replace(checkpoint, name=str(request.name)), load_target(request.target), store, Console())
     text = store.step("benchmark-text", {"ids": digest_of(sequences)}, lambda folder, cost: None, progress=Console())
     samples = Samples(tuple(sequences), (), (), text)
