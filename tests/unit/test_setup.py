@@ -38,7 +38,7 @@ def test_the_python_that_is_named_is_taken(checkout: Path) -> None:
     assert run("scripts/python.sh", cwd=checkout, PYTHON=sys.executable).stdout.strip() == sys.executable
 
 
-def test_no_fitting_python_is_told_in_words(checkout: Path) -> None:
+def test_no_fitting_python_stops_with_a_sentence(checkout: Path) -> None:
     """Without a Python 3.11 set-up says what it looked for and what to do, and ends."""
     done = run("scripts/python.sh", cwd=checkout, PYTHON="no-such-python")
     assert done.returncode == 1
@@ -90,7 +90,7 @@ def test_another_compiler_flag_is_another_wheel(monkeypatch: pytest.MonkeyPatch)
     assert llama_wheel.cache_key() != first
 
 
-def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """No compiler is a sentence with the package to install, and a word that the demo needs none."""
     import llama_wheel
     from steps import Stopped
