@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_qwen2 import make  # noqa: E402
-from packager.build import settled  # noqa: E402
+from packager.build import resolved  # noqa: E402
 from packager.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from packager.cli.console import Console  # noqa: E402
 from packager.planning.catalog import load_recipe, load_target, recipe_names, target_names  # noqa: E402
@@ -70,7 +70,7 @@ def planned(checkpoint: Checkpoint, target: Target, name: str) -> tuple[Plan, st
         options = parse_options(recipe, target, sets)
         if (getattr(options, "context", 0) or 0) > checkpoint.shape.context:
             options = parse_options(recipe, target, (*sets, f"context={checkpoint.shape.context}"))
-        options, notes = settled(recipe, options, None, checkpoint)
+        options, notes = resolved(recipe, options, None, checkpoint)
         plan = make_plan(checkpoint, target, recipe, options, notes)
         first = first or (plan, recipe.why_not(checkpoint, target, options))
         if not plan.refusals:

@@ -141,7 +141,7 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
     return target, recipe, parse_options(recipe, target, request.sets)
 
 
-def settled(
+def resolved(
     recipe: Recipe[Options],
     options: Options,
     samples: Calibration | None,
@@ -153,7 +153,7 @@ def settled(
     """
     from packager.fidelity.pairs import note
 
-    options, notes = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
+    options, notes = recipe.resolve_auto(options, samples, checkpoint) if recipe.resolve_auto else (options, ())
     if checkpoint.family.kind != "decoder":  # an encoder has no conversations and no stop tokens
         return options, notes
     pairs = note(samples, checkpoint, ask)
@@ -168,7 +168,7 @@ def planned(request: Request, progress: Progress) -> Plan:
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
     checkpoint = open_planned(request, progress)
-    options, notes = settled(recipe, options, samples, checkpoint, request.ask)
+    options, notes = resolved(recipe, options, samples, checkpoint, request.ask)
     return make_plan(checkpoint, target, recipe, options, notes)
 
 
@@ -197,7 +197,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
     if opened.checkpoint.family.kind == "decoder":
         refuse_for_decoders(request.limits)
-    options, notes = settled(recipe, options, samples, opened.checkpoint, request.ask)
+    options, notes = resolved(recipe, options, samples, opened.checkpoint, request.ask)
     plan = make_plan(opened.checkpoint, target, recipe, options, notes)
     if plan.refusals:
         raise PlanRefused(

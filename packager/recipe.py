@@ -216,8 +216,8 @@ class Recipe(Generic[Options]):
     why_not: None, or one sentence why this checkpoint cannot be built for this target and what would work.
     thresholds: the default thresholds of an artifact. encoder_thresholds: those for embedders and classifiers, None for
     a recipe that does not build them.
-    settle: replaces, before the plan, options of "auto" by values that depend on the calibration data, and returns
-    notes on its choices; None: the recipe has no such option.
+    resolve_auto: replaces, before the plan, options of "auto" by values that depend on the calibration data, and
+    returns notes on its choices; None: the recipe has no such option.
     """
 
     name: str
@@ -230,4 +230,4 @@ class Recipe(Generic[Options]):
     build: Callable[[Job, Options], Artifact]
     thresholds: Callable[[Options], Thresholds] = field(default=lambda _options: Thresholds())
     encoder_thresholds: EncoderThresholds | None = None
-    settle: Callable[[Options, Calibration | None, Checkpoint], tuple[Options, tuple[str, ...]]] | None = None
+    resolve_auto: Callable[[Options, Calibration | None, Checkpoint], tuple[Options, tuple[str, ...]]] | None = None

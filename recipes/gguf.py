@@ -37,7 +37,7 @@ class Options:
     )
 
 
-def settle(
+def resolve_auto(
     options: Options, calibration: Calibration | None, checkpoint: Checkpoint
 ) -> tuple[Options, tuple[str, ...]]:
     """tune=auto tunes Q4_0 when fine-tuning data is given and tuning takes under an hour; returns a note when it takes
@@ -68,5 +68,5 @@ RECIPE = Recipe(
     estimate=estimate,
     build=build,
     thresholds=thresholds,
-    settle=settle,
+    resolve_auto=resolve_auto,
 )

@@ -64,7 +64,7 @@ class Options:
     )
 
 
-def settle(
+def resolve_auto(
     options: Options, calibration: Calibration | None, checkpoint: Checkpoint
 ) -> tuple[Options, tuple[str, ...]]:
     """tune=auto tunes int4 when fine-tuning data is given and tuning takes under an hour; returns a note when it takes
@@ -105,5 +105,5 @@ RECIPE = Recipe(
     build=KINDS.build,
     thresholds=thresholds,
     encoder_thresholds=EncoderThresholds(),
-    settle=settle,
+    resolve_auto=resolve_auto,
 )

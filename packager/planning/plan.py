@@ -59,7 +59,7 @@ def make_plan(
     checkpoint: Checkpoint, target: Target, recipe: Recipe[Options], options: Options, notes: Sequence[str] = ()
 ) -> Plan:
     """The plan of one build. options: an instance of ``recipe.options`` (see parse_options). notes: sentences from
-    ``recipe.settle``, put first among the plan's notes.
+    ``recipe.resolve_auto``, put first among the plan's notes.
 
     Raises UsageError for invalid options, such as a context of 0; a build that cannot fit or work has refusals instead.
     """

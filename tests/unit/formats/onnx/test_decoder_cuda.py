@@ -27,8 +27,10 @@ GPU = T4.gpu
 
 def planned(*sets: str, target: Target = T4, **changes: Any) -> Any:
     options = parse_options(RECIPE, target, sets)
-    settled, _ = RECIPE.settle(options, None, sketch(SMOLLM2 | changes)) if RECIPE.settle else (options, ())
-    return make_plan(sketch(SMOLLM2 | changes), target, RECIPE, settled)
+    resolved, _ = (
+        RECIPE.resolve_auto(options, None, sketch(SMOLLM2 | changes)) if RECIPE.resolve_auto else (options, ())
+    )
+    return make_plan(sketch(SMOLLM2 | changes), target, RECIPE, resolved)
 
 
 def test_the_gpu_is_required_and_its_memory_and_speed_are_planned() -> None:
