@@ -14,6 +14,7 @@ from packager.core.errors import PlanRefused, VerifyFailed
 from packager.core.units import size
 
 if TYPE_CHECKING:
+    from packager.bundle.doctor import TargetRow
     from packager.planning.plan import Plan
 
 
@@ -338,7 +339,7 @@ def doctor(console: Console, bundle: Path | None, target: str | None, facts: Pat
     raise_if_refused(document)
 
 
-def _target_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def _target_row(row: TargetRow) -> tuple[str, str, str]:
     """A target's row: "yes", "no" with the reason, or "perhaps" with the unknown facts."""
     if not row["ok"]:
         return row["target"], "no", row["refusal"]
