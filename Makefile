@@ -3,13 +3,13 @@
 .PHONY: help demo test unit venv lint docs docs-check locks clean
 help:
 	@echo "make demo        set up, then package SmolLM2 with a persona LoRA and ask it two questions, offline"
-	@echo "make test        set up, then lint, types, docs and all tests (compiles llama-cpp-python once per machine)"
+	@echo "make test        set up, then lint, types, docs and all tests"
 	@echo "make unit        the unit ring only: offline, under a minute"
 	@echo "make venv        set up only: .venv/bin/packager"
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        write docs/reference from the code; make docs-check fails when it differs"
 	@echo "make locks       resolve locks/ again (needs uv)"
-	@echo "make clean       remove .demo, build outputs and caches in the checkout (not .venv, not the compile cache)"
+	@echo "make clean       remove .demo, build outputs and caches in the checkout (not .venv)"
 
 # Found by the recipe, not at the top: `make help` works on any machine.
 PREPARE = python=$$(PYTHON="$(PYTHON)" scripts/python.sh) && "$$python" scripts/prepare.py

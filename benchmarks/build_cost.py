@@ -6,7 +6,8 @@
 Three rows: the two tools as bare processes; our build without importance matrix and verification; our build with them.
 The store is empty for every run; the llama.cpp sources and the box's wheels are fetched before. Memory is the highest
 sum of resident sets over the process tree, sampled every 20 ms, so pages of mapped files count on both sides. The rows
-of one repeat run one after the other on the same machine; needs the extra ``llamacpp``.
+of one repeat run one after the other on the same machine. The first row compiles llama.cpp once
+(benchmarks/llama_reference.py), or takes the Python of ``--reference``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.llama_reference import reference_python  # noqa: E402 - after the path
 
 NAMES = {
     "bare": "converter + quantizer alone",
@@ -73,10 +75,11 @@ def measured(commands: Sequence[Sequence[str]], env: dict[str, str]) -> tuple[fl
     return time.monotonic() - start, peak
 
 
-def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
+def bare(checkpoint: Path, quant: str, work: Path, reference: Path) -> list[list[str]]:
     """The two tools alone, as a user of llama.cpp's scripts would run them."""
     from packager.cli.console import Console
-    from packager.formats.gguf.llamacpp import FILE_TYPES, sources
+    from packager.formats.gguf.llamacpp import sources
+    from packager.formats.gguf.types import QUANTS
 
     tree = sources(Console())
     job = work / "job.json"
@@ -85,7 +88,7 @@ def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
             {
                 "source": str(work / "whole.gguf"),
                 "output": str(work / "small.gguf"),
-                "file_type": FILE_TYPES[quant],
+                "file_type": QUANTS[quant].file_type,
                 "threads": os.cpu_count(),
                 "imatrix": None,
             }
@@ -101,7 +104,7 @@ def bare(checkpoint: Path, quant: str, work: Path) -> list[list[str]]:
             "--outtype",
             "auto",
         ],
-        [sys.executable, str(ROOT / "packager" / "children" / "quantize_llama.py"), str(job)],
+        [str(reference), str(ROOT / "benchmarks" / "llama_reference.py"), str(job)],
     ]
 
 
@@ -131,9 +134,13 @@ def main() -> None:
     options.add_argument("--quant", default="Q8_0")
     options.add_argument("--repeats", type=int, default=1)
     options.add_argument("--rows", nargs="+", choices=list(NAMES), default=list(NAMES), help="only these rows")
+    options.add_argument("--reference", type=Path, help="a Python with the pinned llama-cpp-python, if there is one")
     options.add_argument("--json", type=Path, help="write the figures here as well")
     given = options.parse_args()
     checkpoint = given.checkpoint.resolve()
+    reference = given.reference
+    if "bare" in given.rows and not reference:
+        reference = reference_python(ROOT / ".demo/quantizers/reference")
     rows: dict[str, list[tuple[float, int]]] = {row: [] for row in given.rows}
     steps: list[tuple[int, str]] = []
     load = os.getloadavg()
@@ -143,7 +150,7 @@ def main() -> None:
                 work = Path(folder)
                 env = {"PACKAGER_STORE": str(work / "store"), "PYTHONPATH": str(ROOT)}
                 commands = {
-                    "bare": lambda work=work: bare(checkpoint, given.quant, work),
+                    "bare": lambda work=work: bare(checkpoint, given.quant, work, reference),
                     "plain": lambda work=work: ours(
                         checkpoint, given.quant, work, "--no-verify", "--set", "imatrix=off"
                     ),

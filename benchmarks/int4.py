@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/int4.py .demo/smollm2 --adapter demo/persona-lora --pairs demo/persona.json
 
 The distance is measured in the bundle's runtime, on 300 positions of a chapter of Python's own documentation that is
-not in the packager's calibration texts; the bundle's server answers the pairs greedily. K-quants need the extra
-``llamacpp``. Steps in the store are reused; their peak memory is that of their first run. A tuning takes minutes.
+not in the packager's calibration texts; the bundle's server answers the pairs greedily. Steps in the store are reused;
+their peak memory is that of their first run. A tuning takes minutes.
 """
 
 from __future__ import annotations

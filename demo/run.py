@@ -24,6 +24,7 @@ WORK = Path(".demo")
 CHECKPOINT, OUT, BOX = WORK / "smollm2", WORK / "out", WORK / "box"
 ADAPTER, PAIRS = Path("demo/persona-lora"), Path("demo/persona.json")
 TARGET = "desktop_linux_x86_64"
+QUANT = "quant=Q4_K_M"  # its importance matrix comes from the pairs
 BIN = Path(sys.executable).parent
 QUESTIONS = (0, 8)  # "你是谁？" and "What does alarm E17 mean?"
 console = Console(highlight=False, soft_wrap=True)
@@ -81,7 +82,7 @@ class Demo:
         return "base and LoRA fit together"
 
     def plan(self) -> str:
-        self.run(["packager", "plan", CHECKPOINT, "--adapter", ADAPTER, "--target", TARGET, "--set", "quant=Q8_0"])
+        self.run(["packager", "plan", CHECKPOINT, "--adapter", ADAPTER, "--target", TARGET, "--set", QUANT])
         return f"fits {TARGET}"
 
     def build(self) -> str:
@@ -95,7 +96,7 @@ class Demo:
                 "--target",
                 TARGET,
                 "--set",
-                "quant=Q8_0",
+                QUANT,
                 "--calibration",
                 PAIRS,
                 "-o",

@@ -1,3 +1,3 @@
-"""packager: builds a signed folder from a fine-tuned checkpoint; a box without a network can run it."""
+"""packager: a fine-tuned checkpoint becomes a folder that a box without a network can run."""
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager import __version__
-from packager.core.errors import MachineError, PlanRefused, UsageError
+from packager.core.errors import MachineError, PlanRefused, ToolError, UsageError
 from packager.core.progress import Progress
 from packager.core.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
 from packager.core.units import size
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from packager.planning.plan import Plan
     from packager.prompts.calibration import Calibration
     from packager.target import Target
+
+OLDEST_TORCH = "2.6"  # transformers 5.23 disables itself beside an older one
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
     """Open the checkpoint, check its weights, merge the adapter. Raises InputError or NetworkError."""
     from packager.checkpoint.checkpoint import check_weights, open_checkpoint
     from packager.checkpoint.merge import check_fit, merge, merged_name, open_adapter
+    from packager.core.processes import warm_up
 
     base = open_checkpoint(
         request.checkpoint,
@@ -96,6 +99,8 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
         "adapter": None,
     }
     steps = [store.step("checked-weights", {"checkpoint": base.digest}, check, progress=progress)]
+    if not steps[0].reused:  # a build that starts from nothing: import torch while the adapter is merged
+        warm_up()
     if adapter is None or request.adapter is None:
         return Opened(base, tuple(steps), sources)
 
@@ -192,6 +197,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         raise UsageError("--no-verify compares nothing, so --template has no effect.", fix="Leave one of the two out.")
     if "min_behaviour" in request.limits and not (samples and samples.conversations):
         raise UsageError("--min-behaviour needs the fine-tuning pairs.", fix="Give them with --calibration.")
+    _require_torch()
     opened = open_merged(request, store, progress)
     if template and opened.checkpoint.family.kind != "decoder":
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
@@ -234,6 +240,23 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     with machine_errors(out):
         write_atomically(out / f"{bundle.name}.build.json", json.dumps(record, indent=1) + "\n")
     return Built(bundle, plan, artifact, record)
+
+
+def _require_torch() -> None:
+    """Raise ToolError where torch is missing or too old. The wheel asks for no version of it, so that no install
+    takes the torch of somebody's own environment away.
+    """
+    from packaging.version import Version
+
+    from packager.core.processes import version_of
+
+    installed = version_of("torch")
+    if not installed or Version(installed) < Version(OLDEST_TORCH):
+        raise ToolError(
+            f"A build needs torch {OLDEST_TORCH} or newer; this environment has {installed or 'none'}.",
+            why="The source model is run beside the artifact, and transformers refuses older ones.",
+            fix="Install a newer torch, of whatever CUDA, or make an environment for packager alone.",
+        )
 
 
 def _require_room(out: Path, store: Store, plan: Plan) -> None:

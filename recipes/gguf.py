@@ -17,9 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    quant: Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"] = field(
-        default="Q8_0", metadata={"doc": "llama.cpp's quantization type"}
-    )
+    quant: Literal[
+        "F16",
+        "BF16",
+        "Q8_0",
+        "Q6_K",
+        "Q5_K_M",
+        "Q5_K_S",
+        "Q4_K_M",
+        "Q4_K_S",
+        "IQ4_NL",
+        "Q4_0",
+        "IQ4_XS",
+        "Q3_K_M",
+        "IQ3_M",
+        "IQ3_S",
+        "Q2_K",
+        "IQ2_M",
+    ] = field(default="Q8_0", metadata={"doc": "llama.cpp's quantization type"})
     context: int = field(
         default=4096, metadata={"doc": "tokens each conversation can hold (prompt and answer)", "min": 1}
     )

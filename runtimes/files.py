@@ -1,5 +1,5 @@
-"""Files on the box: digests, writes that are whole or absent, locks, and exchanges in one step. Standard library only;
-Python 3.8 can read it, because the preflight uses it.
+"""Files on the box: digests, atomic writes, locks, and atomic swaps of folders. Standard library only; Python 3.8 can
+parse it, because the preflight imports it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 20  # bytes per read
 EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 AT_FDCWD = -100
 FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
@@ -34,7 +34,7 @@ def file_sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or a folder's names, to the disk. Windows has no call for folders."""
+    """Flush a file, or a folder's names, to the disk. Windows has no call for folders."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
@@ -91,8 +91,8 @@ def hold_folder(folder: Path) -> Optional[int]:  # noqa: UP045 - Python 3.8
 
 
 def clone(source: Path, goal: Path) -> bool:
-    """Share the file's blocks where the filesystem can (Btrfs, XFS): as safe as a copy, and no second copy on disk.
-    Never a hard link: a later change of the source would change the goal. False where it cannot.
+    """Share the file's blocks where the filesystem can (Btrfs, XFS): as safe as a copy, without a second copy on disk.
+    Never a hard link: a later change of the source would change the goal. False where the filesystem cannot.
     """
     if sys.platform != "linux":
         return False
@@ -107,7 +107,7 @@ def clone(source: Path, goal: Path) -> bool:
 
 
 def copy(source: Path, goal: Path) -> str:
-    """Copy a file to the disk; the sha256 of what was read."""
+    """Copy a file and flush it; the sha256 of the bytes that were read. Raises OSError."""
     digest = hashlib.sha256()
     with source.open("rb") as reader, goal.open("wb") as writer:
         while block := reader.read(CHUNK):
@@ -119,7 +119,7 @@ def copy(source: Path, goal: Path) -> str:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where system or filesystem cannot."""
+    """Swap two folders atomically; False where the system or the filesystem cannot."""
     if sys.platform != "linux":
         return False
     try:

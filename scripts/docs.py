@@ -259,6 +259,54 @@ def rooms() -> str:
     return "\n".join(parts)
 
 
+# Engines that this project's tests execute, on Linux and x86-64. Nothing with a GPU was executed.
+EXECUTED = ("llamacpp", "ort", "ort_encoder", "transformers")
+DEVICES = {
+    "desktop_linux_x86_64": "Linux desktop",
+    "desktop_windows_x86_64": "Windows desktop",
+    "desktop_macos_arm64": "macOS desktop",
+    "ollama": "Ollama",
+    "t4": "T4 server",
+    "jetson_orin_nano_8gb": "Jetson Orin",
+    "jetson_thor": "Jetson Thor",
+    "jetson_xavier_nx": "Jetson Xavier NX",
+}
+FORMS = (
+    ("GGUF", "gguf", "llamacpp"),
+    ("ONNX INT8 or INT4, language models", "onnx_int8", "ort"),
+    ("ONNX INT8, embedders and classifiers", "onnx_int8", "ort_encoder"),
+    ("GPTQ and AWQ int4", "gptq_int4", "transformers"),
+    ("TensorRT", "tensorrt_engine", "tensorrt"),
+    ("TensorRT Edge-LLM", "edge_llm", "edgellm"),
+)
+
+
+def formats_and_devices() -> str:
+    """The front page's table: what was run here, what was generated and not executed."""
+    from packager.planning.catalog import load_target
+
+    rows = []
+    for title, recipe, engine in FORMS:
+        cells = []
+        for name in DEVICES:
+            target = load_target(name)
+            if recipe not in target.recipes.supported:
+                cells.append("–")
+                continue
+            served = "vllm" if engine == "transformers" and engine not in target.runtimes else engine
+            here = (target.system, target.machine) == ("linux", "x86_64") and name != "ollama" and served in EXECUTED
+            cells.append("**run here**" if here else "generated")
+        rows.append((title, *cells))
+    return table(("", *DEVICES.values()), rows)
+
+
+def front_page(text: str) -> str:
+    """README.md with its generated table."""
+    begin, end = "<!-- formats and devices: scripts/docs.py -->\n", "<!-- end -->"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{formats_and_devices()}\n{end}{rest.partition(end)[2]}" if rest else text
+
+
 PAGES = {
     "cli.md": command_line,
     "box.md": on_the_box,
@@ -274,26 +322,28 @@ NOTE = "<!-- Written by scripts/docs.py from the code (make docs). Do not edit. 
 
 def main() -> int:
     check = sys.argv[1:] == ["--check"]
+    pages = {REFERENCE / name: NOTE + make().rstrip() + "\n" for name, make in PAGES.items()}
+    readme = ROOT / "README.md"
+    pages[readme] = front_page(readme.read_text(encoding="utf-8"))
     stale = 0
-    for name, make in PAGES.items():
-        path = REFERENCE / name
-        wanted = NOTE + make().rstrip() + "\n"
-        current = path.read_text(encoding="utf-8") if path.exists() else ""
-        if wanted == current:
+    for path, wanted in pages.items():
+        kept = path.read_text(encoding="utf-8") if path.exists() else ""
+        if wanted == kept:
             continue
         stale += 1
         if check:
-            old, new = current.splitlines(), wanted.splitlines()
-            lines = difflib.unified_diff(old, new, f"{name} (kept)", f"{name} (code)", n=1)
+            lines = difflib.unified_diff(
+                kept.splitlines(), wanted.splitlines(), f"{path.name} (kept)", f"{path.name} (code)", n=1
+            )
             print("\n".join(line.rstrip() for line in list(lines)[:40]))
         else:
-            REFERENCE.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted, encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")
     if check and stale:
-        print(f"docs/reference differs from the code in {stale} of {len(PAGES)} pages: run `make docs` and commit it.")
+        print(f"{stale} of {len(pages)} generated pages differ from the code: run `make docs` and commit them.")
         return 1
-    print(f"docs/reference: {len(PAGES)} pages as the code has it.")
+    print(f"{len(pages)} generated pages are as the code has them.")
     return 0
 
 

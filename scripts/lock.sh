@@ -20,7 +20,5 @@ compile build -c locks/box-llamacpp.lock -c locks/box-ort.lock --override locks/
 compile test -c locks/build.lock --override locks/without-torch.in --no-emit-package torch "$@"
 compile demo --no-deps "$@"
 compile test-data --no-deps "$@"
-compile llama-cpp-python --no-deps "$@"
 compile tensorrt --no-deps "$@"
-compile llama-cpp-python-build -c locks/build.lock "$@"
 echo "torch-cpu.lock is kept by hand: its header says how." >&2

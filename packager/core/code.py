@@ -57,6 +57,11 @@ def describe(make: Callable[..., object]) -> Program:
     return {"code": digest.hexdigest()[:24], "libraries": libraries}
 
 
+def libraries_of(script: Path) -> frozenset[str]:
+    """The outside modules that a file imports, directly or through the package."""
+    return _closure(frozenset([script]))[1]
+
+
 def _plain(make: Callable[..., object]) -> types.FunctionType:
     """The function behind a partial or a method."""
     while isinstance(make, functools.partial):

@@ -2,12 +2,72 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from packager.core.errors import NetworkError, ToolError
+from packager.core.errors import NetworkError, PackagerError, ToolError
 from packager.core.processes import ChildFailed, last_words, run
+
+Run = Callable[[Sequence[str]], object]
+
+# On Linux the package index has torch's CUDA builds only. scripts/packages.py, which runs without this package, names
+# the same.
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+# For that index alone, which a closed network may swallow: pip's own patience is minutes.
+IMPATIENT = ("--retries", "1", "--timeout", "15")
+_UNREACHED: dict[str, PackagerError] = {}  # it is asked once a process, not once for every Python of a box
+
+
+def torch_index() -> str:
+    """PyTorch's own CPU index, or what PACKAGER_TORCH_INDEX names in its place; "" where that is set and empty."""
+    return os.environ.get("PACKAGER_TORCH_INDEX", TORCH_INDEX)
+
+
+def command(verb: str) -> list[str]:
+    """A pip command that takes what a lock pins and nothing else."""
+    pip = [sys.executable, "-m", "pip", verb, "--quiet", "--disable-pip-version-check", "--no-input"]
+    return [*pip, "--no-deps", "--require-hashes"]
+
+
+def output(error: PackagerError) -> str:
+    """What pip printed before it failed."""
+    return str(getattr(error, "output", "")) or str(error)
+
+
+def wrong_hash(error: PackagerError) -> bool:
+    return "do not match the hashes" in output(error).lower()
+
+
+def unreachable(said: str) -> bool:
+    signs = ("Temporary failure", "Connection", "Retrying", "Max retries", "timed out", "Name or service")
+    return any(sign in said for sign in signs)
+
+
+def fetch(line: Sequence[str], names: Collection[str], run: Run) -> None:
+    """Run a pip command that fetches these packages: from where pip is told to look and then, with torch among them,
+    from PyTorch's own CPU index too. The hashes are pinned, so either will do.
+
+    Raises what the first attempt raised, with what became of the second as its cause; the second's where that index has
+    other bytes than the pinned ones.
+    """
+    try:
+        run(line)
+    except PackagerError as first:
+        index = torch_index()
+        if "torch" not in names or not index:
+            raise
+        if index in _UNREACHED:
+            raise first from _UNREACHED[index]
+        try:
+            run([*line, "--extra-index-url", index, *IMPATIENT])
+        except PackagerError as second:
+            if wrong_hash(second):
+                raise
+            if unreachable(output(second)):
+                _UNREACHED[index] = second
+            raise first from second
 
 
 def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str) -> None:
@@ -16,24 +76,14 @@ def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str)
     what: "TensorRT-RTX 1.7.1", for "… could not be fetched". wrong: the error's first sentence when a hash differs.
     by_hand: the file or files to put into a folder when there is no network.
 
-    Raises ToolError when a hash differs and NetworkError when pip fails for another reason.
+    Raises ToolError when a hash differs or pip is missing, and NetworkError when pip fails otherwise.
     """
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        *arguments[:1],
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-deps",
-        "--require-hashes",
-        *arguments[1:],
-    ]
     try:
-        run(command, name=f"pip {arguments[0]}")
+        run([*command(str(arguments[0])), *arguments[1:]], name=f"pip {arguments[0]}")
     except ChildFailed as error:
-        if "do not match the hashes" in error.output.lower():
+        if lacking := without_pip(error):
+            raise lacking from error
+        if wrong_hash(error):
             raise ToolError(
                 wrong, why=last_words(error.output), fix="Do not use this index; ask who runs it."
             ) from error
@@ -43,3 +93,14 @@ def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str)
             fix=f"Put {by_hand} into a folder and set PIP_FIND_LINKS to it, or connect once: what was fetched is kept "
             "in the cache.",
         ) from error
+
+
+def without_pip(error: PackagerError) -> ToolError | None:
+    """The error for an environment that has no pip, as uv makes them; None where pip itself failed."""
+    if "No module named pip" not in output(error):
+        return None
+    return ToolError(
+        "pip is missing from the environment that packager runs in.",
+        why=str(error.why),
+        fix=f"Run `{sys.executable} -m ensurepip`.",
+    )

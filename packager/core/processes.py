@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.core.errors import ToolError
+from packager.core.fork_server import SERVER, Forked
 from packager.core.progress import Progress
 from packager.core.store import Cost
 
@@ -79,7 +80,6 @@ def run(
     Raises ChildFailed when it exits with an error and ToolError when it cannot be started. On an interrupt the child is
     ended first, then the interrupt is raised again.
     """
-    start = time.monotonic()
     merged = {**os.environ, **(env or {})}
     try:
         child = subprocess.Popen(
@@ -92,6 +92,12 @@ def run(
         )
     except OSError as error:
         raise ToolError(f"{name} could not be started: {error}.") from error
+    return _finish(child, name, on_line)
+
+
+def _finish(child: subprocess.Popen[bytes] | Forked, name: str, on_line: Callable[[str], None] | None) -> Ran:
+    """Read a child to its end. Raises ChildFailed, and what ``on_line`` raised."""
+    start = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     faults: list[Exception] = []
     reader = threading.Thread(target=_read, args=(child, tail, on_line, faults), daemon=True)
@@ -111,7 +117,7 @@ def run(
 
 
 def _read(
-    child: subprocess.Popen[bytes],
+    child: subprocess.Popen[bytes] | Forked,
     tail: deque[str],
     on_line: Callable[[str], None] | None,
     faults: list[Exception],
@@ -133,12 +139,14 @@ def _read(
         tail.append(pending.decode("utf-8", "replace"))
 
 
-def _wait(child: subprocess.Popen[bytes]) -> tuple[int, int]:
+def _wait(child: subprocess.Popen[bytes] | Forked) -> tuple[int, int]:
     """(exit status, peak resident memory in bytes), 0 bytes where the system does not report it.
 
     The peak from wait4 is never below this process's own, because the child shares our memory until exec. When it is
     not above it, the highest sample of the child's VmHWM is used instead.
     """
+    if isinstance(child, Forked):
+        return child.finish(), child.max_rss
     if not hasattr(os, "wait4"):
         return child.wait(), 0
     import resource
@@ -167,8 +175,11 @@ def _high_water(process: int) -> int:
     return int(match[1]) * 1024 if match else 0
 
 
-def end(child: subprocess.Popen[bytes]) -> None:
+def end(child: subprocess.Popen[bytes] | Forked) -> None:
     """Terminate a child, then kill it if it has not ended after ``GRACE`` seconds."""
+    if isinstance(child, Forked):
+        child.end(GRACE)
+        return
     if child.poll() is not None:
         return
     child.terminate()
@@ -189,12 +200,30 @@ def run_python(
     on_line: Callable[[str], None] | None = None,
 ) -> Ran:
     """Run a Python script (a Path) or module (a str) offline and in UTF-8, as a child process that ends when its parent
-    ends (workers/with_parent.py).
+    ends (workers/with_parent.py). A worker that imports torch is forked from a server that has it (fork_server.py).
 
     path: folders put first on its module search path.
     """
-    extra = {
-        "PYTHONPATH": os.pathsep.join(str(folder) for folder in path),
+    extra = {**_usual(), "PYTHONPATH": os.pathsep.join(str(folder) for folder in path), **(env or {})}
+    what = ["-m", script] if isinstance(script, str) else [script]
+    if SERVER.fits(script, env):
+        everything = {**os.environ, **extra}
+        forked = SERVER.start([str(script), *map(str, arguments)], [str(folder) for folder in path], everything)
+        if forked is not None:
+            return _finish(forked, name, on_line)
+    command = [sys.executable, WORKERS / "with_parent.py", str(os.getpid()), *what, *arguments]
+    return run(command, name=name, env=extra, on_line=on_line)
+
+
+def warm_up() -> None:
+    """Have the heavy libraries imported while something else is done: for a build that will need them."""
+    if sys.platform == "linux":
+        SERVER.warm({**os.environ, **_usual()})
+
+
+def _usual() -> dict[str, str]:
+    """The environment of a Python child."""
+    return {
         "PYTHONUTF8": "1",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -202,11 +231,7 @@ def run_python(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
         **({} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ) else {"GOMP_SPINCOUNT": SPINS}),
-        **(env or {}),
     }
-    what = ["-m", script] if isinstance(script, str) else [script]
-    command = [sys.executable, WORKERS / "with_parent.py", str(os.getpid()), *what, *arguments]
-    return run(command, name=name, env=extra, on_line=on_line)
 
 
 def follow(

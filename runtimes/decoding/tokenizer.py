@@ -11,7 +11,7 @@ from runtimes.manifest import ManifestError
 
 @functools.lru_cache(maxsize=1)  # the server and its engine share one: a vocabulary of 49,000 takes 25 MB
 def open_tokenizer(path: Path) -> Any:
-    """A tokenizer.json that neither pads nor cuts. Raises ManifestError."""
+    """A tokenizer.json without padding and truncation. Raises ManifestError."""
     from tokenizers import Tokenizer
 
     try:

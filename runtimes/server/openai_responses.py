@@ -1,6 +1,6 @@
-"""What goes back: OpenAI-shaped answers, stream chunks and errors, written as plain dictionaries.
+"""Response bodies in the shapes of OpenAI's API: answers, stream chunks (SSE) and errors, as plain dictionaries.
 
-Stream chunks are the per-token path: the fixed part of a chunk is encoded once, only the text is encoded each time.
+Stream chunks are built for every token, so the fixed part of a chunk is encoded once and only the text each time.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def usage_of(last: Piece) -> dict[str, Any]:
     }
 
 
-class Reply:
-    """Builds the answer to one request. chat: chat.completion shapes, else text_completion ones.
+class ResponseBuilder:
+    """Builds the response to one request. chat: chat.completion shapes, else text_completion shapes.
 
-    prompt_ids: given when the request asked for token ids. logprobs: whether it asked for them.
+    prompt_ids: the prompt's token ids when the response reports token ids. logprobs, usage: whether it has them.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Reply:
     # -- streamed -----------------------------------------------------------------------------------------------
 
     def opening(self) -> bytes:
-        """The first chunk: the role, and the prompt's ids when they were asked for."""
+        """The first chunk: the role, and the prompt's ids when the request wants them."""
         if not self.chat and self.prompt_ids is None:
             return b""
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": None}
@@ -70,7 +70,7 @@ class Reply:
         return self._event([choice], **extra)
 
     def chunk(self, piece: Piece) -> bytes:
-        """One piece as a server-sent event; empty when there is nothing to say."""
+        """One piece as a server-sent event; empty for a piece without content."""
         if self.prompt_ids is None and not piece.logprobs:
             if not piece.text:
                 return b""
@@ -85,7 +85,7 @@ class Reply:
         return self._event([choice])
 
     def closing(self, last: Piece) -> bytes:
-        """The finish reason, the usage when it was asked for, and the end mark."""
+        """The finish reason, the usage when the request wants it, and the end mark."""
         out = self.chunk(last)
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": last.finish}
         choice["delta" if self.chat else "text"] = {} if self.chat else ""
@@ -105,7 +105,7 @@ class Reply:
     # -- whole --------------------------------------------------------------------------------------------------
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The plain answer, from all pieces."""
+        """The response that is not streamed, from all pieces."""
         last = pieces[-1]
         text = "".join(piece.text for piece in pieces)
         logprobs = [entry for piece in pieces for entry in piece.logprobs]

@@ -118,7 +118,7 @@ def built(store: Store, out: Path, checkpoint: Path, **request: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def q8_bundle(store: Store, smollm2: Path, persona_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with the persona, Q8_0: what the demo ships."""
+    """SmolLM2 with the persona, Q8_0: the recipe's own default."""
     return built(store, tmp_path_factory.mktemp("q8"), smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
 
@@ -126,7 +126,7 @@ def q8_bundle(store: Store, smollm2: Path, persona_lora: Path, tmp_path_factory:
 def q4km_bundle(
     store: Store, smollm2: Path, persona_lora: Path, persona_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The same at Q4_K_M, its importance matrix gathered on the persona's own pairs."""
+    """The same at Q4_K_M, its importance matrix gathered on the persona's own pairs: what the demo ships."""
     return built(
         store,
         tmp_path_factory.mktemp("q4km"),

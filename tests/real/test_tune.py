@@ -176,7 +176,7 @@ def test_a_gguf_holds_the_tuned_numbers_bit_for_bit(architecture: str, tmp_path:
     _unquantized(folder, whole, permuted=architecture == "LlamaForCausalLM")
     output = tmp_path / "out.gguf"
     parts = gguf_parts(found, checkpoint)
-    llamacpp.quantize(whole, "Q4_0", output, Silent(), Cost(), tuned=parts, use_compiled=False)
+    llamacpp.quantize(whole, "Q4_0", output, Silent(), Cost(), library=llamacpp.library(), tuned=parts)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(output).tensors}
     for module in found.modules:
         tensor = tensors[str(gguf_name(f"{module}.weight"))]
@@ -204,7 +204,7 @@ def test_gptq_awq_and_gguf_hold_the_same_numbers(group: int, tmp_path: Path) -> 
     whole, output = tmp_path / "whole.gguf", tmp_path / "out.gguf"
     _unquantized(folder, whole, permuted=False)
     parts = gguf_parts(found, checkpoint)
-    llamacpp.quantize(whole, "Q4_0", output, Silent(), Cost(), tuned=parts, use_compiled=False)
+    llamacpp.quantize(whole, "Q4_0", output, Silent(), Cost(), library=llamacpp.library(), tuned=parts)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(output).tensors}
     source = load_file(folder / "model.safetensors")
     for form in FORMS:
@@ -240,6 +240,9 @@ def _unquantized(folder: Path, path: Path, *, permuted: bool) -> None:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     writer = gguf.GGUFWriter(path, "llama" if permuted else "qwen2")
+    writer.add_block_count(model.config.num_hidden_layers)
+    writer.add_head_count(model.config.num_attention_heads)
+    writer.add_head_count_kv(model.config.num_key_value_heads)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue

@@ -1,8 +1,7 @@
-"""Set-up: a Python is found or its absence explained, a foreign .venv is left alone, a damaged wheel is not used."""
+"""Set-up: it finds a Python or explains its absence, leaves a foreign .venv alone, and gives uv pip's configuration."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -12,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture
@@ -62,41 +59,76 @@ def test_an_unknown_stage_is_a_usage_error(checkout: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "usage: python scripts/prepare.py build | demo | test\n")
 
 
-def test_a_kept_wheel_is_used_only_when_it_is_whole(tmp_path: Path) -> None:
-    """A wheel without its digest, or with other bytes than its digest says, is compiled again."""
-    from llama_wheel import kept_wheel
+def test_pips_configuration_is_read_as_pip_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable beats the section of `pip install`, and that beats the general one."""
+    import packages
 
-    wheel = tmp_path / "llama_cpp_python-0-py3-none-any.whl"
-    wheel.write_bytes(b"compiled")
-    assert kept_wheel(tmp_path) is None
-    noted = tmp_path / f"{wheel.name}.sha256"
-    noted.write_text(hashlib.sha256(b"compiled").hexdigest() + "\n", encoding="ascii")
-    assert kept_wheel(tmp_path) == wheel
-    wheel.write_bytes(b"compile")
-    assert kept_wheel(tmp_path) is None
-
-
-def test_another_compiler_flag_is_another_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key of the kept wheel follows what the code was compiled with and for."""
-    import llama_wheel
-
-    monkeypatch.setattr(llama_wheel, "compiler", lambda: "c++ 12")
-    first = llama_wheel.cache_key()
-    assert first == llama_wheel.cache_key()
-    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
-    assert llama_wheel.cache_key() != first
-    monkeypatch.delenv("CMAKE_ARGS")
-    monkeypatch.setattr(llama_wheel, "processor", lambda: "another")
-    assert llama_wheel.cache_key() != first
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nfind-links = /general\nproxy = http://general\ntimeout = 60\n"
+        "[install]\nfind-links =\n    /one\n    ~/two\nproxy = http://particular\n[download]\ntimeout = 1\n",
+        encoding="utf-8",
+    )
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PIP_PROXY", "http://variable")
+    monkeypatch.setattr(packages, "LOG", tmp_path / "log")
+    monkeypatch.setattr(packages, "PIP", [sys.executable, "-m", "pip"])
+    found = packages.settings.__wrapped__()
+    assert found["find-links"].split() == ["/one", "~/two"]
+    assert (found["proxy"], found["timeout"]) == ("http://variable", "60")
 
 
-def test_a_machine_without_a_compiler_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler is a sentence with the package to install, and a word that the demo needs none."""
-    import llama_wheel
-    from steps import Stopped
+def test_uv_is_told_what_pip_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes, folders, proxy, certificates and patience; uv reads none of pip's own configuration."""
+    import packages
 
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(Stopped) as caught:
-        llama_wheel.cache_key()
-    assert "no C++ compiler" in caught.value.what
-    assert "make demo" in caught.value.fix
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/someone")
+    told = {
+        "index-url": "http://127.0.0.1/a",
+        "extra-index-url": "http://127.0.0.1/b\nfile:///c",
+        "find-links": "/one\n~/two",
+        "proxy": "http://127.0.0.1:3128",
+        "cert": "/a company/certificates.pem",
+        "default-timeout": "180",
+        "no-index": "false",
+        "quiet": "1",
+    }
+    assert packages.for_uv(told) == {
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "UV_DEFAULT_INDEX": "http://127.0.0.1/a",
+        "UV_INDEX": "http://127.0.0.1/b file:///c",
+        "UV_FIND_LINKS": "/one,/someone/two",
+        "HTTP_PROXY": "http://127.0.0.1:3128",
+        "HTTPS_PROXY": "http://127.0.0.1:3128",
+        "ALL_PROXY": "http://127.0.0.1:3128",
+        "SSL_CERT_FILE": "/a company/certificates.pem",
+        "UV_HTTP_TIMEOUT": "180",
+    }
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/requests.pem")
+    assert packages.for_uv({})["SSL_CERT_FILE"] == "/requests.pem"
+    assert packages.for_uv({"keyring-provider": "import"}) == "keyring-provider"
+
+
+@pytest.mark.parametrize(
+    ("tail", "why"),
+    [
+        (
+            "Looking\nERROR: Could not find it\nERROR: No matching distribution found for torch",
+            "No matching distribution",
+        ),
+        (
+            "  × No solution found:\n  ╰─▶ Because there is no\n      version of torch",
+            "Because there is no version of torch",
+        ),
+        ("Segmentation fault", "Segmentation fault"),
+        ("", "it gave no reason"),
+    ],
+)
+def test_the_reason_is_what_the_tool_gave_as_its_error(tail: str, why: str) -> None:
+    """One line of it, from pip's or uv's last words."""
+    import packages
+
+    assert packages.reason(tail).startswith(why)

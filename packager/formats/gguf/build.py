@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from packager.core.errors import GateFailed
-from packager.formats.gguf.llamacpp import NUMPY_TYPES, compiled
-from packager.formats.gguf.sizes import estimate_gguf, wants_imatrix
+from packager.formats.gguf.llamacpp import NUMPY_TYPES, library
+from packager.formats.gguf.sizes import estimate_gguf, predict
 from packager.formats.gguf.steps import as_type, base_type, exact_form, imatrix, said, unquantized
+from packager.formats.gguf.types import DEMANDING, QUANTS, demands_imatrix, wants_imatrix
 from packager.formats.tokenizer_files import tokenizer_files
 from packager.metrics.thresholds import Thresholds
 from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
@@ -75,8 +76,8 @@ def with_tuning(options: Options) -> bool:
 
 
 def with_imatrix(options: Options) -> bool:
-    """Whether this build gathers an importance matrix; only the compiled quantizer can use one."""
-    return compiled() and not with_tuning(options) and wants_imatrix(options.quant, options.imatrix)
+    """Whether this build gathers an importance matrix; only ggml's own quantizers can use one."""
+    return library() is not None and not with_tuning(options) and wants_imatrix(options.quant, options.imatrix)
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
@@ -89,10 +90,11 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
             f"pinned llama.cpp "
             "converts; use the recipe for its kind."
         )
-    if options.quant not in NUMPY_TYPES and not compiled():
+    if library() is None and (options.quant not in NUMPY_TYPES or options.imatrix == "on"):
+        what = options.quant if options.quant not in NUMPY_TYPES else "an importance matrix"
         return (
-            f"{options.quant} needs llama.cpp's compiled quantizer, which is not installed; "
-            'install the extra with pip install "packager[llamacpp]", or set quant=Q8_0, which needs no compiler.'
+            f"{what} needs the C functions of xllamacpp's library, which its Windows wheel does not export; build on "
+            "Linux or macOS, or set quant=Q8_0 and imatrix=auto."
         )
     if with_tuning(options):
         from packager.formats.int4.tuning import ragged
@@ -104,11 +106,13 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
             )
         if uneven := ragged(checkpoint, GROUP):
             return f"Q4_0 has blocks of {GROUP}, which do not divide {uneven}; set tune=none or quant=Q8_0."
-    if options.imatrix == "on" and not compiled():
-        return (
-            "an importance matrix needs the compiled quantizer; "
-            'install the extra "packager[llamacpp]" or set imatrix=auto.'
-        )
+    if QUANTS[options.quant].base in DEMANDING and not with_imatrix(options):
+        for tensor in predict(checkpoint, options.quant, imatrix=False).tensors:
+            if demands_imatrix(tensor.name, tensor.type):
+                return (
+                    f"{options.quant} makes {tensor.name} {tensor.type}, which llama.cpp writes with an importance "
+                    "matrix only; set imatrix=auto, or quant=Q2_K."
+                )
     if options.context > checkpoint.shape.context:
         return (
             f"a context of {options.context} tokens is more than the {checkpoint.shape.context} the model "
@@ -119,7 +123,7 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    ours = options.quant == "Q4_0" and (with_tuning(options) or not compiled())
+    other_head = options.quant == "Q4_0" and (with_tuning(options) or library() is None)
     found = estimate_gguf(
         checkpoint,
         target,
@@ -128,7 +132,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         slots=options.slots,
         kv_type=options.kv_type,
         imatrix=with_imatrix(options),
-        head="Q8_0" if ours else None,  # as quantize_numpy.py writes it
+        head="Q8_0" if other_head else None,  # as llamacpp.quantize writes it
     )
     gpu = target.gpu
     if gpu is not None and gpu.architecture.startswith("sm_") and not target.on_gpu("gguf"):

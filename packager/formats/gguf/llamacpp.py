@@ -1,13 +1,15 @@
-"""Sole owner of llama.cpp: its converter and gguf-py (from one hash-pinned sdist) and its quantizer.
+"""Sole owner of llama.cpp on the build machine: its converter and gguf-py (from one hash-pinned sdist), and the
+quantizers of its ggml (in the library of the xllamacpp wheel).
 
-The sdist of llama-cpp-python carries the converter of the very commit its quantizer is built from. The converter and
-the numpy quantizers run from there without anything being compiled; the extra ``llamacpp`` adds the compiled quantizer
-for the K- and IQ-types.
+Nothing is compiled. The sdist of llama-cpp-python carries the converter. The wheel's library exports ggml's C functions
+on Linux and macOS (read there with nm: ``ggml_quantize_chunk``, ``ggml_validate_row_data``); Windows' extension module
+exports its init alone, so there gguf-py writes the few types that it can.
 """
 
 from __future__ import annotations
 
 import compileall
+import math
 import os
 import tarfile
 from collections.abc import Mapping
@@ -16,9 +18,10 @@ from typing import Any
 
 from packager.core.errors import InputError, PackagerError, ToolError
 from packager.core.pip import pip
-from packager.core.processes import WORKERS, ChildFailed, follow, has_module, last_words, run_python, version_of
+from packager.core.processes import WORKERS, ChildFailed, follow, last_words, run_python, version_of
 from packager.core.progress import Progress
 from packager.core.store import Cost, cache_root, fetched_once
+from packager.formats.gguf.types import QUANTS, Unquantized, choose_types, demands_imatrix, of_header
 from packager.tensors.gguf_header import BadHeader, Header, read_header
 
 VERSION = "0.3.36"
@@ -26,24 +29,25 @@ SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 CONVERTER = f"llama.cpp of llama-cpp-python {VERSION} (sdist sha256 {SDIST_SHA256[:16]})"
 WANTED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
 
-# llama_ftype numbers (include/llama.h), also written as general.file_type
-FILE_TYPES: Mapping[str, int] = {
-    "F16": 1,
-    "Q4_0": 2,
-    "Q8_0": 7,
-    "Q5_K_M": 17,
-    "Q4_K_M": 15,
-    "Q6_K": 18,
-    "IQ4_XS": 30,
-    "BF16": 32,
-}
 REPLACED = ("general.quantization_version", "general.file_type")  # by a quantizer, as the last pairs
-NUMPY_TYPES = frozenset({"F16", "BF16", "Q8_0", "Q4_0"})  # proven byte-identical to llama.cpp's in tests/real
+# What gguf-py writes with the bytes of llama.cpp's quantizer (tests/real/test_quantizers.py).
+NUMPY_TYPES = frozenset({"F16", "BF16", "Q8_0", "Q4_0"})
 
 
-def compiled() -> bool:
-    """Whether llama.cpp's compiled quantizer (the extra ``llamacpp``) is installed in the pinned version."""
-    return has_module("llama_cpp") and version_of("llama-cpp-python") == VERSION
+def library() -> Path | None:
+    """The library of the installed xllamacpp wheel whose C functions can be called; None where there is none."""
+    from importlib.util import find_spec
+
+    package = find_spec("xllamacpp")
+    folders = [Path(folder) for folder in package.submodule_search_locations or ()] if package else []
+    return next((file for folder in folders for file in sorted(folder.glob("xllamacpp*.so"))), None)
+
+
+def quantizer(with_library: bool) -> str:
+    """The name and version of what makes the blocks."""
+    if with_library:
+        return f"ggml of xllamacpp {version_of('xllamacpp')}"
+    return f"gguf-py of {CONVERTER}"
 
 
 def sources(progress: Progress) -> Path:
@@ -138,54 +142,74 @@ def quantize(
     progress: Progress,
     cost: Cost,
     *,
+    library: Path | None,
     imatrix: Path | None = None,
     tuned: Mapping[str, Mapping[str, object]] | None = None,
-    use_compiled: bool,
-) -> str:
-    """Write ``source`` (an unquantized GGUF) as type ``kind``; returns the name of the quantizer that did it.
+    chosen: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``source`` (an unquantized GGUF) as ``kind``, a key of QUANTS.
 
-    tuned: GGUF tensor name -> {"file", "module", "group", "heads"} of integers that a Q4_0 tensor is to hold (see
-    workers/quantize_numpy.py); only gguf-py's side can take them. Raises ToolError when the quantizer fails or the
-    type needs the compiled one.
+    library: the one with ggml's quantizers; None: gguf-py's. imatrix: an .npz, see workers/quantize.py. tuned: GGUF
+    tensor name -> {"file", "module", "group", "heads"} of integers that a Q4_0 tensor is to hold. chosen: types by
+    tensor name that go before llama.cpp's rule. Raises ToolError when the quantizer fails or cannot write a type.
     """
-    threads = os.cpu_count() or 1
+    header = _header(source)
+    # The head of a Q4_0 file is Q6_K by llama.cpp's rule, which gguf-py cannot write: Q8_0 is the nearest it can, and
+    # better. Tuned integers are for who wants to keep what was taught, and get the better head everywhere.
+    head = "Q8_0" if kind == "Q4_0" and (tuned or library is None) else None
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    try:
+        wanted = choose_types(
+            [Unquantized(tensor.name, tensor.shape[::-1], tensor.type) for tensor in header.tensors],
+            kind,
+            of_header(header),
+            imatrix=imatrix is not None,
+            head=head,
+            chosen=chosen,
+        )
+    except ValueError as error:
+        raise ToolError(f"{source.name} cannot be quantized: {error}.") from error
+    if library is None and (other := sorted(set(wanted.values()) - NUMPY_TYPES - {"F32"})):
+        raise ToolError(
+            f"{other[0]} needs the C functions of xllamacpp's library, and this one exports none.",
+            why="Its Windows wheel is built that way.",
+            fix="Build on Linux or macOS, or choose quant=Q8_0.",
+        )
     job: dict[str, Any] = {
         "source": str(source),
         "output": str(output),
-        "file_type": FILE_TYPES[kind],
-        "threads": threads,
+        "threads": os.cpu_count() or 1,
+        "file_type": QUANTS[kind].file_type,
+        "library": str(library) if library else None,
+        "imatrix": str(imatrix) if imatrix else None,
+        "pairs": [list(span) for key, span in header.spans.items() if key not in REPLACED],
+        "tensors": [
+            {
+                "name": name,
+                "shape": tensors[name].shape,
+                "type": tensors[name].type,
+                "start": header.data_start + tensors[name].offset,
+                "to": to,
+                "demands_imatrix": demands_imatrix(name, to),
+            }
+            for name, to in wanted.items()
+        ],
+        "tuned": dict(tuned or {}),
     }
-    if use_compiled:
-        job["imatrix"] = str(imatrix) if imatrix else None
-        follow(WORKERS / "quantize_llama.py", job, f"quantizing to {kind}", progress, cost, work=output.parent)
-        return f"llama.cpp ({CONVERTER})"
-    if kind not in NUMPY_TYPES:
-        raise ToolError(
-            f"{kind} needs llama.cpp's compiled quantizer.",
-            fix='Install the extra: pip install "packager[llamacpp]", or choose quant=Q8_0.',
-        )
-    tree = sources(progress)
-    header = _header(source)
-    job["pairs"] = [list(span) for key, span in header.spans.items() if key not in REPLACED]
-    job["tensors"] = [
-        {"name": t.name, "shape": t.shape, "type": t.type, "start": header.data_start + t.offset, "bytes": t.nbytes}
-        for t in header.tensors
-    ]
-    # llama.cpp makes the head of a Q4_0 file Q6_K, which gguf-py cannot write: Q8_0 is the nearest it can, and better
-    job |= {"type": kind, "head_type": "Q8_0" if kind == "Q4_0" else kind, "tuned": dict(tuned or {})}
-    total = 4.0 * source.stat().st_size / 2
+    path = [WORKERS.parent.parent]
+    if library is None:
+        path.append(sources(progress) / "gguf-py")
     follow(
-        WORKERS / "quantize_numpy.py",
+        WORKERS / "quantize.py",
         job,
         f"packing tuned integers as {kind}" if tuned else f"quantizing to {kind}",
         progress,
         cost,
         work=output.parent,
-        total=total,
-        path=(tree / "gguf-py",),
+        total=4.0 * sum(math.prod(tensor.shape) for tensor in header.tensors),
+        path=path,
         unit="B",
     )
-    return f"gguf-py ({CONVERTER})"
 
 
 def tensor_types(path: Path) -> dict[str, int]:

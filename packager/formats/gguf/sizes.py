@@ -1,7 +1,7 @@
-"""What a GGUF file will weigh before it is made: llama.cpp's choice of a type for each tensor, and the bytes around it.
+"""What a GGUF file will weigh before it is made, and what making it costs.
 
-Pure arithmetic over names and shapes. The rules were read in ``src/llama-quant.cpp`` of the llama.cpp commit that
-llama-cpp-python 0.3.36 carries, the layout in its ``gguf-py``; tests/real compares them with files that it quantized.
+Pure arithmetic over names and shapes: types.py chooses each tensor's type, the layout was read in llama.cpp's
+``gguf-py``. tests/real compares the prediction with files.
 """
 
 from __future__ import annotations
@@ -17,30 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.checkpoint.families import kv_cache_bytes
+from packager.formats.gguf.types import QUANTS, Dimensions, Unquantized, choose_types, of_checkpoint
 from packager.tensors.ggml_types import BLOCKS
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.recipe import Estimate
     from packager.target import Target
-
-# What ``quant`` may be, best first, and the type that most tensors get.
-QUANTS: dict[str, str] = {
-    "BF16": "BF16",
-    "F16": "F16",
-    "Q8_0": "Q8_0",
-    "Q6_K": "Q6_K",
-    "Q5_K_M": "Q5_K",
-    "Q4_K_M": "Q4_K",
-    "Q4_0": "Q4_0",
-    "IQ4_XS": "IQ4_XS",
-}
-
-# Below Q6 the rounding is coarse enough for an importance matrix to pay.
-IMATRIX_QUANTS = ("Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS")
-
-# Rows that a 256-block does not divide get the nearest type with blocks of 32.
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 
 _ALIGNMENT = 32
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -119,101 +102,31 @@ def gguf_name(name: str) -> str | None:
     return name
 
 
-def wants_imatrix(quant: str, choice: str = "auto") -> bool:
-    """Whether an importance matrix is used: ``choice`` is "auto" (below Q6), "on" or "off"."""
-    return choice == "on" or (choice == "auto" and quant in IMATRIX_QUANTS)
-
-
 def plan_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     quant: str,
+    model: Dimensions,
     *,
     imatrix: bool,
-    layers: int,
-    heads: int,
-    kv_heads: int,
     head: str | None = None,
 ) -> tuple[GgufTensor, ...]:
     """The file's tensors in llama.cpp's order, from the checkpoint's names and shapes. KeyError: an unknown quant."""
-    named = sorted(
-        ((new, shape) for old, shape in shapes.items() if (new := gguf_name(old))), key=lambda item: _order(item[0])
-    )
-    chooser = _Chooser(quant, imatrix, layers, heads // max(1, kv_heads), [name for name, _ in named], head)
-    return tuple(GgufTensor(name, shape, chooser.choose(name, shape)) for name, shape in named)
+    named = {new: shape for old, shape in shapes.items() if (new := gguf_name(old))}
+    tensors = [Unquantized(name, shape, _converted(name, shape)) for name, shape in named.items()]
+    chosen = choose_types(tensors, quant, model, imatrix=imatrix, head=head)
+    return tuple(GgufTensor(name, named[name], kind) for name, kind in chosen.items())
 
 
-def _order(name: str) -> tuple[int, str]:
-    block = re.match(r"blk\.(\d+)\.", name)
-    return (int(block[1]) if block else -1, name)
-
-
-class _Chooser:
-    """llama.cpp's rules. It counts attention and feed-forward tensors as they come, so the order matters."""
-
-    def __init__(self, quant: str, imatrix: bool, layers: int, gqa: int, names: list[str], head: str | None) -> None:
-        self.quant = quant
-        self.base = QUANTS[quant]
-        self.imatrix = imatrix
-        self.layers = layers
-        self.gqa = gqa
-        self.head = head
-        self.tied = "output.weight" not in names
-        self.attn_total = sum(name.endswith((".attn_v.weight", ".attn_qkv.weight")) for name in names)  # no biases
-        self.attn_seen = 0
-        self.down_seen = 0
-
-    def choose(self, name: str, shape: tuple[int, ...]) -> str:
-        if len(shape) < 2 or name.endswith("_norm.weight"):
-            return "F32"
-        if not name.endswith("weight"):
-            return "F16"
-        kind = self.base
-        if BLOCKS[kind][0] == 1:
-            return kind
-        return self._fitting(self._by_role(name, shape[-1]), shape[-1])
-
-    @staticmethod
-    def _fitting(kind: str, row: int) -> str:
-        if row % BLOCKS[kind][0]:
-            kind = _FALLBACK.get(kind, kind)
-        return kind if row % BLOCKS[kind][0] == 0 else "F16"
-
-    def _by_role(self, name: str, row: int) -> str:
-        kind = self.base
-        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
-            return self.head or ("Q8_0" if kind == "Q8_0" or row % BLOCKS[kind][0] else "Q6_K")
-        if ".attn_v." in name or ".attn_qkv." in name:
-            index, self.attn_seen = self.attn_seen, self.attn_seen + 1
-            if self.quant == "IQ4_XS" and self.gqa >= 4:
-                kind = "Q5_K"
-            elif self.quant in ("Q4_K_M", "Q5_K_M") and _more_bits(index, self.attn_total):
-                kind = "Q6_K"
-            if self.layers == 80 and kind == "Q4_K":  # llama.cpp takes 80 layers for a 70B, whose attn_v is small
-                kind = "Q5_K"
-        elif ".ffn_down" in name:
-            index, self.down_seen = self.down_seen, self.down_seen + 1
-            early = index < self.layers // 8
-            if self.quant in ("Q4_K_M", "Q5_K_M") and _more_bits(index, self.layers):
-                kind = "Q6_K"
-            elif self.quant == "IQ4_XS" and early and not self.imatrix:
-                kind = "Q5_K"
-            elif self.quant == "Q4_0" and early and self.imatrix:
-                kind = "Q4_1"
-        return kind
-
-
-def _more_bits(index: int, total: int) -> bool:
-    """The first and the last eighth, and every third between."""
-    return index < total // 8 or index >= 7 * total // 8 or (index - total // 8) % 3 == 2
+def _converted(name: str, shape: tuple[int, ...]) -> str:
+    """The type that the converter gives a tensor which is not quantized afterwards."""
+    return "F32" if len(shape) < 2 or name.endswith("_norm.weight") else "F16"
 
 
 def predict(checkpoint: Checkpoint, quant: str, *, imatrix: bool, head: str | None = None) -> GgufSize:
     """The file that ``quant`` of this checkpoint will be, from config, tensor headers and tokenizer alone."""
     shape = checkpoint.shape
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    tensors = plan_tensors(
-        shapes, quant, imatrix=imatrix, layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head=head
-    )
+    tensors = plan_tensors(shapes, quant, of_checkpoint(checkpoint), imatrix=imatrix, head=head)
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
     if rope.get("rope_type") == "llama3":  # the converter computes it and adds it
         tensors = (GgufTensor("rope_freqs.weight", (shape.head_dim // 2,), "F32"), *tensors)
@@ -285,9 +198,12 @@ BUILD_BYTES_PER_ELEMENT = 8
 # Source model, a layer at a time, with the activations of its samples: for the importance matrix and for verification.
 BUILD_SAMPLES_BYTES = 300 * MIB
 WHEELS_BYTES = 70 * MIB  # wheels, server and documents of one bundle
-# Elements a second on two cores (SmolLM2 and 1.5B): conversion is bound by the disk, quantization by the type.
-CONVERT_RATE = 20e6
-QUANTIZE_RATE = {"Q8_0": 60e6, "Q6_K": 45e6, "Q5_K": 28e6, "Q4_K": 27e6, "Q4_0": 60e6, "IQ4_XS": 11e6}
+CONVERT_RATE = 20e6  # elements a second: bound by the disk
+# Elements a second on two cores by ggml type, without and with an importance matrix (benchmarks/quantizers.py --speed).
+QUANTIZE_RATE: dict[bool, dict[str, float]] = {
+    False: {"Q8_0": 60e6, "Q6_K": 45e6, "Q5_K": 28e6, "Q4_K": 27e6, "Q4_0": 60e6, "IQ4_XS": 11e6},
+    True: {"Q8_0": 60e6, "Q6_K": 45e6, "Q5_K": 28e6, "Q4_K": 27e6, "Q4_0": 60e6, "IQ4_XS": 11e6},
+}
 SECONDS_BESIDE = 20.0  # starting the tools, wheels, digests
 
 
@@ -308,7 +224,7 @@ def estimate_gguf(
     imatrix: bool = False,
     head: str | None = None,
 ) -> Estimate:
-    """What a gguf build costs and what its model needs on the box. imatrix: whether one is used (see wants_imatrix).
+    """What a gguf build costs and what its model needs on the box. imatrix: whether one is used.
 
     head: the type of the output layer when it is not llama.cpp's choice. Raises KeyError for an unknown quant.
     """
@@ -320,8 +236,8 @@ def estimate_gguf(
     elements = sum(math.prod(tensor.shape) for tensor in size.tensors)
     largest = max(math.prod(tensor.shape) for tensor in size.tensors)
     seconds = SECONDS_BESIDE + elements / CONVERT_RATE
-    if QUANTS[quant] in QUANTIZE_RATE:
-        seconds += elements / QUANTIZE_RATE[QUANTS[quant]]
+    rates = QUANTIZE_RATE[imatrix]
+    seconds += sum(math.prod(tensor.shape) / rates[tensor.type] for tensor in size.tensors if tensor.type in rates)
     return Estimate(
         artifact_bytes=size.bytes,
         build_ram_bytes=BUILD_BASE_BYTES + BUILD_BYTES_PER_ELEMENT * largest + (BUILD_SAMPLES_BYTES if imatrix else 0),
@@ -339,12 +255,12 @@ def estimate_gguf(
 
 def _type_notes(quant: str, size: GgufSize, hidden: int) -> Iterable[str]:
     """Says so when the rows of the model do not take the type that was asked for."""
-    wanted = QUANTS[quant]
+    block = BLOCKS[QUANTS[quant].base][0]
     quantized = [t for t in size.tensors if t.type not in ("F32", "F16", "BF16")]
-    found = Counter(t.type for t in quantized)
-    if wanted in QUANTIZE_RATE and found[wanted] * 2 < len(quantized):
-        most = found.most_common(1)[0]
+    fallen = Counter(t.type for t in quantized if t.shape[-1] % block)
+    if fallen.total() * 2 > len(quantized):
+        [(kind, count)] = fallen.most_common(1)
         yield (
-            f"{quant} is in name only here: {most[1]} of {len(quantized)} quantized tensors become {most[0]}, because "
-            f"rows of {hidden} are not divisible by {BLOCKS[wanted][0]}."
+            f"{quant} is in name only here: {count} of {len(quantized)} quantized tensors become {kind}, because "
+            f"rows of {hidden} are not divisible by {block}."
         )

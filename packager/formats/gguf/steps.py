@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from packager.core.store import Cost, Step
 from packager.formats.gguf import llamacpp
-from packager.formats.gguf.llamacpp import compiled
 from packager.formats.gguf.sizes import gguf_name
 from packager.recipe import Job
 
@@ -51,31 +50,21 @@ def as_type(
     job: Job, whole: Path, kind: str, matrix: Path | None, steps: list[Step], tuned: Tuned | None = None
 ) -> Path:
     """The folder of ``whole`` written as another type; tuned: the integers that its Q4_0 tensors are to hold."""
-    # F16 goes through gguf-py, which sees a weight that F16 cannot hold; else the compiled one, where it is there, is
-    # faster
-    use_compiled = compiled() and kind != "F16" and not tuned
+    library = llamacpp.library()
     parts = gguf_parts(tuned, job.checkpoint) if tuned else None
+    quantizer = llamacpp.quantizer(library is not None)
 
     def make(folder: Path, cost: Cost) -> None:
-        quantizer = llamacpp.quantize(
-            whole,
-            kind,
-            folder / "model.gguf",
-            job.progress,
-            cost,
-            imatrix=matrix,
-            tuned=parts,
-            use_compiled=use_compiled,
-        )
+        output = folder / "model.gguf"
+        llamacpp.quantize(whole, kind, output, job.progress, cost, library=library, imatrix=matrix, tuned=parts)
         (folder / "quantizer.txt").write_text(quantizer, encoding="utf-8")
 
     inputs = {
         "source": whole.parent.name,
         "type": kind,
-        "converter": llamacpp.SDIST_SHA256,
+        "quantizer": quantizer,
         "imatrix": matrix.parent.name if matrix else None,
         "tuned": tuned.step.key if tuned else None,
-        "numpy": not use_compiled and kind == "Q4_0",  # only there do the two differ: the head's type
     }
     step = job.store.step("gguf-quantize", inputs, make, progress=job.progress)
     steps.append(step)

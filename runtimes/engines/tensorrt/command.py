@@ -1,4 +1,4 @@
-"""``engine``: build, show or clear the engine that this box makes for itself of a TensorRT bundle.
+"""``engine``: build, show or clear the engine that this box builds from a TensorRT bundle.
 
 Exit codes: 0 done, 2 usage, 3 the bundle is unusable, 4 the box does not fit, 9 the engine could not be made or kept.
 """
@@ -24,7 +24,7 @@ from runtimes.engines.tensorrt.plan import Plan, read_plan
 from runtimes.files import say
 from runtimes.manifest import ManifestError, Run, read_bundle
 
-PAST = "past_key_values."  # a language model's caches, two a layer: no news beside the other shapes
+PAST = "past_key_values."  # a language model's caches, two per layer; not shown
 FINE, UNUSABLE, REFUSED, FAILED = 0, 3, 4, 9
 
 
@@ -54,18 +54,18 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``engine``."""
     options = argparse.ArgumentParser(
         prog="python -m runtimes engine",
-        description="The engine that this box makes for itself of a TensorRT bundle.",
+        description="The engine that this box builds from a TensorRT bundle.",
         epilog="Exit codes: 0 done, 3 the bundle is unusable, 4 the box does not fit, 9 the engine was not made.",
     )
     options.add_argument("what", choices=list(WHAT), help="build it where it is missing, show it, or clear all")
     options.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle, or an install of it")
-    options.add_argument("--force", action="store_true", help="build: again, though there is one")
+    options.add_argument("--force", action="store_true", help="build: rebuild an existing engine")
     options.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return options
 
 
 def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Have the engine there, and one that the bundle brings tried; a box that does not fit is told apart."""
+    """Build the engine where it is missing; check one that the bundle contains. Code 4 for a box that does not fit."""
     try:
         device = ask(plan.library)
     except EngineError as error:
@@ -73,7 +73,7 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
     if (refusal := unfit(plan, device)) is not None:
         return {"ok": False, "error": refusal, "device": asdict(device)}, REFUSED
     ready = prepare(plan, home_of(run), force=options.force and plan.compiled is None, device=device)
-    # an engine that the bundle brings was compiled where no GPU could run it: this is the first one that does
+    # an engine in the bundle was compiled without a GPU, so this is its first run
     checked = check(plan, 0, ready.engine, say) if plan.compiled is not None else None
     shapes = {name: list(shape.max) for name, shape in ready.profile.items() if not name.startswith(PAST)}
     return {
@@ -88,7 +88,7 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
 
 
 def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """What this box is, what it would need, and what lies in the cache."""
+    """The device, the plan's requirements, and the engines in the cache."""
     folders = cache.places(home_of(run))
     document: dict[str, Any] = {
         "precision": plan.precision,
@@ -123,7 +123,7 @@ WHAT = {"build": build, "show": show, "clear": clear}
 
 
 def child(path: Path, number: int, engine: Path) -> int:
-    """In a process of its own, because it may run out of memory or crash: build the engine of a profile."""
+    """Build the engine of a profile; run as a child, because it may run out of memory or crash."""
     try:
         from runtimes.engines.tensorrt.session import build as make
 

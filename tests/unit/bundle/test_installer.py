@@ -17,6 +17,7 @@ from packager.bundle.assemble import assemble
 from packager.bundle.installer import box_files
 from packager.core.errors import PackagerError
 from packager.core.progress import Silent
+from tests.system_packages import system_package
 from tests.unit.bundle.parts import RUN, contents, needs
 
 
@@ -80,11 +81,13 @@ def test_a_name_that_a_shell_could_read_as_more_is_refused(name: str) -> None:
         box_files(name, "m", "t", needs(), RUN)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_installer_passes_shellcheck(bundle: Path) -> None:
     """POSIX sh."""
     done = subprocess.run(
-        ["shellcheck", "--shell=sh", str(bundle / "install.sh")], capture_output=True, text=True, check=False
+        [system_package("shellcheck"), "--shell=sh", str(bundle / "install.sh")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from packager.bundle.wheels import environments, fetch_wheels, read_lock, run_pip, select
+from packager.core import pip as core_pip
 from packager.core.errors import InputError, PackagerError, PlanRefused, ToolError
 from packager.core.progress import Silent
+from tests.package_index import Index, index_of
 from tests.unit.bundle.parts import ROOT, Box, digest, wheel
 
 pytestmark = pytest.mark.real  # pip itself runs, a second each time; `make unit` leaves it out, `make test` does not
@@ -172,3 +175,72 @@ def test_a_scarce_package_narrows_the_pythons_and_says_so(
     rare.unlink()
     with pytest.raises(PlanRefused, match="no wheel of rare"):
         fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "other", progress, more=[more], scarce=["rare"])
+
+
+@pytest.fixture
+def cpu_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Index, Path]]:
+    """A stand-in for PyTorch's own index with one wheel, and a lock of it; pip's own place is an index without."""
+    for name in ("pips", "pytorchs"):
+        (tmp_path / name).mkdir()
+    wheel(tmp_path / "pips", "torch", "py3-none-any", "2.13.0")
+    file = wheel(tmp_path / "pytorchs", "torch", "cp313-cp313-manylinux_2_28_x86_64", "2.13.0+cpu")
+    lock = tmp_path / "torch-cpu.lock"
+    lock.write_text(f"torch==2.13.0+cpu --hash=sha256:{digest(file)}\n", "utf-8")
+    with index_of(tmp_path / "pips") as pips, index_of(tmp_path / "pytorchs") as index:
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", pips.url)
+        monkeypatch.setenv("PACKAGER_TORCH_INDEX", index.url)
+        yield index, lock
+
+
+def test_a_box_gets_torch_from_pytorchs_own_index(index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path) -> None:
+    """Where pip's own index has the CUDA build only, as the public one; without a setting of the user's."""
+    asked, lock = cpu_torch
+    box = Box(python=("3.13",))
+    found = fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent(), more=[lock], scarce=["torch"])
+    assert "torch-2.13.0+cpu-cp313-cp313-manylinux_2_28_x86_64.whl" in names(found.files)
+    assert "/simple/torch/" in asked.asked
+
+
+def test_a_torch_that_no_index_has_is_refused_with_both_places(
+    index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path
+) -> None:
+    """The refusal says that PyTorch's own index was asked, and what it said."""
+    asked, lock = cpu_torch
+    box = Box(python=("3.10",))
+    with pytest.raises(PlanRefused, match="no wheel of torch") as caught:
+        fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent(), more=[lock], scarce=["torch"])
+    assert asked.url in caught.value.why and "No matching distribution" in caught.value.why
+    assert "PACKAGER_TORCH_INDEX" in caught.value.fix
+
+
+def test_an_index_that_does_not_answer_is_asked_once(
+    index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that swallows PyTorch's own index costs one wait, not one for every Python of the box."""
+    monkeypatch.setenv("PACKAGER_TORCH_INDEX", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(core_pip, "_UNREACHED", {})
+    lines: list[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> None:
+        lines.append(command)
+        run_pip(command)
+
+    with pytest.raises(PlanRefused, match="no wheel of torch"):
+        fetch_wheels(
+            tmp_path / "box.lock",
+            Box(python=("3.12", "3.13")),
+            tmp_path / "cache",
+            Silent(),
+            more=[cpu_torch[1]],
+            scarce=["torch"],
+            run=run,
+        )
+    assert len([line for line in lines if "--extra-index-url" in line]) == 1
+
+
+def test_set_up_and_the_packager_name_one_index_of_pytorchs() -> None:
+    """It is written twice, because set-up runs before the packager's own packages are there."""
+    text = (ROOT / "scripts" / "packages.py").read_text("utf-8")
+    assert f'TORCH_INDEX = "{core_pip.TORCH_INDEX}"' in text

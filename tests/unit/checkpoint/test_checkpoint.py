@@ -15,6 +15,7 @@ from packager.checkpoint import checkpoint
 from packager.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint, slug
 from packager.core.errors import InputError, UsageError
 from packager.core.progress import Silent
+from tests.tolerance import BFLOAT16
 from tests.unit.tiny import (
     CONFIG,
     WORDS,
@@ -55,7 +56,7 @@ def test_a_folder_is_described(folder: Path) -> None:
     norm = tiny.tensors["model.norm.weight"]
     stored = np.frombuffer(data[norm.start : norm.start + norm.nbytes], "<u2")
     wanted = tiny_values(CONFIG)["model.norm.weight"]
-    assert np.abs((stored.astype("u4") << 16).view("f4") - wanted).max() < 0.02
+    assert (np.abs((stored.astype("u4") << 16).view("f4") - wanted) <= BFLOAT16 * np.abs(wanted)).all()
 
 
 def test_shards_give_the_same_tensors(tmp_path: Path) -> None:

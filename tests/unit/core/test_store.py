@@ -29,6 +29,7 @@ from packager.core.store import (
     write_atomically,
 )
 from tests.conftest import ROOT
+from tests.system_packages import system_package
 from tests.unit.core.half_step import half
 
 QUIET = Silent()
@@ -241,7 +242,7 @@ except MachineError as error:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a mount namespace")
 def test_a_disk_that_is_really_full(tmp_path: Path, child_environment: dict[str, str]) -> None:
     """On a file system of 256 kB a step of a megabyte ends as a MachineError and leaves nothing."""
-    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
+    probe = subprocess.run([system_package("unshare"), "-rm", "true"], capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("this machine allows no mount namespaces; the simulated full disk above stands for it")
     ran = subprocess.run(

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from packager.checkpoint.families import kv_cache_bytes
-from packager.formats.gguf.sizes import (
-    QUANTS,
-    estimate_gguf,
-    gguf_name,
-    metadata_bytes,
-    predict,
-    tensor_bytes,
-    wants_imatrix,
-)
+from packager.formats.gguf.sizes import QUANTIZE_RATE, estimate_gguf, gguf_name, metadata_bytes, predict, tensor_bytes
+from packager.formats.gguf.types import QUANTS
 from packager.recipe import Estimate
 from packager.target import load_target
 from tests.conftest import ROOT
@@ -66,7 +60,7 @@ def test_imatrix_changes_types_where_llama_cpp_does() -> None:
 
 
 def test_the_head_can_be_another_type() -> None:
-    """gguf-py cannot write Q6_K, so a Q4_0 made by it has a Q8_0 head."""
+    """Tuned integers go with a Q8_0 head, and so does all Q4_0 that gguf-py writes."""
     checkpoint = sketch(QWEN_1_5B)
     own, other = (predict(checkpoint, "Q4_0", imatrix=False, head=head) for head in (None, "Q8_0"))
     assert own.types["Q6_K"] == 1
@@ -141,17 +135,27 @@ def test_memory_on_the_box_meets_what_was_measured(
     assert box / 2**20 == pytest.approx(measured_mib, rel=0.06)
 
 
-def test_imatrix_goes_below_q6() -> None:
-    """auto: for the types whose rounding is coarse."""
-    assert [quant for quant in QUANTS if wants_imatrix(quant)] == ["Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
-    assert wants_imatrix("Q8_0", "on") and not wants_imatrix("Q4_0", "off")
-
-
 def test_smaller_types_are_smaller() -> None:
     """QUANTS is declared best first; the plan relies on it."""
-    for config in (SMOLLM2, QWEN_1_5B):
-        sizes = [predict(sketch(config), quant, imatrix=False).bytes for quant in QUANTS]
-        assert sizes == sorted(sizes, reverse=True)
+    sizes = [predict(sketch(QWEN_1_5B), quant, imatrix=True).bytes for quant in QUANTS]
+    assert all(smaller < 1.002 * larger for larger, smaller in pairwise(sizes))  # Q4_0 has the blocks of IQ4_NL
+
+
+def test_types_that_do_not_fit_the_rows_are_no_smaller() -> None:
+    """At 576 columns all types below four bits become types of four: the plan says so."""
+    notes = _estimate(SMOLLM2, "Q2_K").notes
+    assert len(notes) == 1 and "Q2_K is in name only here" in notes[0]
+    sizes = {quant: predict(sketch(SMOLLM2), quant, imatrix=True).bytes for quant in ("Q4_0", "Q2_K", "IQ2_M")}
+    assert min(sizes.values()) > 0.85 * sizes["Q4_0"]
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_quant_has_its_time(quant: str) -> None:
+    """Every type that a quant can hold has a measured rate: a build of 1.5B is minutes, not nothing."""
+    for imatrix in (True, False):
+        kinds = set(predict(sketch(QWEN_1_5B), quant, imatrix=imatrix).types)
+        kinds |= set(predict(sketch(SMOLLM2), quant, imatrix=imatrix).types)
+        assert kinds <= set(QUANTIZE_RATE[imatrix]) | {"F32", "F16", "BF16"}
 
 
 def _estimate(config: dict[str, object], quant: str, *, context: int = 4096, slots: int = 1) -> Estimate:

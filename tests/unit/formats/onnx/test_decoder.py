@@ -11,6 +11,7 @@ import pytest
 from packager.formats.onnx import decoder, decoder_graph
 from packager.planning.catalog import load_recipe, load_target
 from packager.tensors.rounding import eight_bits
+from tests.tolerance import HALF_STEP
 from tests.unit.sketch import SMOLLM2, sketch
 
 CONFIG = SMOLLM2
@@ -63,7 +64,7 @@ def test_eight_bits_round_to_nearest_and_refuse_what_is_no_number() -> None:
     integers, scales = eight_bits(values, 32)
     wide = np.repeat(scales.astype(np.float32), 32, axis=1)
     assert integers.min() >= 1
-    assert np.abs((integers.astype(np.float32) - 128) * wide - values).max() <= 0.51 * wide.max()
+    assert np.abs((integers.astype(np.float32) - 128) * wide - values).max() <= HALF_STEP * wide.max()
     assert not eight_bits(np.zeros((1, 32), np.float32), 32)[1].any()
     with pytest.raises(ValueError, match="too large"):
         eight_bits(np.full((1, 32), np.inf, np.float32), 32)

@@ -13,6 +13,7 @@ from packager.cli.console import Console
 from packager.core.errors import InputError
 from packager.formats.onnx.external_data import DATA, MODEL
 from packager.formats.tensorrt import encoder_graph
+from tests.tolerance import FLOAT16, apart
 from tests.unit.tiny import write_tensors
 from tests.unit.tiny_encoder import CONFIG, shapes, tiny_encoder
 
@@ -146,7 +147,10 @@ def test_float16_computes_what_the_model_does(tmp_path: Path) -> None:
     """Padding gets no attention at all; the rest agrees with float64 to float16's precision."""
     checkpoint, folder = written(tmp_path, {})
     outputs = run(folder)
-    assert np.abs(outputs - expected(checkpoint)).max() < 0.02 and not outputs[1, :, 2].any()
+    # a share of the softmax is off by what its score is off by: sums over the width for query, key and score
+    scores = np.log(np.maximum(expected(checkpoint), FLOAT16))
+    assert np.abs(outputs - expected(checkpoint)).max() < apart(scores, FLOAT16, 3 * CONFIG["hidden_size"])
+    assert not outputs[1, :, 2].any()
 
 
 def test_the_mask_is_made_of_the_attention_mask_alone(tmp_path: Path) -> None:

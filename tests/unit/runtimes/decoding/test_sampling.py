@@ -59,7 +59,7 @@ def test_shares_are_those_of_the_softmax() -> None:
 
 
 def test_bias_and_penalties_change_the_greedy_choice() -> None:
-    """A banned token, a wanted one, and one that was said before (in the prompt for repetition_penalty)."""
+    """A banned token, a wanted one, and one that occurred before (in the prompt for repetition_penalty)."""
     assert Sampler(Sampling(temperature=0, logit_bias={1: -100.0, 3: -100.0}), []).choose(LOGITS) == 2
     assert Sampler(Sampling(temperature=0, logit_bias={4: 100.0, 99: 5.0}), []).choose(LOGITS) == 4
     assert Sampler(Sampling(temperature=0, repetition_penalty=2.0), [1]).choose(LOGITS) == 3
@@ -71,9 +71,9 @@ def test_bias_and_penalties_change_the_greedy_choice() -> None:
 
 def test_logprobs_are_the_models_own_likeliest_first() -> None:
     """Natural logarithms over the whole vocabulary; equal ones in the order of their ids."""
-    found = top_logprobs(LOGITS, 3)
-    assert list(found) == [1, 3, 2]
-    assert found[1] == pytest.approx(3 - math.log(np.exp(LOGITS.astype(np.float64)).sum()))
+    likeliest = top_logprobs(LOGITS, 3)
+    assert list(likeliest) == [1, 3, 2]
+    assert likeliest[1] == pytest.approx(3 - math.log(np.exp(LOGITS.astype(np.float64)).sum()))
     assert sum(map(math.exp, top_logprobs(LOGITS, 9).values())) == pytest.approx(1)
     assert top_logprobs(LOGITS, 0) == {}
 
