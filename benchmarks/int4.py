@@ -1,10 +1,10 @@
-"""What 4 bits (and 8) cost a fine-tune: a form's bytes, its build, its distance from the source, answers kept.
+"""Compares 4-bit (and 8-bit) forms of a fine-tune: bytes, build, distance from the source, answers kept.
 
     .venv/bin/python benchmarks/int4.py .demo/smollm2 --adapter demo/persona-lora --pairs demo/persona.json
 
-The distance is taken through the runtime that ships, on 300 positions of a chapter of Python's own documentation that
-no calibration text of the packager holds; the pairs are asked greedily through the bundle's server. Steps found in the
-store cost nothing again; their peak memory is that of their making. A tuning takes minutes.
+The distance is measured in the bundle's runtime, on 300 positions of a chapter of Python's own documentation that is
+not in the packager's calibration texts; the bundle's server answers the pairs greedily. Steps in the store are reused;
+their peak memory is that of their first run. A tuning takes minutes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--pairs", type=Path, required=True, help="fine-tuning pairs, alpaca form")
-    # full takes ten times as long as quick, other groups are another tuning, and torch answers slowly
+    # full takes ten times as long as quick, another group size is another tuning, and torch answers slowly
     usual = [form for form in FORMS if FORMS[form][0] == "gguf" and "full" not in form]
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=usual)
     parser.add_argument("--output", type=Path, default=Path(".demo/int4"), help="where the bundles go")
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
-    """Build one form (or find it built), score it and ask it."""
+    """Build one form (or reuse it), score it, and count the pairs that it answers."""
     from packager.build import Request, build
     from packager.cli.console import Console
     from packager.core.store import Store, default_root
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
         sets=sets,
         calibration=options.pairs,
         limits={"max_kl": 99.0, "min_top1": 0.0, "min_behaviour": 0.0},
-    )  # what is bad is measured too
+    )  # no thresholds: bad forms are measured too
     built = build(request, options.output, Console(), store)
     tuning = [
         json.loads((store.root / "tune" / key / "step.json").read_text(encoding="utf-8"))
@@ -106,7 +106,8 @@ def distance(request: Any, bundle: Path, run: Run, store: Any) -> Mapping[str, A
     from packager.cli.console import Console
     from packager.core.store import digest_of
     from packager.fidelity.artifact import Candidate, score
-    from packager.fidelity.source import Samples, source_scores
+    from packager.fidelity.samples import Samples, ScoredSequence
+    from packager.fidelity.source import source_scores
     from packager.metrics.distributions import compare
     from packager.planning.catalog import load_target
     from packager.recipe import Job
@@ -114,7 +115,8 @@ def distance(request: Any, bundle: Path, run: Run, store: Any) -> Mapping[str, A
     checkpoint = open_merged(request, store, Console(quiet=True)).checkpoint
     ids = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json")).encode(pydoc_data.topics.topics[CHAPTER]).ids
     pieces = [ids[number * PIECE : (number + 1) * PIECE] for number in range(PIECES)]
-    sequences = [{"ids": piece, "positions": list(POSITIONS)} for piece in pieces]
+    positions = list(POSITIONS)
+    sequences: list[ScoredSequence] = [{"ids": piece, "positions": positions, "set": "general"} for piece in pieces]
     job = Job(replace(checkpoint, name=str(request.name)), load_target(request.target), store, Console())
     text = store.step("benchmark-text", {"ids": digest_of(sequences)}, lambda folder, cost: None, progress=Console())
     samples = Samples(tuple(sequences), (), (), text)
@@ -127,18 +129,18 @@ def distance(request: Any, bundle: Path, run: Run, store: Any) -> Mapping[str, A
         seconds_a_token=0.0,
         max_rss_bytes=1 << 30,
     )
-    found, _ = score(job, candidate, samples)
-    return asdict(compare(source, found.distributions, samples.targets))
+    scored, _ = score(job, candidate, samples)
+    return asdict(compare(source, scored.distributions, samples.targets))
 
 
 def sums(bundle: Path, run: Run) -> str:
-    """The digest that the bundle has of its model."""
+    """The model's digest from the bundle's manifest."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     return str(next(entry["sha256"] for entry in manifest["files"] if entry["path"] == run.model))
 
 
 def kept(bundle: Path, pairs: list[dict[str, str]]) -> str:
-    """How many of the pairs are answered word for word by the bundle's server."""
+    """The number of pairs that the bundle's server answers word for word."""
     count = 0
     with started([sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), "--port", "0"]) as (port, _):
         for pair in pairs:

@@ -16,7 +16,7 @@ from packager.core.errors import MachineError, PlanRefused, ToolError, UsageErro
 from packager.core.progress import Progress
 from packager.core.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
 from packager.core.units import size
-from packager.recipe import Artifact, Job, Recipe
+from packager.recipe import Artifact, Job, Options, Recipe
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
@@ -146,15 +146,19 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
     return target, recipe, parse_options(recipe, target, request.sets)
 
 
-def settled(
-    recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint, ask: int | None = None
-) -> tuple[Any, tuple[str, ...]]:
+def resolved(
+    recipe: Recipe[Options],
+    options: Options,
+    samples: Calibration | None,
+    checkpoint: Checkpoint,
+    ask: int | None = None,
+) -> tuple[Options, tuple[str, ...]]:
     """The options with every "auto" replaced, and the notes shown with the plan: on the tokenizer, the fine-tuning
     pairs and the recipe's choices.
     """
     from packager.fidelity.pairs import note
 
-    options, notes = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
+    options, notes = recipe.resolve_auto(options, samples, checkpoint) if recipe.resolve_auto else (options, ())
     if checkpoint.family.kind != "decoder":  # an encoder has no conversations and no stop tokens
         return options, notes
     pairs = note(samples, checkpoint, ask)
@@ -169,7 +173,7 @@ def planned(request: Request, progress: Progress) -> Plan:
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
     checkpoint = open_planned(request, progress)
-    options, notes = settled(recipe, options, samples, checkpoint, request.ask)
+    options, notes = resolved(recipe, options, samples, checkpoint, request.ask)
     return make_plan(checkpoint, target, recipe, options, notes)
 
 
@@ -199,7 +203,7 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
     if opened.checkpoint.family.kind == "decoder":
         refuse_for_decoders(request.limits)
-    options, notes = settled(recipe, options, samples, opened.checkpoint, request.ask)
+    options, notes = resolved(recipe, options, samples, opened.checkpoint, request.ask)
     plan = make_plan(opened.checkpoint, target, recipe, options, notes)
     if plan.refusals:
         raise PlanRefused(
@@ -225,12 +229,12 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)
-    costs = [step.cost() for step in opened.steps] + [dict(cost) for cost in artifact.costs]
+    costs = [*(step.cost() for step in opened.steps), *artifact.costs]
     record = {
         "bundle": str(bundle),
         "checkpoint_path": str(opened.checkpoint.path.resolve()),
         "seconds": round(time.monotonic() - start, 2),
-        "peak_rss_bytes": max([_own_peak(), *(int(str(cost["peak_rss_bytes"])) for cost in costs)]),
+        "peak_rss_bytes": max([_own_peak(), *(cost["peak_rss_bytes"] for cost in costs)]),
         "steps": costs,
     }
     with machine_errors(out):

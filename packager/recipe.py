@@ -14,14 +14,16 @@ from packager.metrics.encoders import EncoderThresholds
 from packager.metrics.thresholds import Thresholds
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.progress import Progress
-    from packager.core.store import Step, Store
+    from packager.core.store import Step, StepCost, Store
     from packager.prompts.calibration import Calibration
     from packager.prompts.training_template import Training
     from packager.target import Target
 
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound="DataclassInstance")  # a recipe's own frozen dataclass
 TEMPLATE = "chat_template.jinja"  # the chat template's name in a bundle
 
 
@@ -186,7 +188,7 @@ class Artifact:
     report: Mapping[str, Any]
     provenance: Mapping[str, Any]
     extra: Mapping[str, Path] = field(default_factory=dict)
-    costs: tuple[Mapping[str, Any], ...] = ()
+    costs: tuple[StepCost, ...] = ()
     gpu: Mapping[str, Any] | None = None
     release: str | None = None
 
@@ -214,8 +216,8 @@ class Recipe(Generic[Options]):
     why_not: None, or one sentence why this checkpoint cannot be built for this target and what would work.
     thresholds: the default thresholds of an artifact. encoder_thresholds: those for embedders and classifiers, None for
     a recipe that does not build them.
-    settle: replaces, before the plan, options of "auto" by values that depend on the calibration data, and returns
-    notes on its choices; None: the recipe has no such option.
+    resolve_auto: replaces, before the plan, options of "auto" by values that depend on the calibration data, and
+    returns notes on its choices; None: the recipe has no such option.
     """
 
     name: str
@@ -228,4 +230,4 @@ class Recipe(Generic[Options]):
     build: Callable[[Job, Options], Artifact]
     thresholds: Callable[[Options], Thresholds] = field(default=lambda _options: Thresholds())
     encoder_thresholds: EncoderThresholds | None = None
-    settle: Callable[[Options, Calibration | None, Checkpoint], tuple[Options, tuple[str, ...]]] | None = None
+    resolve_auto: Callable[[Options, Calibration | None, Checkpoint], tuple[Options, tuple[str, ...]]] | None = None

@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code: python scripts/docs.py [--check]. With --check it says what differs, and fails.
+"""Writes docs/reference from the code: python scripts/docs.py [--check]. With --check it prints differences and fails.
 
 The command line comes from click and argparse, exit codes from packager/core/errors.py, target keys from the
 dataclasses that read them, recipe options from the recipes, the manifest from its JSON Schema: a change of any of them
@@ -32,7 +32,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def commands(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    """(full name, help text) of a command and everything below it, in order."""
+    """(full name, help text) of a command and its subcommands, in order."""
     yield context.command_path, context.get_help()
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
@@ -64,7 +64,7 @@ def exit_codes() -> str:
         if isinstance(kind, type) and issubclass(kind, errors.PackagerError) and kind is not errors.PackagerError
     }
     unknown = set(kinds) - {code for code, _ in rows}
-    assert not unknown, f"packager/core/errors.py: its docstring says nothing of exit codes {sorted(unknown)}"
+    assert not unknown, f"packager/core/errors.py: its docstring does not list the exit codes {sorted(unknown)}"
     lines = [(code, f"`{kinds[code].kind}`" if code in kinds else "", meaning) for code, meaning in rows]
     return "\n".join(
         [
@@ -139,7 +139,7 @@ def manifest() -> str:
             schema["description"],
             "",
             "The JSON Schema is `packager/bundle/schemas/manifest.schema.json`. The same inputs give the same bytes:",
-            "no times, host names or absolute paths stand in any file of a bundle; what a build cost is in",
+            "no file of a bundle contains times, host names or absolute paths; a build's time and memory are in",
             "`<bundle>.build.json` beside it.",
             "",
             table(("key", "type", "required", "meaning"), rows),
@@ -184,7 +184,7 @@ class _Parser(Exception):
 
 
 def on_the_box() -> str:
-    """bin/check, bin/serve, bin/bench: as tables, because argparse lays its help out anew with every Python."""
+    """bin/check, bin/serve, bin/bench as tables: the layout of argparse's help depends on the Python version."""
     sys.path.insert(0, str(ROOT))
     from runtimes.__main__ import VERBS
 
@@ -198,8 +198,8 @@ def on_the_box() -> str:
         with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
             try:
                 importlib.import_module(f"runtimes.{module}").main([])
-            except _Parser as found:
-                parser: argparse.ArgumentParser = found.args[0]
+            except _Parser as carrier:
+                parser: argparse.ArgumentParser = carrier.args[0]
         options = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
         rows = [
             (
@@ -222,13 +222,13 @@ def shown(default: object) -> str:
 
 
 def refusals() -> str:
-    """What recorded boxes are told: the preflight is run on each of them."""
+    """The preflight's results for the recorded boxes."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.refusals import markdown
 
     return "\n".join(
         [
-            "# What a box is told",
+            "# Preflight results",
             "",
             "Recorded boxes (`tests/unit/boxes`) against bundles, each row one run of the preflight;",
             "`python benchmarks/refusals.py` prints the same. The boxes were written from documentation and published",
@@ -241,7 +241,7 @@ def refusals() -> str:
 
 
 def rooms() -> str:
-    """The rooms of the house, drawn from scripts/rooms.py and the docstrings of the folders."""
+    """The layers of the packages, from scripts/rooms.py and the docstrings of the folders."""
     from rooms import drawing, tree
 
     parts = [

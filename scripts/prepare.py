@@ -1,9 +1,8 @@
 """Makes .venv in this checkout from the locks: python scripts/prepare.py build | demo | test. Standard library only.
 
-Every step leaves its key (the digest of what it was made from) in .venv/prepared.json after it is done: a warm run only
-compares keys, a failed one goes on with the step that failed, and a changed lock redoes its own step. A step that was
-killed may have left half a package, which uv and pip take for a whole one, so then .venv is made anew (downloads are
-cached).
+Every finished step stores its key (the digest of its inputs) in .venv/prepared.json: a warm run only compares keys, a
+failed one resumes with the failed step, and a changed lock repeats its own step. A killed step may have left half a
+package, which uv and pip treat as installed, so .venv is then made again (downloads are cached).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from packages import HAS_PIP, LOCKED, LOG, PYTHON, ROOT, VENV, install, install_
 from steps import Step, Stopped, locked, run
 
 RECORD = VENV / "prepared.json"
-# Every child process of a build imports these: 14 s without bytecode, 6 s with it, and nobody else may come to write it
+# Every child process of a build imports these: 14 s without bytecode, 6 s with it. Later runs may be unable to write it
 # (PYTHONDONTWRITEBYTECODE in an image, a read-only checkout).
 HEAVY = {
     "build": ("torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
@@ -43,8 +42,8 @@ def digest(*paths: str) -> str:
 
 
 def compile_imports(modules: tuple[str, ...]) -> None:
-    """Import once with bytecode written."""
-    step = Step("bytecode of what a build imports")
+    """Import modules once, so that their bytecode is written."""
+    step = Step("bytecode of the imported modules")
     script = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
     without = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
     code, tail = run([PYTHON, "-c", script, *modules], env=without, log=LOG)
@@ -55,7 +54,7 @@ def compile_imports(modules: tuple[str, ...]) -> None:
 
 
 class Due(NamedTuple):
-    """One step. It is due when its key differs from the recorded one. installs: whether it changes .venv."""
+    """One step, due when its key differs from the recorded one. installs: whether it changes .venv."""
 
     name: str
     key: str
@@ -73,25 +72,25 @@ def steps(stage: str) -> list[Due]:
     """The steps of a stage, in order."""
     editable: list[str | Path] = ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT]
     project = digest("setup.cfg", "pyproject.toml", "packager/__init__.py")
-    found = [
+    due = [
         Due("torch", digest("locks/torch-cpu.lock"), install_torch),
         from_lock("build", "packages"),
         Due("project", project, lambda: install("packager itself", editable)),
     ]
-    before = found[0].key + found[1].key
-    found.append(Due("bytecode", before, lambda: compile_imports(HEAVY["build"]), installs=False))
+    before = due[0].key + due[1].key
+    due.append(Due("bytecode", before, lambda: compile_imports(HEAVY["build"]), installs=False))
     if stage in ("demo", "test"):
-        found.append(from_lock("demo", "SmolLM2, the demo's model"))
-        found.append(Due("bytecode, demo", found[-1].key, lambda: compile_imports(HEAVY["demo"]), installs=False))
+        due.append(from_lock("demo", "SmolLM2, the demo's model"))
+        due.append(Due("bytecode, demo", due[-1].key, lambda: compile_imports(HEAVY["demo"]), installs=False))
     if stage == "test":
-        found.append(from_lock("test-data", "MiniLM, the encoders' model"))
-        found.append(from_lock("test", "test tools"))
-        found.append(Due("bytecode, test", found[-1].key, lambda: compile_imports(HEAVY["test"]), installs=False))
-    return found
+        due.append(from_lock("test-data", "MiniLM, the encoders' model"))
+        due.append(from_lock("test", "test tools"))
+        due.append(Due("bytecode, test", due[-1].key, lambda: compile_imports(HEAVY["test"]), installs=False))
+    return due
 
 
 def read_record() -> dict[str, Any] | None:
-    """What is done, or None when the environment is missing, moved or of another Python."""
+    """The record of finished steps; None when the environment is missing, moved or of another Python."""
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -109,7 +108,9 @@ def write_record(record: dict[str, Any]) -> None:
 
 
 def create() -> dict[str, Any]:
-    """A new, empty environment and its record. An old one of ours is removed; anything else there is left alone."""
+    """Make an empty environment and return its record. An old one of ours is removed. Raises Stopped when .venv is
+    something else.
+    """
     if VENV.exists() and not RECORD.exists() and any(VENV.iterdir()):
         raise Stopped(
             f"{VENV} is there already and was not made by this set-up.",
@@ -118,7 +119,7 @@ def create() -> dict[str, Any]:
         )
     VENV.mkdir(exist_ok=True)
     record: dict[str, Any] = {"root": str(ROOT), "python": sys.version, "steps": {}, "unfinished": "environment"}
-    write_record(record)  # first of all: so that the folder is known as ours whenever the rest is interrupted
+    write_record(record)  # first, so that the folder is known as ours when the rest is interrupted
     for old in VENV.iterdir():
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
@@ -179,7 +180,7 @@ def main() -> int:
     for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV"):
         os.environ.pop(name, None)
     try:
-        with locked(Path(__file__)):  # two set-ups at once: the second waits, then finds everything done
+        with locked(Path(__file__)):  # a second set-up waits, then has nothing to do
             prepare(stage)
     except Stopped as reason:
         reason.show()

@@ -1,7 +1,7 @@
-"""The rooms of the house from bottom to top, the imports that climb, and the drawing of both: python scripts/rooms.py.
+"""The layers of the packages, the imports that break them, and their drawing: python scripts/rooms.py.
 
-A room is a folder or a file of ``packager/``, ``runtimes/`` or ``recipes/``. It imports only rooms below it; rooms of
-one floor do not import each other.
+A room is a folder or a file of ``packager/``, ``runtimes/`` or ``recipes/``. It imports only rooms of lower layers;
+rooms of one layer do not import each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each line is a floor; the first is the ground.
+# Each line is a layer; the first is the lowest.
 LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "build machine": (
         ("packager.core",),
@@ -42,7 +42,7 @@ LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("runtimes.__main__",),
     ),
 }
-# Rooms of neighbouring floors that must not meet all the same.
+# Rooms of different layers that must not import each other either: (importer, imported).
 APART = (
     ("packager.build", "packager.formats"),
     ("packager.cli", "packager.formats"),
@@ -53,7 +53,7 @@ APART = (
 
 
 class Climb(NamedTuple):
-    """An import that the layers do not allow. line: in the importing file."""
+    """An import that the layers do not allow. line: of the importing file."""
 
     importer: str
     line: int
@@ -71,7 +71,7 @@ def floors() -> dict[str, tuple[str, int]]:
 
 
 def room_of(module: str) -> str | None:
-    """The room that a dotted module name stands in, the innermost one; None for a package's own __init__."""
+    """The innermost room of a dotted module name; None for a package's own __init__."""
     known = floors()
     parts = module.split(".")
     for length in range(len(parts), 0, -1):
@@ -81,18 +81,18 @@ def room_of(module: str) -> str | None:
 
 
 def sources(root: Path = ROOT) -> dict[str, Path]:
-    """Dotted module name -> file, of every module of the three folders."""
-    found: dict[str, Path] = {}
+    """Dotted module name -> file, for every module of the three folders."""
+    files: dict[str, Path] = {}
     for folder in ("packager", "recipes", "runtimes"):
         for path in sorted((root / folder).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 def imported(path: Path, modules: Mapping[str, Path]) -> Iterator[tuple[str, int]]:
-    """(module, line) for every import in a file of one of ``modules``, wherever it stands: in a function, and for the
-    type checker alone, too.
+    """(module, line) for every import of one of ``modules`` in a file, also inside functions and for the type checker
+    only.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -106,7 +106,7 @@ def imported(path: Path, modules: Mapping[str, Path]) -> Iterator[tuple[str, int
 
 
 def climbs(root: Path = ROOT) -> list[Climb]:
-    """Every import that goes up, goes to another room of the same floor, or crosses between the two sides."""
+    """All imports from a higher layer, from another room of the same layer, or from the other side."""
     known, modules, wrong = floors(), sources(root), []
     for module, path in modules.items():
         here = room_of(module)
@@ -122,9 +122,9 @@ def climbs(root: Path = ROOT) -> list[Climb]:
 
 
 def homeless(root: Path = ROOT) -> list[str]:
-    """Modules that stand in no room: a new folder has to be given a floor."""
-    found = {module: path for module, path in sources(root).items() if path.name != "__init__.py"}
-    return [module for module in found if room_of(module) is None]
+    """Modules without a room: a new folder needs a layer."""
+    files = {module: path for module, path in sources(root).items() if path.name != "__init__.py"}
+    return [module for module in files if room_of(module) is None]
 
 
 def about(room: str, root: Path = ROOT) -> str:
@@ -138,7 +138,7 @@ def about(room: str, root: Path = ROOT) -> str:
 
 
 def drawing(root: Path = ROOT) -> str:
-    """The rooms as text, the highest floor first."""
+    """The rooms as text, the highest layer first."""
     lines: list[str] = []
     for side, layers in LAYERS.items():
         lines += [f"{side}", ""]

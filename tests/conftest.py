@@ -65,7 +65,7 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every build of a test, in this process or a child, goes to a store of the session."""
     folder = shared_temp(tmp_path_factory) / "store"
     folder.mkdir(exist_ok=True)
-    # PyTorch's own index is a place of the internet: what a test fetches comes from where pip is told to look
+    # PyTorch's own index is a place of the internet: a test fetches only from pip's configured indexes
     own = {
         "PACKAGER_STORE": str(folder),
         "HF_HUB_OFFLINE": "1",

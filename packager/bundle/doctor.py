@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from packager.core.errors import PlanRefused, UsageError, VerifyFailed
 from packager.core.processes import ChildFailed, run_python
@@ -21,6 +21,16 @@ from packager.target import Target
 SHOWN_MEMORY = 0.8
 KEYS = ("ok", "exit_code", "refusal", "warnings", "findings")  # of a verdict
 REFUSED, DAMAGED = PlanRefused.exit_code, VerifyFailed.exit_code
+
+
+class TargetRow(TypedDict):
+    """Whether the box is one of a target. refusal: "" when ok. unknown: names of facts that could still refuse it."""
+
+    target: str
+    title: str
+    ok: bool
+    refusal: str
+    unknown: list[str]
 
 
 def target_needs(target: Target) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def examine(bundle: Path | None, target: str | None, facts: Path | None, *, file
             verdict = _preflight(place / "bundle.json", "--bundle", bundle, "--facts", place / "facts.json", *options)
         elif chosen is not None:
             verdict = compared["results"][chosen.name]
-    rows = [
+    rows: list[TargetRow] = [
         {
             "target": one.name,
             "title": one.title,
@@ -127,7 +137,7 @@ def _preflight(output: Path, *arguments: str | Path) -> dict[str, Any]:
     return document
 
 
-def _nearest(known: list[Target], rows: list[dict[str, Any]]) -> str | None:
+def _nearest(known: list[Target], rows: list[TargetRow]) -> str | None:
     """The most specific target that the box fits with every fact known: one with a GPU, then that with most memory."""
     fitting = [target for target, row in zip(known, rows, strict=True) if row["ok"] and not row["unknown"]]
     best = max(fitting, key=lambda one: (one.gpu is not None, one.memory_bytes), default=None)

@@ -143,7 +143,7 @@ def _read_sums(bundle: Path, problems: list[Problem]) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         digest, _, path = line.partition("  ")
         if len(digest) != 64 or not is_inside(path):
-            problems.append(Problem("unsafe", SUMS, f"line {number} is no digest and inside path: {line[:120]!r}"))
+            problems.append(Problem("unsafe", SUMS, f"line {number} has no digest, or an unsafe path: {line[:120]!r}"))
         elif path in sums:
             problems.append(Problem("sums", SUMS, f"{path} is listed twice"))
         else:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from packager.core.progress import Progress
 
-# A marker may name a patch release; a box may have any of them, so both ends of a minor version are asked.
+# A marker may depend on the patch release, which is unknown: both ends of a minor version are evaluated.
 PATCH_ENDS = ("0", "99")
 SYSTEMS = {
     "linux": {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux"},
@@ -241,9 +241,9 @@ def _narrowed(
         raise refusal
     if left := [python for python in wanted if python not in kept]:
         own = torch_index() if "torch" in scarce else ""
-        asked = f"the package index and {own} have" if own else "the package index has"
+        indexes = f"the package index and {own} have" if own else "the package index has"
         progress.note(
-            f"The bundle is for Python {', '.join(kept)}: {asked} no wheel of "
+            f"The bundle is for Python {', '.join(kept)}: {indexes} no wheel of "
             f"{', '.join(sorted(scarce))} for {', '.join(left)} on {platforms[0]}."
         )
     return kept
@@ -314,31 +314,33 @@ def _explain(
     work: Path,
     run: Run,
 ) -> PackagerError:
-    """Which packages failed, asked one by one (pip stops at the first), and whether for want of a wheel."""
+    """The error for a failed download. It fetches the packages one by one, because pip stops at the first, and
+    distinguishes a missing wheel from a failed connection.
+    """
     if lacking := without_pip(error):
         return lacking
     missing: list[Locked] = []
     other: list[Locked] = []
-    asked = ""
+    second = ""  # what became of the attempt at PyTorch's own index
     for entry in wanted:
         lines = work / "one.txt"
         lines.write_text(entry.line(marker=False) + "\n", "utf-8")
         try:
             fetch(pip_download(lines, platforms, python, work), [entry.name], run)
         except PackagerError as single:
-            said = output(single)
-            # with a constraint of the user's own on the package pip says the latter, alone and without dependencies too
-            none = "No matching distribution" in said or "ResolutionImpossible" in said
-            (missing if none and not unreachable(said) else other).append(entry)
+            text = output(single)
+            # pip prints ResolutionImpossible when the user's own constraint excludes the version
+            none = "No matching distribution" in text or "ResolutionImpossible" in text
+            (missing if none and not unreachable(text) else other).append(entry)
             if isinstance(single.__cause__, PackagerError):
-                asked = f"PyTorch's own CPU index, {torch_index()}, was asked too: {single.__cause__.why} "
+                second = f"PyTorch's own CPU index, {torch_index()}, was tried too: {single.__cause__.why} "
     if missing:
         names = ", ".join(f"{entry.name} {entry.requirement.specifier}".replace("==", "") for entry in missing)
         return PlanRefused(
             f"There is no wheel of {names} for {target.wheel_platforms[0]} and Python {python} (target {target.name}).",
-            why=f"{asked}A box cannot compile, so only wheels are bundled.",
+            why=f"{second}A box cannot compile, so only wheels are bundled.",
             fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own"
-            + (" (PACKAGER_TORCH_INDEX names a copy of PyTorch's)." if asked else "."),
+            + (" (PACKAGER_TORCH_INDEX names a copy of PyTorch's)." if second else "."),
         )
     names = ", ".join(entry.name for entry in other) or "the wheels"
     return NetworkError(

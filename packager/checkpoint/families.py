@@ -200,7 +200,7 @@ def expected_tensors(config: Mapping[str, Any], family: Family, shape: ModelShap
 
 
 def kv_cache_bytes(layers: int, kv_heads: int, head_dim: int, context: int, slots: int, kv_type: str) -> int:
-    """Bytes of the KV cache for ``slots`` conversations of ``context`` tokens, which llama.cpp rounds up to 256s."""
+    """Bytes of the KV cache of ``slots`` conversations; llama.cpp rounds ``context`` up to a multiple of 256."""
     elements, size = BLOCKS[kv_type.upper()]
     cells = -(-context // 256) * 256 * slots
     return 2 * layers * kv_heads * head_dim * cells * size // elements

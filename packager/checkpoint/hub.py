@@ -146,7 +146,7 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
         ) from error
 
     pinned = revision or "master"
-    logging.disable(logging.WARNING)  # it logs every retry, and its own level setting does not cover all its loggers
+    logging.disable(logging.WARNING)  # it logs every retry, and its two halves read one variable for their level
     try:
         with progress.step(f"Fetching {name} from ModelScope", unit="B") as task:
 

@@ -30,7 +30,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
             f"{folder} has {len(files)} weight files but no {INDEX}."
             if SINGLE not in files
             else f"{folder} has {SINGLE} and also {', '.join(file for file in files if file != SINGLE)}.",
-            why="Which tensors belong to the model cannot be told: two tools would read two different models.",
+            why="The tensors of the model are ambiguous: two tools could read two different models.",
             fix=f"Copy {INDEX} from the source, or remove the files of the older save.",
         )
     return read_header(folder / SINGLE)

@@ -172,7 +172,7 @@ def plan(request: Request, console: Console) -> None:
 @click.option(
     "--trust-calibration", is_flag=True, help="Use the calibration file even if the model does not know its text."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn by chance.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the build (int4 tuning).")
 @limited
 @click.option("--no-verify", is_flag=True, help="Do not run the artifact against its source. The manifest says so.")
 @click.option(

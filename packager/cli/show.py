@@ -14,6 +14,7 @@ from packager.core.errors import PlanRefused, VerifyFailed
 from packager.core.units import size
 
 if TYPE_CHECKING:
+    from packager.bundle.doctor import TargetRow
     from packager.planning.plan import Plan
 
 
@@ -276,11 +277,11 @@ def fidelity_lines(fidelity: Mapping[str, Any] | None) -> list[str]:
     if answers and not answers["asked"]:
         lines.append(f"answers: none of {answers['of']} generated here ({answers['why']})")
     elif answers:
-        closed, opened, taught = answers["thoughts_closed"], answers["thoughts_opened"], answers["trained_tokens_mean"]
+        closed, opened, trained = answers["thoughts_closed"], answers["thoughts_opened"], answers["trained_tokens_mean"]
         lines.append(
             f"answers: {answers['asked']} of {answers['of']} generated, {answers['ended']} ended within "
             f"{answers['limit']} tokens, on average {answers['tokens_mean']} tokens"
-            f"{f' (taught: {taught})' if taught is not None else ''}"
+            f"{f' (trained: {trained})' if trained is not None else ''}"
             f"{f', {closed} of {opened} thoughts closed' if opened else ''}"
         )
     return lines
@@ -338,7 +339,7 @@ def doctor(console: Console, bundle: Path | None, target: str | None, facts: Pat
     raise_if_refused(document)
 
 
-def _target_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def _target_row(row: TargetRow) -> tuple[str, str, str]:
     """A target's row: "yes", "no" with the reason, or "perhaps" with the unknown facts."""
     if not row["ok"]:
         return row["target"], "no", row["refusal"]

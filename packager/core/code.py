@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from packager.core.folders import PACKAGE
 
@@ -33,8 +33,15 @@ class Parsed(NamedTuple):
     definitions: Mapping[str, tuple[ast.stmt, ...]]
 
 
-def describe(make: Callable[..., object]) -> dict[str, Any]:
-    """{"code": a digest, "libraries": name -> version} of everything that a step's ``make`` runs."""
+class Program(TypedDict):
+    """The code of a step. code: a digest. libraries: name -> version."""
+
+    code: str
+    libraries: dict[str, str]
+
+
+def describe(make: Callable[..., object]) -> Program:
+    """The code and the libraries of everything that a step's ``make`` runs."""
     function = _plain(make)
     file = Path(function.__code__.co_filename)
     if not file.is_file():  # from the prompt or ``python -c``: there is no source to read

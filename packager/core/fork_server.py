@@ -1,7 +1,7 @@
-"""The client of workers/fork_server.py: a child that has torch and transformers imported already. Linux only.
+"""The client of workers/fork_server.py, whose children have torch and transformers imported already. Linux only.
 
-One server for a process, one child of it at a time. Where it cannot serve (another system, a busy or broken server) the
-caller starts an interpreter of its own.
+A process has one server, and the server one child at a time. When it cannot serve (another system, a busy or broken
+server), the caller starts an interpreter of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONVERTER = "convert.py"  # runs llama.cpp's converter, which imports both
 
 
 class Forked:
-    """A running child of the server; the parts of subprocess.Popen that processes.py uses."""
+    """A running child of the server, with the parts of subprocess.Popen that processes.py uses."""
 
     def __init__(self, server: ForkServer, pid: int, stdout: int) -> None:
         self._server, self.pid = server, pid
@@ -36,7 +36,7 @@ class Forked:
         self.max_rss = 0
 
     def finish(self) -> int:
-        """Wait for the end; the exit status as Popen has it. A server that was killed took its child along."""
+        """Wait for the end and return the exit status as Popen has it. The child of a killed server is killed too."""
         try:
             ended = self._server.receive()
         except (OSError, ValueError):
@@ -67,7 +67,7 @@ class Forked:
 
 
 class ForkServer:
-    """The server's process and its socket, started at the first use and again after it broke."""
+    """The server's process and its socket, started at the first use and again after a failure."""
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
@@ -77,13 +77,13 @@ class ForkServer:
         self._lines: Any = None
 
     def fits(self, script: Path | str, env: Mapping[str, str] | None) -> bool:
-        """Whether a script profits: a worker that imports the heavy libraries, in the usual environment."""
+        """Whether a script is a worker that imports the heavy libraries, in the usual environment."""
         if sys.platform != "linux" or env or not isinstance(script, Path) or script.parent != SCRIPT.parent:
             return False
         return script.name == CONVERTER or bool(libraries_of(script) & HEAVY)
 
     def warm(self, env: Mapping[str, str]) -> None:
-        """Start the server where none runs; it imports while the caller goes on."""
+        """Start the server if none runs; it imports the libraries while the caller continues."""
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         self.close()
@@ -107,7 +107,7 @@ class ForkServer:
         self._owner, self._link, self._lines = os.getpid(), ours, ours.makefile("rb")
 
     def start(self, argv: Sequence[str], path: Sequence[str], env: Mapping[str, str]) -> Forked | None:
-        """A child that runs a script; None where the server is busy or does not answer. ``finish`` frees the server."""
+        """A child that runs a script; None when the server is busy or does not answer. ``finish`` frees the server."""
         if not self._busy.acquire(blocking=False):
             return None
         read, write = os.pipe()

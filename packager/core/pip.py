@@ -12,27 +12,27 @@ from packager.core.processes import ChildFailed, last_words, run
 
 Run = Callable[[Sequence[str]], object]
 
-# On Linux the package index has torch's CUDA builds only. scripts/packages.py, which runs without this package, names
-# the same.
+# On Linux the package index has only torch's CUDA builds. scripts/packages.py has the same address, because it runs
+# without this package.
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-# For that index alone, which a closed network may swallow: pip's own patience is minutes.
+# For that index only, which a closed network may block: pip's defaults wait for minutes.
 IMPATIENT = ("--retries", "1", "--timeout", "15")
-_UNREACHED: dict[str, PackagerError] = {}  # it is asked once a process, not once for every Python of a box
+_UNREACHED: dict[str, PackagerError] = {}  # index -> error: one attempt in a process, not one for every Python
 
 
 def torch_index() -> str:
-    """PyTorch's own CPU index, or what PACKAGER_TORCH_INDEX names in its place; "" where that is set and empty."""
+    """PyTorch's own CPU index, or PACKAGER_TORCH_INDEX in its place; "" when that is set and empty."""
     return os.environ.get("PACKAGER_TORCH_INDEX", TORCH_INDEX)
 
 
 def command(verb: str) -> list[str]:
-    """A pip command that takes what a lock pins and nothing else."""
+    """A pip command that installs or downloads only what a lock pins."""
     pip = [sys.executable, "-m", "pip", verb, "--quiet", "--disable-pip-version-check", "--no-input"]
     return [*pip, "--no-deps", "--require-hashes"]
 
 
 def output(error: PackagerError) -> str:
-    """What pip printed before it failed."""
+    """pip's output before it failed."""
     return str(getattr(error, "output", "")) or str(error)
 
 
@@ -40,17 +40,18 @@ def wrong_hash(error: PackagerError) -> bool:
     return "do not match the hashes" in output(error).lower()
 
 
-def unreachable(said: str) -> bool:
+def unreachable(text: str) -> bool:
+    """Whether pip's output shows a failed connection."""
     signs = ("Temporary failure", "Connection", "Retrying", "Max retries", "timed out", "Name or service")
-    return any(sign in said for sign in signs)
+    return any(sign in text for sign in signs)
 
 
 def fetch(line: Sequence[str], names: Collection[str], run: Run) -> None:
-    """Run a pip command that fetches these packages: from where pip is told to look and then, with torch among them,
-    from PyTorch's own CPU index too. The hashes are pinned, so either will do.
+    """Run a pip command that fetches these packages: from pip's configured indexes and then, with torch among them,
+    from PyTorch's own CPU index too. The hashes are pinned, so both are equally safe.
 
-    Raises what the first attempt raised, with what became of the second as its cause; the second's where that index has
-    other bytes than the pinned ones.
+    Raises the error of the first attempt, with that of the second as its cause; the second's when that index has other
+    bytes than the pinned ones.
     """
     try:
         run(line)
@@ -96,7 +97,7 @@ def pip(arguments: Sequence[str | Path], *, what: str, wrong: str, by_hand: str)
 
 
 def without_pip(error: PackagerError) -> ToolError | None:
-    """The error for an environment that has no pip, as uv makes them; None where pip itself failed."""
+    """The error for an environment without pip, as uv makes them; None when pip itself failed."""
     if "No module named pip" not in output(error):
         return None
     return ToolError(

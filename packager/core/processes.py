@@ -96,7 +96,7 @@ def run(
 
 
 def _finish(child: subprocess.Popen[bytes] | Forked, name: str, on_line: Callable[[str], None] | None) -> Ran:
-    """Read a child to its end. Raises ChildFailed, and what ``on_line`` raised."""
+    """Read a child's output to its end. Raises ChildFailed, and the error of ``on_line``."""
     start = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     faults: list[Exception] = []
@@ -216,7 +216,7 @@ def run_python(
 
 
 def warm_up() -> None:
-    """Have the heavy libraries imported while something else is done: for a build that will need them."""
+    """Start importing the heavy libraries in the fork server, for a build that will need them."""
     if sys.platform == "linux":
         SERVER.warm({**os.environ, **_usual()})
 

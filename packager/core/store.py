@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from packager.core.code import describe
 from packager.core.errors import MachineError
@@ -28,6 +28,15 @@ from packager.core.progress import Progress
 RECORD = "step.json"
 # One time for every file (1 January 1980, the oldest a zip can hold), so that archives of equal bundles are equal.
 FIXED_TIME = 315532800
+
+
+class StepCost(TypedDict):
+    """A step's entry in the build record. reused: the step was in the store; seconds is 0 then."""
+
+    step: str
+    seconds: float
+    peak_rss_bytes: int
+    reused: bool
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Step:
     peak_rss_bytes: int
     reused: bool
 
-    def cost(self) -> dict[str, Any]:
+    def cost(self) -> StepCost:
         """Its time and memory for the build record, which stays outside the bundle: equal builds differ in it."""
         return {
             "step": self.name,

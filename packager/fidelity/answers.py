@@ -6,9 +6,9 @@ so the bundle's runtime answers a few prompts greedily, each with a limit of tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from packager.fidelity.pairs import ANSWER_SECONDS, answered_within, even
 
@@ -44,6 +44,23 @@ class Answers:
     thoughts_closed: int | None
 
 
+class Question(TypedDict):
+    """A prompt to answer. max_tokens: the answer's limit. trained: the trained answer's length in tokens, None for one
+    of the package's prompts.
+    """
+
+    ids: list[int]
+    max_tokens: int
+    trained: int | None
+
+
+class Answer(TypedDict):
+    """A generated answer. finish: "stop" when it ended by itself, "length" at its limit."""
+
+    ids: list[int]
+    finish: str
+
+
 def reasons(checkpoint: Checkpoint) -> bool:
     """Whether it is a reasoning model: its template or its added tokens contain the end of a thought."""
     from packager.checkpoint.tokenizer import read_json
@@ -52,9 +69,9 @@ def reasons(checkpoint: Checkpoint) -> bool:
     return CLOSE in (checkpoint.tokenizer.chat_template or "") or any(entry.get("content") == CLOSE for entry in added)
 
 
-def questions(samples: Samples, thinking: bool) -> list[dict[str, Any]]:
-    """{"ids", "max_tokens", "trained"} of each prompt: the fine-tuning pairs', or for a reasoning model without pairs
-    two of the package's; trained: the trained answer's length in tokens, None for the package's.
+def questions(samples: Samples, thinking: bool) -> list[Question]:
+    """The prompts to answer: those of the fine-tuning pairs, or for a reasoning model without pairs two of the
+    package's.
     """
     pairs = [sequence for sequence in samples.sequences if sequence["set"] == "tuning"]
     if pairs:
@@ -72,11 +89,9 @@ def questions(samples: Samples, thinking: bool) -> list[dict[str, Any]]:
     return [{"ids": prompt["ids"], "max_tokens": THINKING_LIMIT, "trained": None} for prompt in plain]
 
 
-def summarize(
-    prompts: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]], texts: Sequence[str]
-) -> Answers:
-    """The summary of ``answers`` to ``prompts``. prompts: of ``questions``. answers: {"ids", "finish"} of each. texts:
-    the prompt's end and the answer together, empty for a model without thoughts.
+def summarize(prompts: Sequence[Question], answers: Sequence[Answer], texts: Sequence[str]) -> Answers:
+    """The summary of ``answers`` to ``prompts``. texts: each prompt's end with its answer, empty for a model without
+    thoughts.
     """
     trained = [each["trained"] for each in prompts if each["trained"] is not None]
     opened = [text for text in texts if OPEN in text]
@@ -134,7 +149,7 @@ def report(job: Job, form: Candidate, samples: Samples, steps: list[Step]) -> di
     return {**summary, "of": len(every), "why": why if count < len(every) else ""}
 
 
-def _texts(job: Job, prompts: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _texts(job: Job, prompts: Sequence[Question], answers: Sequence[Answer]) -> list[str]:
     """Each answer with the last tokens of its prompt, in which a template may have opened the thought."""
     from tokenizers import Tokenizer
 

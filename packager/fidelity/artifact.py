@@ -244,7 +244,7 @@ def measure(samples: Samples, source: Rows, artifact: Rows) -> Fidelity:
 
     if not sets["tuning"]:
         return Fidelity(score(sets["general"]), None, None, held_out=False)
-    given = int((samples.pairs or {}).get("given", 0))
+    given = samples.pairs["given"] if samples.pairs else 0
     answers: dict[int, list[int]] = {}
     for row in sets["tuning"]:
         answers.setdefault(groups[row], []).append(row)

@@ -15,11 +15,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packager.core.errors import GateFailed
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from packager.fidelity.samples import Samples
     from packager.recipe import Job
 
@@ -112,5 +114,5 @@ def require_known(
     return measured
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False))

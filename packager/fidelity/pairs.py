@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.prompts.calibration import Calibration, Conversation
 
+Item = TypeVar("Item")
 SCORE_SECONDS = 300.0  # to score the pairs' answers, source and artifact together
 ANSWER_SECONDS = 60.0  # to generate answers with the artifact
 AT_LEAST = 8  # pairs that are scored even above the budget
@@ -43,7 +44,7 @@ class Choice:
         return f"{len(self.scored)} of {self.given} are scored" + (f" ({self.why})" if self.why else "")
 
 
-def even(items: Sequence[Any], count: int) -> list[Any]:
+def even(items: Sequence[Item], count: int) -> list[Item]:
     """``count`` of the items, evenly spaced and deterministic."""
     return [items[place * len(items) // count] for place in range(count)] if count < len(items) else list(items)
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from packager.core.errors import InputError
 from packager.core.processes import WORKERS, follow
@@ -29,18 +29,38 @@ JUDGED, JUDGED_TOKENS = 8, 128  # pieces of the calibration file that the source
 FINE_TUNING = "fine-tuning pair"
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The token samples. sequences: {"ids", "positions", "set"} to score; the set is "general" (conversations included
-    in the package) or "tuning" (a fine-tuning pair, scored at every token of its answer). prompts: {"ids", "text",
-    "messages", "kind", "trained"} as transformers renders them; trained: the ids of the training template, None without
-    one. calibration: id lists for input statistics. step: of the store. typed: special tokens that become control
-    tokens when a user types them. notes: differences that the contract allows. training: the training template's name.
-    judged: pieces of the user's plain text, for the check of its language (language.py). pairs: {"given", "asked",
-    "why", "left_out"} of the fine-tuning pairs, None without any.
+class ScoredSequence(TypedDict):
+    """Tokens to score. positions: of the scored tokens. set: "general" (a conversation included in the package) or
+    "tuning" (a fine-tuning pair, scored at every token of its answer). held: the pair is kept out of the calibration.
     """
 
-    sequences: tuple[Mapping[str, Any], ...]
+    ids: list[int]
+    positions: list[int]
+    set: Literal["general", "tuning"]
+    held: NotRequired[bool]
+
+
+class PairCounts(TypedDict):
+    """The fine-tuning pairs in a report. given: in the user's file. asked: scored. why: the reason for scoring fewer.
+    left_out: chosen pairs that cannot be scored, by the reason.
+    """
+
+    given: int
+    asked: int
+    why: str
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The token samples. prompts: {"ids", "text", "messages", "kind", "trained"} as transformers renders them; trained:
+    the ids of the training template, None without one. calibration: id lists for input statistics. step: of the store.
+    typed: special tokens that become control tokens when a user types them. notes: differences that the contract
+    allows. training: the training template's name. judged: pieces of the user's plain text, for the check of its
+    language (language.py). pairs: None without fine-tuning pairs.
+    """
+
+    sequences: tuple[ScoredSequence, ...]
     prompts: tuple[Mapping[str, Any], ...]
     calibration: tuple[list[int], ...]
     step: Step
@@ -48,7 +68,7 @@ class Samples:
     notes: tuple[str, ...] = ()
     training: str | None = None
     judged: tuple[list[int], ...] = ()
-    pairs: Mapping[str, Any] | None = None
+    pairs: PairCounts | None = None
 
     @property
     def key(self) -> str:
@@ -205,7 +225,7 @@ def plain(talk: tuple[Message, ...]) -> str:
     return "\n".join(message["content"] for message in talk)
 
 
-def _general(rendered: Mapping[str, Any], count: int, templated: bool) -> list[Mapping[str, Any]]:
+def _general(rendered: Mapping[str, Any], count: int, templated: bool) -> list[ScoredSequence]:
     """Every other conversation included in the package, at POSITIONS positions spread over them."""
     talks = rendered["conversations" if templated else "texts"][-count:][1::2]  # _calibration has the others
     cut = [ids[:LONGEST] for ids in talks if ids]  # without those that the template refuses
@@ -218,14 +238,14 @@ def _general(rendered: Mapping[str, Any], count: int, templated: bool) -> list[M
 
 def _pairs(
     pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int], held: int, longest: int
-) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+) -> tuple[list[ScoredSequence], dict[str, int]]:
     """(sequences, number left out by reason): each pair at every token of its answer, the end token included.
 
     held: the number of pairs, from the first, that are kept out of the calibration. longest: tokens that the model
     takes. A pair is left out when the template renders the answer differently from what follows its own generation
     prompt (without thoughts), because there is nothing to compare.
     """
-    chosen: list[Mapping[str, Any]] = []
+    chosen: list[ScoredSequence] = []
     left: Counter[str] = Counter()
     for number, pair in enumerate(pairs):
         if pair is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from packager.core.errors import GateFailed, UsageError
 from packager.metrics.distributions import DRAWS, interval
@@ -235,9 +235,17 @@ def require_exact(score: Score, what: str) -> None:
         )
 
 
-def shortfalls(scores: Mapping[str, Score | None], thresholds: EncoderThresholds) -> list[dict[str, Any]]:
-    """All scores that miss their threshold: {"measure", "found", "allowed"}. scores: by the name of the texts."""
-    lines: list[dict[str, Any]] = []
+class Shortfall(TypedDict):
+    """A score that misses its threshold. measure: the figure and its texts. found: its value."""
+
+    measure: str
+    found: float
+    allowed: float
+
+
+def shortfalls(scores: Mapping[str, Score | None], thresholds: EncoderThresholds) -> list[Shortfall]:
+    """All scores that miss their threshold. scores: by the name of the texts."""
+    lines: list[Shortfall] = []
 
     def check(measure: str, name: str, value: float | None, allowed: float, *, most: bool = False) -> None:
         if value is not None and not (value <= allowed if most else value >= allowed):

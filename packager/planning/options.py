@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from packager.core.errors import UsageError, closest
 
 if TYPE_CHECKING:
-    from packager.recipe import Recipe
+    from packager.recipe import Options, Recipe
     from packager.target import Target
 
 _MISSING = dataclasses.MISSING
 
 
-def parse_options(recipe: Recipe[Any], target: Target, sets: Sequence[str]) -> Any:
+def parse_options(recipe: Recipe[Options], target: Target, sets: Sequence[str]) -> Options:
     """An instance of ``recipe.options``: its defaults, then the target's, then ``key=value`` texts; the last wins.
 
     Raises UsageError for an unknown key (with the nearest one), a value of the wrong type or a missing value.

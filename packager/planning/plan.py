@@ -6,11 +6,11 @@ import dataclasses
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from packager.core.errors import UsageError
 from packager.planning.options import parse_options
-from packager.recipe import Estimate, Need, Recipe
+from packager.recipe import Estimate, Need, Options, Recipe
 from packager.target import GIB, Target
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any, notes: Sequence[str] = ()
+    checkpoint: Checkpoint, target: Target, recipe: Recipe[Options], options: Options, notes: Sequence[str] = ()
 ) -> Plan:
     """The plan of one build. options: an instance of ``recipe.options`` (see parse_options). notes: sentences from
-    ``recipe.settle``, put first among the plan's notes.
+    ``recipe.resolve_auto``, put first among the plan's notes.
 
     Raises UsageError for invalid options, such as a context of 0; a build that cannot fit or work has refusals instead.
     """
@@ -92,11 +92,21 @@ def make_plan(
     )
 
 
-def fit_all(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Whether the checkpoint fits each target with its default recipe: target, title, recipe, fits, line."""
+class TargetFit(TypedDict):
+    """Whether a checkpoint fits a target with its default recipe. line: the sizes, or the first refusal."""
+
+    target: str
+    title: str
+    recipe: str
+    fits: bool
+    line: str
+
+
+def fit_all(checkpoint: Checkpoint) -> list[TargetFit]:
+    """Whether the checkpoint fits each known target."""
     from packager.planning import catalog
 
-    rows = []
+    rows: list[TargetFit] = []
     for name in catalog.target_names():
         target = catalog.load_target(name)
         recipe = catalog.load_recipe(target.recipe)
@@ -165,7 +175,7 @@ def _python(target: Target) -> Iterator[str]:
         )
 
 
-def _missing(needs: Sequence[Need], options: Any) -> Iterator[str]:
+def _missing(needs: Sequence[Need], options: object) -> Iterator[str]:
     """Needs whose module is not installed. ``when`` is "" or "option=value|value"."""
     from importlib.util import find_spec
 
@@ -196,7 +206,9 @@ def _notes(target: Target, recipe: Recipe[Any], estimate: Estimate, box: int, bu
 # -- what would fit ---------------------------------------------------------------------------------------------------
 
 
-def _too_big(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any, box: int, budget: int) -> str:
+def _too_big(
+    checkpoint: Checkpoint, target: Target, recipe: Recipe[Options], options: Options, box: int, budget: int
+) -> str:
     """One sentence: the memory it needs, and the settings that would fit."""
 
     def fits(changes: Mapping[str, Any]) -> bool:
@@ -238,7 +250,7 @@ def _first_of_each(
     return list(fitting.values())
 
 
-def _smaller(recipe: Recipe[Any], options: Any) -> dict[str, list[Any]]:
+def _smaller(recipe: Recipe[Options], options: Options) -> dict[str, list[Any]]:
     """For each option the values that need less memory than its own, best first: a quant's choices are declared best
     first, and other options list them in their metadata as ``smaller``.
     """
@@ -255,12 +267,12 @@ def _smaller(recipe: Recipe[Any], options: Any) -> dict[str, list[Any]]:
     return smaller
 
 
-def _singles(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
+def _singles(recipe: Recipe[Options], options: Options) -> Iterator[dict[str, Any]]:
     for key, values in _smaller(recipe, options).items():
         yield from ({key: value} for value in values)
 
 
-def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
+def _pairs(recipe: Recipe[Options], options: Options) -> Iterator[dict[str, Any]]:
     smaller = _smaller(recipe, options)
     slots, contexts = smaller.pop("slots")[-1:] or [None], smaller.pop("context")
     weights = [{key: value} for key, values in smaller.items() for value in values] or [{}]

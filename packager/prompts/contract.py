@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from packager.core.errors import GateFailed
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.prompts.training_template import Training
 
@@ -38,7 +40,7 @@ def token_names(checkpoint: Checkpoint) -> Naming:
     """A function from token id to text; it loads the tokenizer at the first call."""
 
     @cache
-    def tokenizer() -> Any:
+    def tokenizer() -> Tokenizer:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))

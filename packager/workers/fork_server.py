@@ -32,12 +32,12 @@ PRELOADED = (
 )
 
 
-# Started with its own folder and the package's first on the path; a worker finds the folders of its request there.
+# This process has its own folder and the package's first on the path; a worker has its request's folders instead.
 BASE = sys.path[2:]
 
 
 def preload() -> None:
-    """Import what the workers import. One that is missing is the worker's failure, with the worker's message."""
+    """Import the workers' libraries. A missing one is left to the worker, whose error names it."""
     for name in PRELOADED:
         try:
             __import__(name)
@@ -46,7 +46,7 @@ def preload() -> None:
 
 
 def become(request: dict[str, Any], output: int) -> None:
-    """In the forked child: take the worker's place, its environment, its output."""
+    """In the forked child: set the worker's output, environment, folder and arguments."""
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
@@ -56,13 +56,13 @@ def become(request: dict[str, Any], output: int) -> None:
     os.chdir(request["cwd"])
     sys.argv[:] = request["argv"]
     sys.path[:] = [str(Path(sys.argv[0]).resolve().parent), *request["path"], *BASE]
-    # unbuffered, as PYTHONUNBUFFERED has it: a line of progress is read when it is written
+    # unbuffered, as with PYTHONUNBUFFERED: a progress line must be readable at once
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "wb", closefd=False), "utf-8", "strict", write_through=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "wb", closefd=False), "utf-8", "backslashreplace", write_through=True)
 
 
 def serve(link: socket.socket) -> str | None:
-    """Fork for each request until the other end closes. Returns None then, and in a child the script to run."""
+    """Fork for each request until the other end closes, then return None; in a child return the script to run."""
     waiting = link.makefile("rb")
     while True:
         message, descriptors, _, _ = socket.recv_fds(link, 1 << 20, 1)
@@ -85,7 +85,7 @@ def serve(link: socket.socket) -> str | None:
 
 
 def run_worker(script: str) -> int:
-    """Run the worker's script; its exit status, as the interpreter would give it."""
+    """Run the worker's script and return its exit status, as the interpreter would."""
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
@@ -100,11 +100,11 @@ def run_worker(script: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its children
     preload()
-    gc.freeze()  # what is imported stays shared: no collection of a child touches it
+    gc.freeze()  # imported objects stay shared memory: a child's garbage collection does not touch them
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         worker = serve(connection)
     if worker is not None:
-        # without taking the imports down module by module, which copies what is shared and takes seconds
+        # without the interpreter's shutdown, which copies shared memory and takes seconds
         os._exit(run_worker(worker))

@@ -35,7 +35,7 @@ def test_the_python_that_is_named_is_taken(checkout: Path) -> None:
     assert run("scripts/python.sh", cwd=checkout, PYTHON=sys.executable).stdout.strip() == sys.executable
 
 
-def test_no_fitting_python_is_told_in_words(checkout: Path) -> None:
+def test_no_fitting_python_stops_with_a_sentence(checkout: Path) -> None:
     """Without a Python 3.11 set-up says what it looked for and what to do, and ends."""
     done = run("scripts/python.sh", cwd=checkout, PYTHON="no-such-python")
     assert done.returncode == 1
@@ -74,19 +74,19 @@ def test_pips_configuration_is_read_as_pip_reads_it(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PIP_PROXY", "http://variable")
     monkeypatch.setattr(packages, "LOG", tmp_path / "log")
     monkeypatch.setattr(packages, "PIP", [sys.executable, "-m", "pip"])
-    found = packages.settings.__wrapped__()
-    assert found["find-links"].split() == ["/one", "~/two"]
-    assert (found["proxy"], found["timeout"]) == ("http://variable", "60")
+    options = packages.settings.__wrapped__()
+    assert options["find-links"].split() == ["/one", "~/two"]
+    assert (options["proxy"], options["timeout"]) == ("http://variable", "60")
 
 
-def test_uv_is_told_what_pip_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv_gets_pips_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Indexes, folders, proxy, certificates and patience; uv reads none of pip's own configuration."""
     import packages
 
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/someone")
-    told = {
+    configured = {
         "index-url": "http://127.0.0.1/a",
         "extra-index-url": "http://127.0.0.1/b\nfile:///c",
         "find-links": "/one\n~/two",
@@ -96,7 +96,7 @@ def test_uv_is_told_what_pip_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         "no-index": "false",
         "quiet": "1",
     }
-    assert packages.for_uv(told) == {
+    assert packages.for_uv(configured) == {
         "UV_INDEX_STRATEGY": "unsafe-best-match",
         "UV_DEFAULT_INDEX": "http://127.0.0.1/a",
         "UV_INDEX": "http://127.0.0.1/b file:///c",

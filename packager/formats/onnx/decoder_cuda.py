@@ -199,7 +199,7 @@ class HalfPacked(Packed):
         return self._stored_scales(graph, name, place)
 
     def _middle(self, place: Place) -> int:
-        """Write a matrix's zero points, 128 (8 for int4) for each block, and return their offset."""
+        """Write a matrix's zero points, 128 for each of its blocks, and return their offset."""
         begin = self._aligned()
         self.file.write(bytes([1 << (place.bits - 1)]) * (place.rows * place.inputs // self.block))
         return begin

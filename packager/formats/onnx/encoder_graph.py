@@ -38,6 +38,7 @@ from packager.formats.onnx.external_data import (
 )
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
     from packager.checkpoint.checkpoint import Checkpoint
@@ -97,10 +98,10 @@ class _Writer:
     def __init__(self, checkpoint: Checkpoint, form: Form) -> None:
         self.checkpoint, self.form = checkpoint, form
         self.parts: list[Part] = []
-        self.constants: list[Any] = []
+        self.constants: list[onnx.TensorProto] = []
         self.rounded: dict[str, str] = {}  # an activation -> the name its rounded form begins with
 
-    def rewrite(self, nodes: list[Any], parameters: set[str]) -> list[Any]:
+    def rewrite(self, nodes: list[onnx.NodeProto], parameters: set[str]) -> list[onnx.NodeProto]:
         turned = {
             node.output[0]: node.input[0]
             for node in nodes
@@ -110,7 +111,7 @@ class _Writer:
         for node in nodes:
             for name in node.input:
                 readers.setdefault(turned.get(name, name), []).append(node.op_type)
-        rewritten: list[Any] = []
+        rewritten: list[onnx.NodeProto] = []
         quantized: set[str] = set()
         for node in nodes:
             weight = turned.get(node.input[1]) if node.op_type == "MatMul" else None
@@ -130,7 +131,7 @@ class _Writer:
             self.parts.append(Part(name, "<f4", source.shape, source, "float"))
         return rewritten
 
-    def _product(self, node: Any, weight: str) -> list[Any]:
+    def _product(self, node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
         source = source_of(self.checkpoint, weight)
         outputs, inputs = source.shape
         if self.form == "fidelity":
@@ -172,7 +173,7 @@ class _Writer:
             make_node("Add", [f"{out}.product", f"{out}.offset"], out),
         ]
 
-    def _activation(self, name: str) -> tuple[str, list[Any]]:
+    def _activation(self, name: str) -> tuple[str, list[onnx.NodeProto]]:
         """The rounded form of an activation, made once for all layers that read it."""
         if name in self.rounded:
             return name, []
@@ -193,7 +194,7 @@ class _Writer:
             make_node("QuantizeLinear", [f"{name}.levels", "one", "zero"], f"{name}.q8"),
         ]
 
-    def _look_up(self, node: Any, table: str) -> list[Any]:
+    def _look_up(self, node: onnx.NodeProto, table: str) -> list[onnx.NodeProto]:
         source = source_of(self.checkpoint, table)
         if not any(part.name == f"{table}.q8" for part in self.parts):
             self.parts += [

@@ -17,7 +17,7 @@ from packager.checkpoint.encoder import EncoderFacts
 from packager.core.errors import GateFailed, InputError
 from packager.core.processes import version_of
 from packager.formats.onnx import encoder
-from packager.formats.onnx.encoder_graph import linear_inputs
+from packager.formats.onnx.encoder_graph import Form, linear_inputs
 from packager.formats.onnx.external_data import DATA, MODEL
 from packager.formats.tensorrt import compiler, encoder_graph
 from packager.formats.tensorrt import plan as tensorrt_plan
@@ -62,7 +62,7 @@ class _Exported:
     slots: int
     pooling: str
     bits: int = 8
-    favour: Any = "speed"
+    favour: Form = "speed"
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:

@@ -38,6 +38,7 @@ from packager.formats.onnx.external_data import (
 )
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
     from packager.checkpoint.checkpoint import Checkpoint
@@ -104,11 +105,11 @@ def _common(weights: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-def _parameters(graph: Any) -> set[str]:
+def _parameters(graph: onnx.GraphProto) -> set[str]:
     return {value.name for value in graph.input} - set(INPUTS)
 
 
-def _products(nodes: Sequence[Any], parameters: set[str]) -> list[tuple[str, str]]:
+def _products(nodes: Sequence[onnx.NodeProto], parameters: set[str]) -> list[tuple[str, str]]:
     """(activation, weight) of every MatMul by the transpose of a parameter that no other node reads."""
     turned = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Transpose" and n.input[0] in parameters}
     readers: dict[str, int] = {}
@@ -170,7 +171,7 @@ def write(skeleton: Path, checkpoint: Checkpoint, folder: Path, rounded: Mapping
     (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _half(constant: Any) -> Any:
+def _half(constant: onnx.TensorProto) -> onnx.TensorProto:
     """A float32 constant of the graph as float16; other types unchanged."""
     import numpy as np
     from onnx import TensorProto, numpy_helper
@@ -181,14 +182,16 @@ def _half(constant: Any) -> Any:
     return numpy_helper.from_array(value, constant.name)
 
 
-def _shorter_mask(nodes: list[Any], constants: list[Any], outputs: set[str]) -> list[Any]:
+def _shorter_mask(
+    nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], outputs: set[str]
+) -> list[onnx.NodeProto]:
     """The graph with its attention mask computed from attention_mask alone, when it has the exporter's form Where(mask,
     0, least), and without the nodes that only the old mask needed. A graph of another form is returned unchanged.
     """
     import numpy as np
     from onnx import TensorProto, numpy_helper
 
-    readers: dict[str, list[Any]] = {}
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in nodes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
@@ -217,7 +220,7 @@ def _shorter_mask(nodes: list[Any], constants: list[Any], outputs: set[str]) -> 
     return _alive([*fresh, *(node for node in nodes if node is not mask)], outputs)
 
 
-def _alive(nodes: list[Any], outputs: set[str]) -> list[Any]:
+def _alive(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
     """The nodes on which the outputs depend, in their order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
@@ -227,7 +230,7 @@ def _alive(nodes: list[Any], outputs: set[str]) -> list[Any]:
     return kept[::-1]
 
 
-def _as_float32(nodes: list[Any], output: Any) -> list[Any]:
+def _as_float32(nodes: list[onnx.NodeProto], output: onnx.ValueInfoProto) -> list[onnx.NodeProto]:
     """Rename the computed output, and return the nodes of a float32 copy under its own name."""
     from onnx import TensorProto
 
@@ -248,13 +251,13 @@ class _Writer:
     def __init__(self, checkpoint: Checkpoint, parameters: set[str], rounded: Mapping[str, Rounding]) -> None:
         self.checkpoint, self.parameters, self.rounded = checkpoint, parameters, rounded
         self.parts: list[Part] = []
-        self.constants: list[Any] = []
+        self.constants: list[onnx.TensorProto] = []
         self._made: set[str] = set()
 
-    def rewrite(self, nodes: list[Any]) -> list[Any]:
+    def rewrite(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         products = dict((weight, activation) for activation, weight in _products(nodes, self.parameters))
         turned = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Transpose" and n.input[0] in products}
-        rewritten: list[Any] = []
+        rewritten: list[onnx.NodeProto] = []
         for node in nodes:
             weight = turned.get(node.input[1], "") if node.op_type == "MatMul" else ""
             if node.op_type == "Transpose" and node.input[0] in self.rounded:
@@ -271,7 +274,7 @@ class _Writer:
             self.parts.append(Part(name, "<f2", source.shape, source, "half"))
         return rewritten
 
-    def _plain(self, node: Any) -> Any:
+    def _plain(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """The node with float32 replaced by float16 in its attributes."""
         from onnx import TensorProto
 
@@ -285,7 +288,7 @@ class _Writer:
                     attribute.t.CopyFrom(_half(attribute.t))
         return node
 
-    def _softmax(self, node: Any) -> list[Any]:
+    def _softmax(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         from onnx import TensorProto
 
         inner, outer = node.input[0], node.output[0]
@@ -296,7 +299,7 @@ class _Writer:
             make_node("Cast", [f"{outer}.wide"], outer, to=TensorProto.FLOAT16),
         ]
 
-    def _product(self, node: Any, weight: str) -> list[Any]:
+    def _product(self, node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
         source = source_of(self.checkpoint, weight)
         outputs, inputs = source.shape
         self.parts += [
@@ -312,7 +315,7 @@ class _Writer:
             make_node("MatMul", [activation, f"{weight}.half"], out),
         ]
 
-    def _activation(self, name: str, rounding: Rounding) -> tuple[list[Any], str]:
+    def _activation(self, name: str, rounding: Rounding) -> tuple[list[onnx.NodeProto], str]:
         """(nodes, name) of the activation quantized and dequantized, made once for all layers that read it."""
         if name in self._made:
             return [], f"{name}.rounded"

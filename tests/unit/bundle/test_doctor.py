@@ -36,7 +36,7 @@ def test_a_box_finds_its_target(box: str, nearest: str | None, others: set[str])
     assert all(row["refusal"] for row in document["targets"] if not row["ok"])
 
 
-def test_a_target_that_hangs_on_what_is_unknown_is_not_the_nearest() -> None:
+def test_a_target_with_an_unknown_fact_is_not_the_nearest() -> None:
     """A T4 whose nvidia-smi does not answer is perhaps a T4."""
     document = examine(None, None, BOXES / "t4_without_nvidia_smi_answer.json", files=False)
     assert [row["unknown"] for row in document["targets"] if row["target"] == "t4"] == [["GPU"]]
@@ -46,7 +46,7 @@ def test_a_target_that_hangs_on_what_is_unknown_is_not_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", target_names())
-def test_every_target_can_be_asked_for(name: str) -> None:
+def test_every_target_has_needs(name: str) -> None:
     """With the exact architecture of its GPU and the JetPack releases that were looked at; no size of any model."""
     target = load_target(name)
     needs = target_needs(target)
@@ -85,7 +85,7 @@ def test_a_bundle_is_held_against_another_boxs_facts(bundle: Path) -> None:
     assert "warning  power mode: expected MAXN_SUPER" in fits.stdout
 
 
-def test_a_target_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_a_target_is_chosen_by_name(tmp_path: Path) -> None:
     """And by a file of the user's own."""
     facts = BOXES / "t4_driver_535.json"
     assert examine(None, "t4", facts, files=False)["verdict"]["ok"]
@@ -99,7 +99,7 @@ def test_a_target_is_asked_for_by_name(tmp_path: Path) -> None:
     assert len(document["targets"]) == len(target_names())
 
 
-def test_wrong_usage_is_told(tmp_path: Path) -> None:
+def test_wrong_usage_is_an_error(tmp_path: Path) -> None:
     """A folder that is no bundle, facts that are none, two questions at once."""
     with pytest.raises(UsageError, match=r"has no manifest\.json"):
         examine(tmp_path, None, None, files=True)

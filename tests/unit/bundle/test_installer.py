@@ -134,7 +134,7 @@ def test_without_any_python_the_refusal_says_what_is_needed(bundle: Path, tmp_pa
         ("riscv64", "processor: expected riscv64, found "),
     ],
 )
-def test_a_box_without_a_fitting_python_is_told_the_gravest_thing(
+def test_a_box_without_a_fitting_python_gets_the_gravest_refusal(
     tmp_path: Path, machine: str | None, starts: str
 ) -> None:
     """On an old JetPack that is not its Python: the check runs on the Python that is there."""

@@ -75,7 +75,7 @@ def test_everything_that_is_wrong_is_reported_at_once(bundle: Path, tmp_path: Pa
     assert report.problems[0].path in caught.value.why
 
 
-def test_one_flipped_bit_is_found(bundle: Path) -> None:
+def test_one_flipped_bit_is_a_problem(bundle: Path) -> None:
     """Same size, other digest."""
     model = bundle / "model" / "model.gguf"
     body = bytearray(model.read_bytes())
@@ -84,7 +84,7 @@ def test_one_flipped_bit_is_found(bundle: Path) -> None:
     assert listed_problems(bundle) == [("changed", "model/model.gguf")]
 
 
-def test_a_truncated_model_is_found_under_fresh_sums(bundle: Path) -> None:
+def test_a_truncated_model_with_new_sums_is_a_problem(bundle: Path) -> None:
     """The sums are right, the header knows better."""
     gguf(bundle / "model" / "model.gguf", cut=100)
     renew(bundle, "model/model.gguf")
@@ -92,7 +92,7 @@ def test_a_truncated_model_is_found_under_fresh_sums(bundle: Path) -> None:
     assert [problem.kind for problem in report.problems] == ["model"] and "cut off" in report.problems[0].detail
 
 
-def test_a_changed_manifest_is_found_by_the_sums(bundle: Path) -> None:
+def test_a_changed_manifest_differs_from_the_sums(bundle: Path) -> None:
     """A manifest that was edited but still keeps to the schema."""
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     manifest["run"]["context"] = 999

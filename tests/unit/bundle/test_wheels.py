@@ -196,22 +196,22 @@ def cpu_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
 
 def test_a_box_gets_torch_from_pytorchs_own_index(index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path) -> None:
     """Where pip's own index has the CUDA build only, as the public one; without a setting of the user's."""
-    asked, lock = cpu_torch
+    torchs, lock = cpu_torch
     box = Box(python=("3.13",))
-    found = fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent(), more=[lock], scarce=["torch"])
-    assert "torch-2.13.0+cpu-cp313-cp313-manylinux_2_28_x86_64.whl" in names(found.files)
-    assert "/simple/torch/" in asked.asked
+    wheels = fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent(), more=[lock], scarce=["torch"])
+    assert "torch-2.13.0+cpu-cp313-cp313-manylinux_2_28_x86_64.whl" in names(wheels.files)
+    assert "/simple/torch/" in torchs.asked
 
 
 def test_a_torch_that_no_index_has_is_refused_with_both_places(
     index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path
 ) -> None:
-    """The refusal says that PyTorch's own index was asked, and what it said."""
-    asked, lock = cpu_torch
+    """The refusal has PyTorch's own index and its error."""
+    torchs, lock = cpu_torch
     box = Box(python=("3.10",))
     with pytest.raises(PlanRefused, match="no wheel of torch") as caught:
         fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent(), more=[lock], scarce=["torch"])
-    assert asked.url in caught.value.why and "No matching distribution" in caught.value.why
+    assert torchs.url in caught.value.why and "No matching distribution" in caught.value.why
     assert "PACKAGER_TORCH_INDEX" in caught.value.fix
 
 

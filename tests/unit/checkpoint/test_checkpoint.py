@@ -86,7 +86,7 @@ def test_the_digest_follows_the_model_only(folder: Path, tmp_path: Path) -> None
     assert opened(copy).digest not in (digest, changed)
 
 
-def test_weights_are_not_read_before_the_digest_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_not_read_before_the_digest_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening, which is all that a plan needs, hashes nothing; the digest is made once, for renamed copies too."""
     read: list[str] = []
 
@@ -248,7 +248,7 @@ def test_missing_foreign_and_misshapen_tensors_are_refused(folder: Path) -> None
     assert "self_attn.k_proj.bias" in refusal(folder).what or "self_attn.q_proj.bias" in refusal(folder).what
 
 
-def test_nan_and_infinity_are_found(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_refused(tmp_path: Path) -> None:
     """NaN and infinity are refused with tensor and place, in each data type; the largest finite value passes."""
     for dtype, largest in (("BF16", 3.3e38), ("F16", 65504.0), ("F32", 3.4e38)):
         for bad in (largest, np.nan, np.inf, -np.inf):
@@ -265,7 +265,7 @@ def test_nan_and_infinity_are_found(tmp_path: Path) -> None:
                 check_weights(tiny, Silent())
 
 
-def test_a_tie_that_is_none_is_found(tmp_path: Path) -> None:
+def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
     """Tied in the config, but with an lm_head of its own that differs: refused, as programs would disagree."""
     folder = tiny_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
     config = {**CONFIG, "tie_word_embeddings": True}

@@ -49,7 +49,7 @@ def test_sentence_transformers_files_are_followed(tmp_path: Path) -> None:
 
 
 def test_a_plain_checkpoint_is_pooled_as_sentence_transformers_would(tmp_path: Path) -> None:
-    """Mean without normalisation, said so; the longest text is what the positions hold or the user wants less."""
+    """Mean without normalisation, and its origin; the longest text is the positions, or the user's lower bound."""
     encoder = facts(tmp_path)
     assert (encoder.pooling, encoder.normalize, encoder.max_length) == ("mean", False, 64)
     assert "modules.json" in encoder.origin

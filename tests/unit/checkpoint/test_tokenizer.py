@@ -46,14 +46,14 @@ def test_the_end_of_a_turn_is_a_stop_token(folder: Path) -> None:
         ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}", "ends an answer with no token"),
     ],
 )
-def test_what_a_template_cannot_do_is_told(folder: Path, template: str, says: str) -> None:
+def test_what_a_template_cannot_do_is_a_remark(folder: Path, template: str, says: str) -> None:
     """A system prompt that is lost or refused, and answers that nothing ends."""
     (folder / "chat_template.jinja").write_text(template)
     (sentence,) = facts(folder).remarks
     assert says in sentence
 
 
-def test_the_marks_of_a_template_are_found(folder: Path) -> None:
+def test_the_marks_of_a_template_are_read(folder: Path) -> None:
     """In the order in which they stand: a user who types them writes control tokens."""
     (folder / "chat_template.jinja").write_text(CHATML)
     assert facts(folder).marks == ("<|im_start|>", "<|im_end|>")
@@ -85,7 +85,7 @@ def test_the_post_processor_decides_about_bos(folder: Path) -> None:
     assert facts(folder).add_bos
 
 
-def test_bos_from_both_sides_is_told(folder: Path) -> None:
+def test_bos_from_both_sides_is_reported(folder: Path) -> None:
     """A template that writes BOS on a tokenizer that adds it is named; so is another BOS in config.json."""
     write_json(folder / "tokenizer.json", tokenizer_json(WORDS, bos=True))
     (folder / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
@@ -95,7 +95,7 @@ def test_bos_from_both_sides_is_told(folder: Path) -> None:
     assert any("BOS differs: config.json says 2 (<|im_start|>), the tokenizer 0 (<s>)" in s for s in tokens.agreement)
 
 
-def test_templates_are_found_in_every_place(folder: Path) -> None:
+def test_templates_are_read_from_every_place(folder: Path) -> None:
     """The file comes first, then a string in tokenizer_config, then the one named default in a list."""
     edit_json(folder / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "t"}])
     assert facts(folder).chat_template is None
@@ -117,7 +117,7 @@ def test_a_template_cannot_reach_out(folder: Path) -> None:
     assert "cannot be rendered" in tokens.agreement[0] and "unsafe" in tokens.agreement[0]
 
 
-def test_a_broken_template_is_told(folder: Path) -> None:
+def test_a_broken_template_is_reported(folder: Path) -> None:
     """A template with a syntax error does not stop the reading, but is named."""
     (folder / "chat_template.jinja").write_text("{% for %}")
     assert "cannot be rendered (TemplateSyntaxError" in facts(folder).agreement[0]

@@ -309,7 +309,7 @@ def test_plan_refuses_with_4_and_still_shows_the_figures(tmp_path: Path) -> None
     assert document["estimate"]["artifact_bytes"] > 0
 
 
-def test_plan_settles_what_build_would(tmp_path: Path) -> None:
+def test_plan_resolves_auto_as_build_does(tmp_path: Path) -> None:
     """With the pairs given, Q4_0 is tuned: the plan says so, with the minutes that it takes; without them it is not."""
     folder = tiny_checkpoint(tmp_path / "tiny")
     pairs = tmp_path / "pairs.json"

@@ -186,7 +186,7 @@ def test_two_builds_at_once_make_a_step_once(tmp_path: Path, child_environment: 
 @pytest.mark.parametrize(
     "damage", ["removed", "shortened", "edited", "record gone", "record broken", "record senseless"]
 )
-def test_a_damaged_step_is_found(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_step_is_an_error(tmp_path: Path, damage: str) -> None:
     """A step whose files were changed from outside is not used; the error names the folder to remove."""
     step = Store(tmp_path).step("s", INPUTS, writes("abc"), progress=QUIET)
     if damage == "removed":

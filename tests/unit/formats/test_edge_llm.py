@@ -33,7 +33,7 @@ def test_orin_and_thor_are_served_by_jetpack_7(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["jetson_xavier_nx", "t4", "desktop_linux_x86_64"])
-def test_other_boxes_are_told_where_it_runs_and_what_serves_the_model_there(target: str) -> None:
+def test_a_refusal_names_where_it_runs_and_what_serves_the_model(target: str) -> None:
     sentence = str(refusal(SMOLLM2, load_target(target)))
     assert "JetPack 7.2" in sentence
     assert "gguf" in sentence

@@ -92,7 +92,7 @@ def test_smaller_weights_are_offered_by_the_recipes_own_name(
     assert refusal.endswith(f"GiB free for it; {way}")
 
 
-def test_what_is_said_to_fit_fits() -> None:
+def test_settings_named_as_fitting_fit() -> None:
     """Each way out of a refusal is a plan without refusals."""
     (refusal,) = plan(QWEN_1_5B, "desktop_linux_x86_64", "context=65536").refusals
     ways = refusal.partition("free for it; ")[2].removesuffix(" would fit.").split(" or ")

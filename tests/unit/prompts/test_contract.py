@@ -124,7 +124,7 @@ def test_another_template_than_trainings_stops_the_build(tmp_path: Path) -> None
     assert "packager templates show qwen" in caught.value.fix and "--template" in caught.value.fix
 
 
-def test_habits_of_the_training_program_are_told(tmp_path: Path) -> None:
+def test_habits_of_the_training_program_are_notes(tmp_path: Path) -> None:
     """An empty system message, an earlier thought, outer spaces; and a template that opens the thought itself."""
     edges = [trained([4], [5], kind) for kind in ("empty system", "earlier thoughts", "outer spaces")]
     notes = require_training(checkpoint(tmp_path), QWEN, [*edges, trained([4, 8, 9], [4])], RENDERED)

@@ -78,7 +78,7 @@ def test_what_a_user_types_stays_as_it_is() -> None:
     assert all(kind == "text" for kind, _ in parts)
 
 
-def test_roles_that_do_not_alternate_cannot_be_said() -> None:
+def test_roles_that_do_not_alternate_cannot_be_rendered() -> None:
     """LLaMA-Factory drops such a sample, so there is nothing to compare."""
     assert known()["qwen3"].prompt([*HELLO, *HELLO]) is None
     assert known()["qwen3"].conversation(HELLO) is None

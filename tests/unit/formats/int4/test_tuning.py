@@ -26,9 +26,9 @@ def options(**values: Any) -> Any:
     return replace(GGUF.options(), **values)
 
 
-def settle(chosen: Any, data: Any, checkpoint: Any) -> Any:
-    assert GGUF.settle is not None
-    return GGUF.settle(chosen, data, checkpoint)
+def resolve(chosen: Any, data: Any, checkpoint: Any) -> Any:
+    assert GGUF.resolve_auto is not None
+    return GGUF.resolve_auto(chosen, data, checkpoint)
 
 
 def test_halves_are_unpacked_in_order() -> None:
@@ -96,19 +96,19 @@ def test_memory_follows_a_layer() -> None:
 def test_auto_tunes_4_bits_where_there_is_fine_tuning_data() -> None:
     """Without data, at other types, or with an importance matrix, nothing is tuned."""
     data, small = general(), sketch(SMOLLM2)
-    assert settle(options(quant="Q4_0"), data, small) == (options(quant="Q4_0", tune="quick"), ())
-    assert settle(options(quant="Q4_0"), None, small) == (options(quant="Q4_0", tune="none"), ())
-    assert settle(options(quant="Q8_0"), data, small) == (options(quant="Q8_0", tune="none"), ())
-    assert settle(options(quant="Q4_0", imatrix="on"), data, small)[0].tune == "none"
-    assert settle(options(quant="Q4_0", tune="full"), None, small)[0].tune == "full"
+    assert resolve(options(quant="Q4_0"), data, small) == (options(quant="Q4_0", tune="quick"), ())
+    assert resolve(options(quant="Q4_0"), None, small) == (options(quant="Q4_0", tune="none"), ())
+    assert resolve(options(quant="Q8_0"), data, small) == (options(quant="Q8_0", tune="none"), ())
+    assert resolve(options(quant="Q4_0", imatrix="on"), data, small)[0].tune == "none"
+    assert resolve(options(quant="Q4_0", tune="full"), None, small)[0].tune == "full"
 
 
 def test_auto_does_not_start_hours_of_tuning_by_itself() -> None:
     """A 7B stays rounded, the note says how long tuning would take and how to ask for it; who asks gets it."""
-    chosen, (note,) = settle(options(quant="Q4_0"), general(), sketch(QWEN_7B))
+    chosen, (note,) = resolve(options(quant="Q4_0"), general(), sketch(QWEN_7B))
     assert chosen.tune == "none"
     assert "hours" in note and "--set tune=quick" in note
-    assert settle(options(quant="Q4_0", tune="quick"), general(), sketch(QWEN_7B)) == (
+    assert resolve(options(quant="Q4_0", tune="quick"), general(), sketch(QWEN_7B)) == (
         options(quant="Q4_0", tune="quick"),
         (),
     )

@@ -27,11 +27,13 @@ GPU = T4.gpu
 
 def planned(*sets: str, target: Target = T4, **changes: Any) -> Any:
     options = parse_options(RECIPE, target, sets)
-    settled, _ = RECIPE.settle(options, None, sketch(SMOLLM2 | changes)) if RECIPE.settle else (options, ())
-    return make_plan(sketch(SMOLLM2 | changes), target, RECIPE, settled)
+    resolved, _ = (
+        RECIPE.resolve_auto(options, None, sketch(SMOLLM2 | changes)) if RECIPE.resolve_auto else (options, ())
+    )
+    return make_plan(sketch(SMOLLM2 | changes), target, RECIPE, resolved)
 
 
-def test_the_gpu_is_asked_for_and_its_memory_and_speed_are_planned() -> None:
+def test_the_gpu_is_required_and_its_memory_and_speed_are_planned() -> None:
     """Without the option the bundle is the processor's, as before. With it the ceiling is the T4's 320 GB/s, caches are
     half as large, and the plan says that nothing of it was executed, and what the wheels add.
     """
@@ -97,7 +99,7 @@ def test_an_encoder_is_sent_to_tensorrt() -> None:
     assert "tensorrt_engine" in str(RECIPE.why_not(bert, T4, RECIPE.options(provider="cuda")))
 
 
-def test_what_a_box_is_asked_for() -> None:
+def test_the_requirements_on_a_box() -> None:
     """A driver and a card from 7.5 on with room for all of it: what bin/check compares."""
     size = planned("provider=cuda").estimate
     needs = decoder_cuda.gpu_needs(size)

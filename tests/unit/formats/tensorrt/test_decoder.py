@@ -36,7 +36,7 @@ def test_a_t4_takes_llama_and_qwen() -> None:
 @pytest.mark.parametrize(
     ("target", "served"), [(NANO, "gguf or onnx_int8 or edge_llm serves"), (XAVIER, "gguf serves")]
 )
-def test_a_jetson_is_told_what_serves_the_model_there(target: Any, served: str) -> None:
+def test_a_refusal_for_a_jetson_names_what_serves_the_model(target: Any, served: str) -> None:
     assert served in str(refusal(SMOLLM2, target))
 
 
@@ -92,7 +92,7 @@ def test_a_conversation_is_as_long_as_a_user_expects_and_the_gpu_holds(
     assert any("need more memory" in note for note in plan.notes) == short
 
 
-def test_a_model_that_is_too_large_at_any_length_is_told_what_would_fit() -> None:
+def test_the_refusal_of_a_too_large_model_names_what_would_fit() -> None:
     recipe = load_recipe("tensorrt_engine")
     (refusal,) = make_the_plan(sketch(QWEN_7B), T4, recipe, parse_options(recipe, T4, ())).refusals
     assert refusal.endswith("--set precision=int8 would fit.")

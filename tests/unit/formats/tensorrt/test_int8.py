@@ -38,7 +38,7 @@ def test_the_manifest_says_which_layers_stay_and_what_each_costs() -> None:
     ]
 
 
-def test_scales_are_not_found_on_the_texts_that_are_compared() -> None:
+def test_scales_do_not_come_from_the_compared_texts() -> None:
     """The package's sentences are for the comparison alone; the user's own texts serve both."""
     general = make_texts(None, ()).all
     calibration = calibration_texts(make_texts(None, ()))

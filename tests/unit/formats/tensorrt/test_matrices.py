@@ -9,7 +9,7 @@ from packager.tensors.rounding import by_row, half
 from tests.tolerance import HALF_STEP
 
 
-def test_what_float16_cannot_hold_is_told() -> None:
+def test_a_value_beyond_float16_is_an_error() -> None:
     assert half(np.array([1.0, 65504.0], np.float32), "w").dtype == np.float16
     for value in (65520.0, np.inf, np.nan):
         with pytest.raises(ValueError, match="w has a value"):

@@ -125,7 +125,7 @@ def test_an_encoder_is_planned_where_tensorrt_runs(tmp_path: Path, monkeypatch: 
     assert "builds its engine itself" in note
 
 
-def test_a_machine_that_cannot_compile_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_compile_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a T4 this machine has to be one that TensorRT-RTX has wheels for; for a Jetson it may be any."""
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     tiny = opened(tmp_path)
@@ -141,7 +141,7 @@ def test_int8_is_planned_smaller_than_fp16(tmp_path: Path) -> None:
     assert any("stay in fp16" in note for note in half.notes)
 
 
-def test_int8_on_a_gpu_that_nvidia_lists_for_floats_alone_is_told(
+def test_int8_on_a_gpu_that_nvidia_lists_for_floats_alone_has_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A T4's compute capability 7.5; not an Orin's, and not for float16."""
