@@ -100,7 +100,8 @@ def test_merged_as_peft_merges(tmp_path: Path, dtype: str, settings: dict[str, A
     step = torch.finfo(kind).eps  # two: the smaller of the weights may be the last before a power of two
     different = 0
     for name, weight in wanted.items():
-        assert torch.allclose(got[name].float(), weight.float(), rtol=2 * step, atol=1e-6), name
+        cancels = 8 * FLOAT32 * float(weight.abs().max())  # where base and adapter do, what both lost is left
+        assert torch.allclose(got[name].float(), weight.float(), rtol=2 * step, atol=cancels), name
         different += int((got[name] != weight).sum())
     total = sum(weight.numel() for weight in wanted.values())
     if dtype != "float32":  # in float32 the last bit is the sum's order, here and there
