@@ -90,7 +90,11 @@ class LlamaCpp:
             raise EngineError(f"llama.cpp cannot load {run.model.name}: {log_reason(log) or error}") from None
         self.address = str(self._server.listening_address)
         # One token shows that llama.cpp's loop runs: a Server that is destroyed before that never returns.
-        self._call({"prompt": [0], "n_predict": 1, "temperature": 0.0}, lambda _: False)
+        try:
+            self._call({"prompt": [0], "n_predict": 1, "temperature": 0.0}, lambda _: False)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         if not keep_listener:
             shutil.rmtree(self._folder, ignore_errors=True)
 
