@@ -87,12 +87,14 @@ def quantize_chunks(job: dict[str, Any]) -> int:
     chunk = library.ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, number, number, number, ctypes.c_void_p)
+    demands = library.ggml_quantize_requires_imatrix
+    demands.restype, demands.argtypes = ctypes.c_bool, (ctypes.c_int,)
     with np.load(job["matrix"], allow_pickle=False) as stored:
         rows, columns = stored["rows"], stored["columns"]
     made: dict[str, Any] = {}
     for name, kind in job["kinds"].items():
         for suffix, pointer in (("", None), ("+matrix", columns.ctypes.data)):
-            if pointer is None and library.ggml_quantize_requires_imatrix(kind):
+            if pointer is None and demands(kind):
                 continue
             out = np.zeros(4 * rows.size, np.uint8)
             size = chunk(kind, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, pointer)

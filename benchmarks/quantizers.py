@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/quantizers.py .demo/smollm2               # compiles llama.cpp first, once, in minutes
     .venv/bin/python benchmarks/quantizers.py .demo/smollm2 small --quants Q4_K_M IQ3_M
-    .venv/bin/python benchmarks/quantizers.py --record                    # writes tests/data/gguf_types.json and
+    .venv/bin/python benchmarks/quantizers.py --record types digests      # writes tests/data/gguf_types.json and
                                                                           # tests/data/ggml_digests.json anew
     .venv/bin/python benchmarks/quantizers.py --speed                     # weights a second of every type, no reference
 
@@ -298,7 +298,8 @@ def main() -> int:
     parser.add_argument("--quants", nargs="+", choices=list(QUANTS), default=list(QUANTS))
     parser.add_argument("--work", type=Path, default=Path(".demo/quantizers"), help="a folder for files of this run")
     parser.add_argument("--reference", type=Path, help="a Python with the pinned llama-cpp-python, if there is one")
-    parser.add_argument("--record", action="store_true", help="write the records that the tests compare with")
+    records = ("types", "digests")
+    parser.add_argument("--record", nargs="+", choices=records, default=(), help="write what the tests compare with")
     parser.add_argument("--speed", action="store_true", help="print how fast each type is, and nothing else")
     given = parser.parse_args()
     if given.speed:
@@ -318,8 +319,9 @@ def main() -> int:
                 print(row, flush=True)
                 equal = equal and same
         source.unlink()
-    if given.record:
+    if "types" in given.record:
         equal = record_types(python, work) and equal
+    if "digests" in given.record:
         record_digests(python, work)
     print("every pair is the same" if equal else "SOME PAIRS DIFFER")
     return 0 if equal else 1
