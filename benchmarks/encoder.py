@@ -36,7 +36,7 @@ from runtimes.engines.encoder import Text  # noqa: E402
 from runtimes.engines.onnxruntime.encoder import OrtEncoder  # noqa: E402
 from runtimes.manifest import parse_run  # noqa: E402
 
-TEXTS = json.loads((ROOT / "packager" / "data" / "sentences.json").read_text(encoding="utf-8"))
+TEXTS = json.loads((ROOT / "packager/prompts/data/sentences.json").read_text(encoding="utf-8"))
 
 
 def child(name: str, job: dict[str, Any], work: Path) -> None:

@@ -200,15 +200,19 @@ def make_samples(job: Job, context: int | None = None) -> Samples:
     notes += require_agreement(checkpoint, kept, trained.name if trained else None)
     most = min(LONGEST_PAIR, checkpoint.shape.context, context or checkpoint.shape.context)
     pairs, left = _pairs(rendered["pairs"], checkpoint.tokenizer.stop_ids, choice.held, most)
+    if not templated and choice.scored:
+        left = {"the model has no chat template": len(choice.scored)}
     if left:
         reasons = ", ".join(f"{count} ({reason})" for reason, count in left.items())
         notes.append(f"of {len(choice.scored)} fine-tuning pairs {sum(left.values())} cannot be scored: {reasons}")
     for note in notes:
         job.progress.note(note)
+    # without a chat template conversations are plain text, behind the user's own texts and the package's
+    talks = rendered["conversations"] if templated else rendered["texts"][len(texts) :]
     return Samples(
         sequences=(*_general(rendered, len(builtin.conversations), templated), *pairs),
         prompts=tuple(kept),
-        calibration=tuple(_calibration(rendered, own, len(builtin.conversations))),
+        calibration=tuple(_calibration(rendered["texts"], talks, own, len(builtin.conversations))),
         step=step,
         typed=tuple(rendered["typed"]),
         notes=tuple(notes),
@@ -265,16 +269,17 @@ def _pairs(
     return chosen, dict(sorted(left.items()))
 
 
-def _calibration(rendered: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:
+def _calibration(
+    texts: list[list[int]], talks: list[list[int] | None], own: Calibration | None, count: int
+) -> list[list[int]]:
     """Fine-tuning data first, then general text, up to CALIBRATION_TOKENS; at least a quarter is general text. Of the
-    package's ``count`` conversations every other one: ``_general`` scores the rest, so that no score is computed on
-    data that the weights were tuned on.
+    package's ``count`` conversations, the last ones of ``talks``, every other one: ``_general`` scores the rest, so
+    that no score is computed on data that the weights were tuned on.
     """
-    general_part = split(rendered["texts"][len(own.texts) if own else 0], LONGEST)
+    general_part = split(texts[len(own.texts) if own else 0], LONGEST)
     mine: list[list[int]] = []
-    talks = rendered["conversations"]
     talks = talks[:-count] + talks[-count:][::2]
-    for ids in [*filter(None, talks), *(rendered["texts"][: len(own.texts)] if own else [])]:
+    for ids in [*filter(None, talks), *(texts[: len(own.texts)] if own else [])]:
         mine += split(ids, LONGEST)
     room = CALIBRATION_TOKENS
     chosen: list[list[int]] = []

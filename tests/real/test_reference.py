@@ -171,7 +171,7 @@ def test_smollm2_is_streamed_with_a_layers_memory(smollm2: Path, tmp_path: Path)
 
 def test_the_rendered_samples_are_transformers_own(r1_tokenizer_folder: Path, tmp_path: Path) -> None:
     """System, several turns and Chinese through the R1 tokenizer: the ids of apply_chat_template, with one BOS."""
-    talks = json.loads((ROOT / "packager" / "data" / "conversations.json").read_text(encoding="utf-8"))
+    talks = json.loads((ROOT / "packager/prompts/data/conversations.json").read_text(encoding="utf-8"))
     output = tmp_path / "samples.json"
     job = {
         "checkpoint": str(r1_tokenizer_folder),

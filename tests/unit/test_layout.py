@@ -24,7 +24,7 @@ MAY_WRITE = {
     "packager/cli/main.py",
 }  # main.py: the last line of an interrupt, when no console is there
 OWNERS = {
-    "subprocess": {"packager/core/processes.py"},
+    "subprocess": {"packager/core/processes.py", "packager/core/fork_server.py"},
     "torch": {"packager/checkpoint/state_dict.py"},
     "transformers": set[str](),
     "rich": {"packager/cli/console.py"},

@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+sys.path.append(str(ROOT / "scripts"))  # prepare.py finds its neighbours by their names alone
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
