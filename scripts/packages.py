@@ -133,9 +133,10 @@ def pip(arguments: list[str | Path], index: str, show: Callable[[str], None]) ->
 
 
 def reason(tail: str) -> str:
-    """The error of pip or uv, on one line."""
-    sentence = re.split(r"╰─▶|^error:", tail, flags=re.IGNORECASE | re.MULTILINE)[-1]
-    return " ".join(sentence.split())[:300] or "it gave no reason"
+    """The error of pip or uv, on one line; of uv's chain of reasons the first."""
+    sentence = re.split(r"╰─▶|^\W*(?:error|cause):", tail, flags=re.IGNORECASE | re.MULTILINE)[-1]
+    sentence = re.sub(r"\{[^}]*\}|^Because | and you require .*", "", " ".join(sentence.split()))
+    return sentence[:300] or "it gave no reason"
 
 
 def attempt(name: str, arguments: list[str | Path], indexes: tuple[str, ...] = ("",)) -> list[str]:
