@@ -8,7 +8,7 @@ help:
 	@echo "make venv        set up only: .venv/bin/packager"
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        write docs/reference from the code; make docs-check fails when it differs"
-	@echo "make locks       resolve locks/ again (needs uv)"
+	@echo "make locks       resolve locks/ again (needs uv; set-up has one)"
 	@echo "make clean       remove .demo, build outputs and caches in the checkout (not .venv)"
 
 # Found by the recipe, not at the top: `make help` works on any machine.

@@ -1,4 +1,4 @@
-"""What a build costs beside the converter and llama.cpp's quantizer alone: peak resident memory and wall time.
+"""Compares a build with the bare converter and llama.cpp's quantizer: peak resident memory and wall time.
 
     .venv/bin/python benchmarks/build_cost.py .demo/smollm2 --quant Q8_0 --repeats 3
     .venv/bin/python benchmarks/random_qwen2.py big --size 1.5b && .venv/bin/python benchmarks/build_cost.py big
@@ -160,8 +160,8 @@ def main() -> None:
                 print(f"{row}: {rows[row][-1][0]:.1f} s, {rows[row][-1][1] / 1e6:.0f} MB", file=sys.stderr, flush=True)
                 for record in (work / "out").glob("*.build.json"):
                     steps = [(step["peak_rss_bytes"], step["step"]) for step in json.loads(record.read_text())["steps"]]
-    wall = {row: statistics.median(seconds for seconds, _ in found) for row, found in rows.items()}
-    peak = {row: statistics.median(memory for _, memory in found) for row, found in rows.items()}
+    wall = {row: statistics.median(seconds for seconds, _ in runs) for row, runs in rows.items()}
+    peak = {row: statistics.median(memory for _, memory in runs) for row, runs in rows.items()}
     print(
         f"{checkpoint.name}, {given.quant}, {given.repeats} repeats (median), load before {load[0]:.1f} on "
         f"{os.cpu_count()} cores"

@@ -1,7 +1,7 @@
-"""Ways to put an encoder into 8 bits, side by side: python benchmarks/encoder.py CHECKPOINT [--repeats N].
+"""Compares forms of an encoder in 8 bits: python benchmarks/encoder.py CHECKPOINT [--repeats N].
 
-Bytes, cosine to transformers' float32 on the package's texts, the largest difference that a neighbour in the batch
-makes to a text's vector, and latency of one text of 16 and 128 tokens and of eight of 128, on this machine.
+Bytes, cosine to transformers' float32 on the package's texts, the largest difference that other texts of the batch
+make to a text's vector, and latency of one text of 16 and 128 tokens and of eight of 128, on this machine.
 quantize_dynamic is onnxruntime's own, for comparison: the packager does not ship it.
 """
 
@@ -36,11 +36,11 @@ from runtimes.engines.encoder import Text  # noqa: E402
 from runtimes.engines.onnxruntime.encoder import OrtEncoder  # noqa: E402
 from runtimes.manifest import parse_run  # noqa: E402
 
-TEXTS = json.loads((ROOT / "packager" / "data" / "sentences.json").read_text(encoding="utf-8"))
+TEXTS = json.loads((ROOT / "packager/prompts/data/sentences.json").read_text(encoding="utf-8"))
 
 
 def child(name: str, job: dict[str, Any], work: Path) -> None:
-    """Run one of the packager's children."""
+    """Run one of the packager's workers."""
     file = work / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
     subprocess.run(
@@ -59,7 +59,7 @@ def dynamic(whole: Path, folder: Path, *, per_channel: bool) -> None:
 
     folder.mkdir()
     one, ready = folder / "one.onnx", folder / "ready.onnx"
-    onnx.save(onnx.load(str(whole / MODEL)), str(one))  # its preprocessing does not find weights in a file beside
+    onnx.save(onnx.load(str(whole / MODEL)), str(one))  # its preprocessing does not read external weights
     quant_pre_process(str(one), str(ready), skip_symbolic_shape=True)
     one.unlink()
     quantize_dynamic(str(ready), str(folder / MODEL), weight_type=QuantType.QInt8, per_channel=per_channel)
@@ -69,13 +69,13 @@ def dynamic(whole: Path, folder: Path, *, per_channel: bool) -> None:
 def latency(engine: OrtEncoder, texts: int, tokens: int, repeats: int) -> float:
     """Median milliseconds of one batch."""
     batch = [Text((1012,) * tokens, (0,) * tokens)] * texts
-    found = []
+    seconds = []
     for number in range(repeats + 3):
         begun = time.perf_counter()
         engine.compute(batch)
         if number >= 3:
-            found.append(time.perf_counter() - begun)
-    return float(np.median(found)) * 1000
+            seconds.append(time.perf_counter() - begun)
+    return float(np.median(seconds)) * 1000
 
 
 def row(

@@ -5,7 +5,7 @@
 Build time and memory are those of each form's steps when they were made: steps that forms share (merge, source, tuning)
 count for each of them. Memory, time to first token and decode tokens/s come from ``packager bench --quick`` of each
 bundle, one after the other in this run; KL, top-1 and perplexity from the manifest (general text, through the runtime
-that ships); the pairs are asked through the bundle's own server at temperature 0.
+that ships); the bundle's own server answers the pairs at temperature 0.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, form: str) -> list[str]:
-    """One line of the table: the form built (or found built), benchmarked and asked."""
+    """One line of the table: the form is built (or reused), benchmarked, and answers the pairs."""
     from packager.build import Request, build
     from packager.cli.console import Console
     from packager.core.store import Store, default_root

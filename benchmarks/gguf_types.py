@@ -69,7 +69,7 @@ def measure(given: argparse.Namespace, quant: str, matrix: str) -> list[str]:
         return [*label, "refused", *[""] * (len(HEAD) - 3)]
     report, key = built.artifact.report["fidelity"], built.artifact.provenance["steps"].get("gguf-quantize")
     step = json.loads((store.root / "gguf-quantize" / key / "step.json").read_text(encoding="utf-8")) if key else {}
-    size = built.artifact.run["model_bytes"]
+    size = built.artifact.run.model_bytes
     weights = sum(math.prod(tensor.shape) for tensor in read_header(built.path / "model/model.gguf").tensors)
     general, tuning, kept = report["general"], report["tuning"], report["behaviour"]
     low, high = general["kl_mean_ci"]

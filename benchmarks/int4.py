@@ -1,10 +1,10 @@
-"""What 4 bits (and 8) cost a fine-tune: a form's bytes, its build, its distance from the source, answers kept.
+"""Compares 4-bit (and 8-bit) forms of a fine-tune: bytes, build, distance from the source, answers kept.
 
     .venv/bin/python benchmarks/int4.py .demo/smollm2 --adapter demo/persona-lora --pairs demo/persona.json
 
-The distance is taken through the runtime that ships, on 300 positions of a chapter of Python's own documentation that
-no calibration text of the packager holds; the pairs are asked greedily through the bundle's server. Steps found in the
-store cost nothing again; their peak memory is that of their making. A tuning takes minutes.
+The distance is measured in the bundle's runtime, on 300 positions of a chapter of Python's own documentation that is
+not in the packager's calibration texts; the bundle's server answers the pairs greedily. Steps in the store are reused;
+their peak memory is that of their first run. A tuning takes minutes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.serving import started  # noqa: E402 - after the path
+
+if TYPE_CHECKING:
+    from packager.recipe import Run
 
 FORMS: dict[str, tuple[str, ...]] = {  # recipe, then its options
     "Q4_0": ("gguf", "quant=Q4_0", "tune=none", "imatrix=off"),
@@ -47,7 +50,7 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--pairs", type=Path, required=True, help="fine-tuning pairs, alpaca form")
-    # full takes ten times as long as quick, other groups are another tuning, and torch answers slowly
+    # full takes ten times as long as quick, another group size is another tuning, and torch answers slowly
     usual = [form for form in FORMS if FORMS[form][0] == "gguf" and "full" not in form]
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=usual)
     parser.add_argument("--output", type=Path, default=Path(".demo/int4"), help="where the bundles go")
@@ -60,7 +63,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
-    """Build one form (or find it built), score it and ask it."""
+    """Build one form (or reuse it), score it, and count the pairs that it answers."""
     from packager.build import Request, build
     from packager.cli.console import Console
     from packager.core.store import Store, default_root
@@ -76,7 +79,7 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
         sets=sets,
         calibration=options.pairs,
         limits={"max_kl": 99.0, "min_top1": 0.0, "min_behaviour": 0.0},
-    )  # what is bad is measured too
+    )  # no thresholds: bad forms are measured too
     built = build(request, options.output, Console(), store)
     tuning = [
         json.loads((store.root / "tune" / key / "step.json").read_text(encoding="utf-8"))
@@ -86,7 +89,7 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
     score = distance(request, built.path, built.artifact.run, store)
     return {
         "form": form,
-        "mb": built.artifact.run["model_bytes"] / 1e6,
+        "mb": built.artifact.run.model_bytes / 1e6,
         "seconds": sum(step["seconds"] for step in tuning),
         "peak": max(step["peak_rss_bytes"] for step in built.record["steps"]) / 1e6,
         "kl": score["kl_mean"],
@@ -95,15 +98,16 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
     }
 
 
-def distance(request: Any, bundle: Path, run: Mapping[str, Any], store: Any) -> Mapping[str, Any]:
+def distance(request: Any, bundle: Path, run: Run, store: Any) -> Mapping[str, Any]:
     """Mean KL divergence and top-1 agreement of the bundle's model with its source on the chapter."""
     from tokenizers import Tokenizer
 
     from packager.build import open_merged
     from packager.cli.console import Console
     from packager.core.store import digest_of
-    from packager.fidelity.artifact import score
-    from packager.fidelity.source import Samples, source_scores
+    from packager.fidelity.artifact import Candidate, score
+    from packager.fidelity.samples import Samples, ScoredSequence
+    from packager.fidelity.source import source_scores
     from packager.metrics.distributions import compare
     from packager.planning.catalog import load_target
     from packager.recipe import Job
@@ -111,34 +115,32 @@ def distance(request: Any, bundle: Path, run: Mapping[str, Any], store: Any) -> 
     checkpoint = open_merged(request, store, Console(quiet=True)).checkpoint
     ids = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json")).encode(pydoc_data.topics.topics[CHAPTER]).ids
     pieces = [ids[number * PIECE : (number + 1) * PIECE] for number in range(PIECES)]
-    sequences = [{"ids": piece, "positions": list(POSITIONS)} for piece in pieces]
+    positions = list(POSITIONS)
+    sequences: list[ScoredSequence] = [{"ids": piece, "positions": positions, "set": "general"} for piece in pieces]
     job = Job(replace(checkpoint, name=str(request.name)), load_target(request.target), store, Console())
     text = store.step("benchmark-text", {"ids": digest_of(sequences)}, lambda folder, cost: None, progress=Console())
     samples = Samples(tuple(sequences), (), (), text)
-    absolute = {
-        key: str(bundle / value) if isinstance(value, str) and value.startswith("model/") else value
-        for key, value in run.items()
-    }
     source, _ = source_scores(job, samples)
-    found, _ = score(
-        job,
-        {**absolute, "context": 1024, "slots": 1},
-        samples,
-        what=str(request.name),
-        inputs={"benchmark": "int4", "model": sums(bundle, run)},
+    beside = {path.name: path for path in (bundle / "model").iterdir()}
+    candidate = Candidate(
+        str(request.name),
+        run.here(bundle / run.model, beside),
+        {"benchmark": "int4", "model": sums(bundle, run)},
+        seconds_a_token=0.0,
         max_rss_bytes=1 << 30,
     )
-    return asdict(compare(source, found.distributions, samples.targets))
+    scored, _ = score(job, candidate, samples)
+    return asdict(compare(source, scored.distributions, samples.targets))
 
 
-def sums(bundle: Path, run: Mapping[str, Any]) -> str:
-    """The digest that the bundle has of its model."""
+def sums(bundle: Path, run: Run) -> str:
+    """The model's digest from the bundle's manifest."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    return str(next(entry["sha256"] for entry in manifest["files"] if entry["path"] == run["model"]))
+    return str(next(entry["sha256"] for entry in manifest["files"] if entry["path"] == run.model))
 
 
 def kept(bundle: Path, pairs: list[dict[str, str]]) -> str:
-    """How many of the pairs are answered word for word by the bundle's server."""
+    """The number of pairs that the bundle's server answers word for word."""
     count = 0
     with started([sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), "--port", "0"]) as (port, _):
         for pair in pairs:

@@ -1,9 +1,9 @@
-"""How well a model knows texts in several languages: what the calibration gate measures, as a table.
+"""Prints the calibration gate's measure of texts in several languages as a table.
 
     .venv/bin/python benchmarks/known_text.py CHECKPOINT [--adapter LORA] [--pairs FILE]
 
 Each text is given as plain-text calibration; the ratio is packager/fidelity/language.py's, and above 1 a build would
-stop. The texts are short prose written for this table, so the figures say "known" or "not known" and no more.
+stop. The texts are short prose written for this table, so the figures only distinguish "known" from "not known".
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def main() -> None:
     store, target = Store(default_root()), load_target("desktop_linux_x86_64")
     request = Request(options.checkpoint, target.name, adapter=options.adapter)
     checkpoint = open_merged(request, store, Silent()).checkpoint
-    asked = {
+    texts = {
         name: Calibration((), (text,), hashlib.sha256(text.encode()).hexdigest(), name) for name, text in TEXTS.items()
     }
     if options.pairs:
-        asked[f"answers of {options.pairs.name}"] = calibration.load(options.pairs)
+        texts[f"answers of {options.pairs.name}"] = calibration.load(options.pairs)
     print("| text | characters | nats a character | by counting | ratio |\n|---|---|---|---|---|")
-    for name, data in asked.items():
+    for name, data in texts.items():
         job = Job(checkpoint, target, store, Silent(), calibration=data, trust_calibration=True)
         for known in known_calibration(job, make_samples(job)).values():
             figures = f"{known.loss:.2f} | {known.counted:.2f} | {known.ratio:.2f}"

@@ -55,7 +55,7 @@ def specs(config: dict[str, int]) -> list[Spec]:
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head = hidden // config["num_attention_heads"]
     kv = head * config["num_key_value_heads"]
-    found = [Spec("model.embed_tokens.weight", "BF16", (vocab, hidden))]
+    tensors = [Spec("model.embed_tokens.weight", "BF16", (vocab, hidden))]
     for layer in range(config["num_hidden_layers"]):
         shapes: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (hidden,),
@@ -71,9 +71,9 @@ def specs(config: dict[str, int]) -> list[Spec]:
             "mlp.up_proj.weight": (inner, hidden),
             "mlp.down_proj.weight": (hidden, inner),
         }
-        found += [Spec(f"model.layers.{layer}.{name}", "BF16", shape) for name, shape in shapes.items()]
-    found += [Spec("model.norm.weight", "BF16", (hidden,)), Spec("lm_head.weight", "BF16", (vocab, hidden))]
-    return found
+        tensors += [Spec(f"model.layers.{layer}.{name}", "BF16", shape) for name, shape in shapes.items()]
+    tensors += [Spec("model.norm.weight", "BF16", (hidden,)), Spec("lm_head.weight", "BF16", (vocab, hidden))]
+    return tensors
 
 
 def values(spec: Spec, layers: int, seed: int) -> Iterator[memoryview]:
@@ -100,7 +100,7 @@ def values(spec: Spec, layers: int, seed: int) -> Iterator[memoryview]:
 
 
 def hollow(path: Path, shard: list[Spec]) -> None:
-    """A safetensors file whose tensors are a hole: all zeros, and no blocks on the disk."""
+    """Write a safetensors file whose tensors are a hole: all zeros, and no blocks on the disk."""
     with path.open("wb") as file:
         file.write(header_bytes(shard))
         file.truncate(file.tell() + sum(spec.nbytes for spec in shard))
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--headers", action="store_true")
-    asked = parser.parse_args()
-    make(asked.out, asked.size, asked.seed, headers=asked.headers)
+    arguments = parser.parse_args()
+    make(arguments.out, arguments.size, arguments.seed, headers=arguments.headers)
 
 
 if __name__ == "__main__":

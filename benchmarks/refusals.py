@@ -1,9 +1,9 @@
-"""Prints what the preflight says to boxes that do not fit: every recorded box of tests/unit/boxes/cases.json.
+"""Prints the preflight's results for every recorded box of tests/unit/boxes/cases.json.
 
     .venv/bin/python benchmarks/refusals.py              # a table for the terminal
     .venv/bin/python benchmarks/refusals.py --markdown   # the rows of docs/reference/refusals.md
 
-Each row is one run of runtimes/preflight/check.py, as bin/check starts it, on a bundle of nothing but a manifest.
+Each row is one run of runtimes/preflight/check.py, as bin/check starts it, on a bundle with only a manifest.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ BOXES = ROOT / "tests" / "unit" / "boxes"
 
 
 class Row(NamedTuple):
-    """One box against one bundle. says: what it is told."""
+    """One box against one bundle. result: the preflight's sentences."""
 
     box: str
     bundle: str
     code: int
-    says: str
+    result: str
 
 
 def rows() -> list[Row]:
     """Every case, in the order of the file."""
     cases = json.loads((BOXES / "cases.json").read_text(encoding="utf-8"))
-    found = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         for case in cases["cases"]:
             bundle = Path(folder) / case["needs"]
@@ -54,32 +54,34 @@ def rows() -> list[Row]:
                 check=False,
                 encoding="utf-8",
             )
-            found.append(Row(case["is"], cases["bundles"][case["needs"]]["is"], done.returncode, said(done.stdout)))
-    return found
+            results.append(
+                Row(case["is"], cases["bundles"][case["needs"]]["is"], done.returncode, sentences(done.stdout))
+            )
+    return results
 
 
 def write_bundle(folder: Path, needs: object) -> None:
-    """A bundle of nothing but a manifest."""
+    """Write a bundle with only a manifest."""
     folder.mkdir(exist_ok=True)
     manifest = {"schema_version": 1, "bundle": folder.name, "run": {}, "needs": needs, "files": []}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def said(document: str) -> str:
-    """The refusal, else that it fits, with the warnings and what stayed unknown."""
-    found = json.loads(document)
-    if found["refusal"]:
-        return str(found["refusal"])
-    unknown = [f"{one['name']}: {one['found']}." for one in found["findings"] if one["ok"] is None]
+def sentences(document: str) -> str:
+    """The refusal, else that it fits, with the warnings and the unknown facts."""
+    verdict = json.loads(document)
+    if verdict["refusal"]:
+        return str(verdict["refusal"])
+    unknown = [f"{one['name']}: {one['found']}." for one in verdict["findings"] if one["ok"] is None]
     fits = "It fits, as far as is known." if unknown else "It fits."
-    return " ".join([fits, *(f"Warning: {sentence}" for sentence in found["warnings"]), *unknown])
+    return " ".join([fits, *(f"Warning: {sentence}" for sentence in verdict["warnings"]), *unknown])
 
 
 def markdown() -> str:
     """The rows as a table; bars inside cells are escaped."""
-    lines = ["| box | bundle | exit | what it is told |", "| --- | --- | --- | --- |"]
+    lines = ["| box | bundle | exit | result |", "| --- | --- | --- | --- |"]
     for row in rows():
-        cells = (row.box, row.bundle, str(row.code), row.says)
+        cells = (row.box, row.bundle, str(row.code), row.result)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -89,7 +91,7 @@ def main() -> int:
         print(markdown(), end="")
         return 0
     for row in rows():
-        print(f"{row.box}\n    for {row.bundle}\n    exit {row.code}: {row.says}\n")
+        print(f"{row.box}\n    for {row.bundle}\n    exit {row.code}: {row.result}\n")
     return 0
 
 

@@ -1,13 +1,13 @@
-"""Our server against llama.cpp's own HTTP server: decode tokens/s and time to first token, in one run, taken in turns.
+"""Compares our server with llama.cpp's own HTTP server in one run: decode tokens/s and time to first token, in turns.
 
     python benchmarks/serving.py --bundle BUNDLE [--streams 1 8] [--repeats 5] [--tokens 128] [--output report.json]
 
 Both run the same library on the same GGUF with the same slots, threads, batch and flash attention, each in a process of
-its own; the client is one loop over raw sockets that does not parse what it need not, so that it costs both the same.
-Every repeat asks both with the same fresh prompts, and swaps who goes first; ratio and difference are medians of these
+its own; the client is one loop over raw sockets with minimal parsing, so that it costs both the same.
+Every repeat sends both the same fresh prompts in alternating order; ratio and difference are medians of these
 pairs, with 95 % bootstrap intervals. The first token needs many short answers (--tokens 8 --repeats 80): one alone
 varies by a tenth of a second. On Linux the processor time that each
-server spends on a token is shown too: unlike the clock, it hardly minds what else the machine does.
+server spends on a token is shown too: it depends little on the machine's other load.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def started(command: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def cpu_seconds(process: int) -> float:
-    """Processor time of the process and its threads so far; 0.0 where /proc does not tell."""
+    """Processor time of the process and its threads so far; 0.0 where /proc does not report it."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     except OSError:
@@ -138,7 +138,7 @@ def _healthy(port: int) -> bool:
 
 
 def llamacpp_child(bundle: Path, slots: int) -> None:
-    """llama.cpp's own HTTP server with the very parameters that ours gives it."""
+    """llama.cpp's own HTTP server with the same parameters as ours."""
     from runtimes.engines.llamacpp.engine import LlamaCpp
     from runtimes.manifest import Run, read_bundle
 
@@ -174,7 +174,7 @@ def sized_bundle(bundle: Path, slots: int, threads: int | None, folder: Path) ->
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run both servers and take them in turns. The report's ratios are ours over theirs, of the medians."""
+    """Run both servers in turns. The report's ratios are ours / theirs, medians over the pairs."""
     slots = max(options.streams)
     bundle = sized_bundle(options.bundle, slots, options.threads, folder)
     ours = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle), "--port", "0"]
@@ -203,7 +203,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % of the medians of bootstrap samples (Efron 1979): how far another run of this length may lie."""
+    """The 95 % bootstrap interval of the median (Efron 1979)."""
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(draws))
     return medians[draws // 40], medians[-1 - draws // 40]
@@ -211,9 +211,9 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
 
 def _row(streams: int, samples: dict[str, list[dict[str, float]]], load: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {"streams": streams, "load": round(statistics.fmean(load), 1)}
-    for name, found in samples.items():
+    for name, measurements in samples.items():
         for key in ("tokens_per_second", "first_ms", "cpu_ms_per_token"):
-            values = [sample[key] for sample in found]
+            values = [sample[key] for sample in measurements]
             row[f"{name} {key}"] = {
                 "median": statistics.median(values),
                 "mean": statistics.fmean(values),
@@ -221,7 +221,7 @@ def _row(streams: int, samples: dict[str, list[dict[str, float]]], load: list[fl
                 "values": values,
             }
     pairs = list(zip(samples["ours"], samples["llama.cpp"], strict=True))
-    # neighbours in time share the machine's mood: the ratio is taken pair by pair
+    # adjacent runs share the machine's load, so the ratio is computed for each pair
     compared = {
         "speed_ratio": [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs],
         "first_ms_more": [a["first_ms"] - b["first_ms"] for a, b in pairs],
@@ -256,7 +256,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """0 when both goals are met at every number of streams, else 1."""
+    """Exit code 0 when both goals are met at every number of streams, else 1."""
     import tempfile
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""A language model as a T4 bundle, with figures: python benchmarks/tensorrt_decoder.py CHECKPOINT
+"""Measures a language model as a T4 bundle: python benchmarks/tensorrt_decoder.py CHECKPOINT
 
 In float16, and with the layers' weights in int8: mean KL of the graph that ships to the source (onnxruntime, on the
 processor); the engine's bytes and digest, seconds and peak memory of its compilation, twice, from two empty stores.

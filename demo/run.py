@@ -1,6 +1,6 @@
-"""`make demo`: a fine-tuned checkpoint becomes a folder that answers where no network exists. Every command is shown.
+"""`make demo`: builds a bundle from a fine-tuned checkpoint and runs it without a network. Every command is shown.
 
-The commands are the product's own, typed as a user would type them, so this file is also the shortest tutorial.
+The commands are those that a user would type, so this file is also the shortest tutorial.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Failed(Exception):
 
 
 class Demo:
-    """Runs the steps in order and remembers how long each took and what came of it."""
+    """Runs the steps in order and records the seconds and result of each."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, float, str]] = []
@@ -43,7 +43,7 @@ class Demo:
         self.why_online = ""  # why the network could not be denied; empty when it is
 
     def run(self, argv: Sequence[str | Path], *, offline: bool = False, shown: str = "", take: bool = False) -> str:
-        """Show a command and run it from the checkout; its standard output when ``take``. Raises Failed."""
+        """Show a command and run it from the checkout; returns its standard output if ``take``. Raises Failed."""
         words = [str(part) for part in argv]
         text = shown or shlex.join(Path(word).name if index == 0 else word for index, word in enumerate(words))
         where = "" if not offline else " (no network)" if not self.why_online else " (network not denied)"
@@ -69,7 +69,7 @@ class Demo:
         shown = shlex.join(["python", script, *map(str, arguments)])
         self.run([sys.executable, script, *arguments], offline=offline, shown=shown)
 
-    # -- the steps: each returns what the table says about it ---------------------------------------------------------
+    # -- the steps: each returns its result for the table -------------------------------------------------------------
     def checkpoint(self) -> str:
         if (CHECKPOINT / "model.safetensors").is_file():
             console.print(f"{CHECKPOINT} is there already")
@@ -130,9 +130,9 @@ class Demo:
         result = WORK / "answers.json"
         chosen = [word for number in QUESTIONS for word in ("--ask", str(number))]
         self.python("demo/ask.py", BOX, PAIRS, *chosen, "--result", result, offline=True)
-        found = json.loads(result.read_text(encoding="utf-8"))
-        kept = sum(answer["kept"] for answer in found["answers"])
-        return f"{kept} of {len(QUESTIONS)} answers word for word, ready in {found['ready_seconds']:.1f} s"
+        measured = json.loads(result.read_text(encoding="utf-8"))
+        kept = sum(answer["kept"] for answer in measured["answers"])
+        return f"{kept} of {len(QUESTIONS)} answers word for word, ready in {measured['ready_seconds']:.1f} s"
 
     def bench(self) -> str:
         report = WORK / "box.report.json"

@@ -1,3 +1,3 @@
-"""packager: a fine-tuned checkpoint becomes a signed folder that a box without a network can run."""
+"""packager: a fine-tuned checkpoint becomes a folder that a box without a network can run."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""One build from a checkpoint to a published bundle: open, check, merge, plan, run the recipe, assemble."""
+"""The build pipeline from a checkpoint to a published bundle: open, check, merge, plan, run the recipe, assemble."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager import __version__
-from packager.core.errors import MachineError, PlanRefused, UsageError
+from packager.core.errors import MachineError, PlanRefused, ToolError, UsageError
 from packager.core.progress import Progress
-from packager.core.store import Cost, Step, Store, cache_root, code_digest, machine_errors, write_atomically
+from packager.core.store import Cost, Step, Store, cache_root, machine_errors, write_atomically
 from packager.core.units import size
-from packager.recipe import Artifact, Job, Recipe
+from packager.recipe import Artifact, Job, Options, Recipe
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from packager.prompts.calibration import Calibration
     from packager.target import Target
 
+OLDEST_TORCH = "2.6"  # transformers 5.23 disables itself beside an older one
+
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs. limits:
-    thresholds that replace the recipe's, by the names of gates.Thresholds. template: the training template's name or
-    file. trust_calibration: the calibration is used whatever the source makes of its text.
+    """The user's parameters. sets: ``key=value`` options. calibration: a file of text or fine-tuning pairs. limits:
+    thresholds that replace the recipe's, by the field names of Thresholds. template: the training template's name or
+    file. trust_calibration: the calibration is used even when the source does not know its language. ask: at most so
+    many of the fine-tuning pairs are scored; None: as many as the time budget allows.
     """
 
     checkpoint: str
@@ -45,11 +48,12 @@ class Request:
     limits: Mapping[str, float] = field(default_factory=dict)
     template: str | None = None
     trust_calibration: bool = False
+    ask: int | None = None
 
 
 @dataclass(frozen=True)
 class Built:
-    """A published bundle. record: what the build cost, also written beside it as ``<bundle>.build.json``."""
+    """A published bundle. record: the build's time and memory, also written beside it as ``<bundle>.build.json``."""
 
     path: Path
     plan: Plan
@@ -59,9 +63,9 @@ class Built:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint ready to be built, after its adapter (if any) was merged; and the steps that took.
+    """A checkpoint ready to be built, with its adapter (if any) merged. steps: the store's steps that this took.
 
-    sources: where base and adapter came from, for the manifest: names, digests and commits, no paths.
+    sources: the origin of base and adapter for the manifest: names, digests and commits, no paths.
     """
 
     checkpoint: Checkpoint
@@ -70,9 +74,10 @@ class Opened:
 
 
 def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
-    """Open the checkpoint, refuse damaged weights, merge the adapter. Raises InputError or NetworkError."""
+    """Open the checkpoint, check its weights, merge the adapter. Raises InputError or NetworkError."""
     from packager.checkpoint.checkpoint import check_weights, open_checkpoint
     from packager.checkpoint.merge import check_fit, merge, merged_name, open_adapter
+    from packager.core.processes import warm_up
 
     base = open_checkpoint(
         request.checkpoint,
@@ -93,11 +98,9 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
         "base": {"kind": origin.kind, "id": origin.id, "revision": origin.revision, "digest": base.digest},
         "adapter": None,
     }
-    steps = [
-        store.step(
-            "checked-weights", {"checkpoint": base.digest, "code": _code("checkpoint.py")}, check, progress=progress
-        )
-    ]
+    steps = [store.step("checked-weights", {"checkpoint": base.digest}, check, progress=progress)]
+    if not steps[0].reused:  # a build that starts from nothing: import torch while the adapter is merged
+        warm_up()
     if adapter is None or request.adapter is None:
         return Opened(base, tuple(steps), sources)
 
@@ -106,22 +109,18 @@ def open_merged(request: Request, store: Store, progress: Progress) -> Opened:
 
     merged = store.step(
         "merge",
-        {"checkpoint": base.digest, "adapter": adapter.digest, "code": _code("adapter.py", "safetensors_io.py")},
+        {"checkpoint": base.digest, "adapter": adapter.digest},
         make,
         progress=progress,
     )
     steps.append(merged)
-    found = open_checkpoint(
+    checkpoint = open_checkpoint(
         str(merged.path / "model"),
         progress=progress,
         cache=cache_root(),
         name=request.name or merged_name(base, adapter),
     )
-    return Opened(found, tuple(steps), {**sources, "adapter": {"name": adapter.name, "digest": adapter.digest}})
-
-
-def _code(*names: str) -> str:
-    return code_digest(*(Path(__file__).with_name(name) for name in names))
+    return Opened(checkpoint, tuple(steps), {**sources, "adapter": {"name": adapter.name, "digest": adapter.digest}})
 
 
 def open_planned(request: Request, progress: Progress) -> Checkpoint:
@@ -147,34 +146,42 @@ def choose(request: Request) -> tuple[Target, Recipe[Any], Any]:
     return target, recipe, parse_options(recipe, target, request.sets)
 
 
-def settled(
-    recipe: Recipe[Any], options: Any, samples: Calibration | None, checkpoint: Checkpoint
-) -> tuple[Any, tuple[str, ...]]:
-    """The options with nothing left open, and what is to be said beside the plan: by the tokenizer and by the
-    recipe.
+def resolved(
+    recipe: Recipe[Options],
+    options: Options,
+    samples: Calibration | None,
+    checkpoint: Checkpoint,
+    ask: int | None = None,
+) -> tuple[Options, tuple[str, ...]]:
+    """The options with every "auto" replaced, and the notes shown with the plan: on the tokenizer, the fine-tuning
+    pairs and the recipe's choices.
     """
-    options, said = recipe.settle(options, samples, checkpoint) if recipe.settle else (options, ())
-    if checkpoint.family.kind != "decoder":  # an encoder neither chats nor stops
-        return options, said
-    return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *said)
+    from packager.fidelity.pairs import note
+
+    options, notes = recipe.resolve_auto(options, samples, checkpoint) if recipe.resolve_auto else (options, ())
+    if checkpoint.family.kind != "decoder":  # an encoder has no conversations and no stop tokens
+        return options, notes
+    pairs = note(samples, checkpoint, ask)
+    return options, (*checkpoint.tokenizer.agreement, *checkpoint.tokenizer.remarks, *pairs, *notes)
 
 
 def planned(request: Request, progress: Progress) -> Plan:
-    """The plan that a build of the same request would make. Raises what opening and choosing do; writes nothing."""
+    """The plan that a build of the same request would make; writes nothing. Raises as open_planned and choose."""
     from packager.planning.plan import make_plan
     from packager.prompts import calibration
 
     target, recipe, options = choose(request)
     samples = calibration.load(request.calibration) if request.calibration else None
     checkpoint = open_planned(request, progress)
-    options, said = settled(recipe, options, samples, checkpoint)
-    return make_plan(checkpoint, target, recipe, options, said)
+    options, notes = resolved(recipe, options, samples, checkpoint, request.ask)
+    return make_plan(checkpoint, target, recipe, options, notes)
 
 
 def build(request: Request, out: Path, progress: Progress, store: Store) -> Built:
-    """Build the bundle ``out/<model>-<target>-<recipe>`` and return it; an equal one that is there already is kept.
+    """Build the bundle ``out/<model>-<target>-<recipe>`` and return it; an equal one in its place is kept.
 
-    Raises PlanRefused before any work when the plan refuses, GateFailed when the artifact is not its source.
+    Raises PlanRefused when the plan has refusals, GateFailed when the artifact misses a threshold or the prompt
+    contract, MachineError when the disk is too small, and the errors of opening and choosing.
     """
     from packager.metrics.encoders import refuse_for_decoders
     from packager.planning.plan import make_plan
@@ -185,20 +192,19 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     samples = calibration.load(request.calibration) if request.calibration else None
     template = training_template.load(request.template) if request.template else None
     if request.limits and not request.verify:
-        raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Take one of the two away.")
+        raise UsageError("--no-verify measures nothing, so no threshold can hold.", fix="Leave one of the two out.")
     if template and not request.verify:
-        raise UsageError("--no-verify compares nothing, not even with --template.", fix="Take one of the two away.")
+        raise UsageError("--no-verify compares nothing, so --template has no effect.", fix="Leave one of the two out.")
     if "min_behaviour" in request.limits and not (samples and samples.conversations):
-        raise UsageError(
-            "--min-behaviour needs the pairs to ask again.", fix="Give the fine-tuning pairs with --calibration."
-        )
+        raise UsageError("--min-behaviour needs the fine-tuning pairs.", fix="Give them with --calibration.")
+    _require_torch()
     opened = open_merged(request, store, progress)
     if template and opened.checkpoint.family.kind != "decoder":
         raise UsageError(f"{opened.checkpoint.name} has no conversations to render.", fix="Leave --template out.")
     if opened.checkpoint.family.kind == "decoder":
         refuse_for_decoders(request.limits)
-    options, said = settled(recipe, options, samples, opened.checkpoint)
-    plan = make_plan(opened.checkpoint, target, recipe, options, said)
+    options, notes = resolved(recipe, options, samples, opened.checkpoint, request.ask)
+    plan = make_plan(opened.checkpoint, target, recipe, options, notes)
     if plan.refusals:
         raise PlanRefused(
             f"{opened.checkpoint.name} cannot be built with {recipe.name} for {target.name}: {plan.refusals[0]}",
@@ -219,15 +225,16 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
         limits=request.limits,
         training=template,
         trust_calibration=request.trust_calibration,
+        ask=request.ask,
     )
     artifact = recipe.build(job, options)
     bundle = _assemble(job, plan, artifact, recipe, opened.sources, out)
-    costs = [step.cost() for step in opened.steps] + [dict(cost) for cost in artifact.costs]
+    costs = [*(step.cost() for step in opened.steps), *artifact.costs]
     record = {
         "bundle": str(bundle),
         "checkpoint_path": str(opened.checkpoint.path.resolve()),
         "seconds": round(time.monotonic() - start, 2),
-        "peak_rss_bytes": max([_own_peak(), *(int(str(cost["peak_rss_bytes"])) for cost in costs)]),
+        "peak_rss_bytes": max([_own_peak(), *(cost["peak_rss_bytes"] for cost in costs)]),
         "steps": costs,
     }
     with machine_errors(out):
@@ -235,8 +242,25 @@ def build(request: Request, out: Path, progress: Progress, store: Store) -> Buil
     return Built(bundle, plan, artifact, record)
 
 
+def _require_torch() -> None:
+    """Raise ToolError where torch is missing or too old. The wheel asks for no version of it, so that no install
+    takes the torch of somebody's own environment away.
+    """
+    from packaging.version import Version
+
+    from packager.core.processes import version_of
+
+    installed = version_of("torch")
+    if not installed or Version(installed) < Version(OLDEST_TORCH):
+        raise ToolError(
+            f"A build needs torch {OLDEST_TORCH} or newer; this environment has {installed or 'none'}.",
+            why="The source model is run beside the artifact, and transformers refuses older ones.",
+            fix="Install a newer torch, of whatever CUDA, or make an environment for packager alone.",
+        )
+
+
 def _require_room(out: Path, store: Store, plan: Plan) -> None:
-    """Raise MachineError now, not after minutes of work, when ``out`` or the store cannot take what will be written."""
+    """Raise MachineError before the work when ``out`` or the store is not writable or has too little space."""
     for place, wanted in ((out, plan.estimate.artifact_bytes), (store.root, plan.estimate.build_disk_bytes)):
         with machine_errors(place):
             try:
@@ -267,7 +291,7 @@ def _assemble(
     target, checkpoint = job.target, job.checkpoint
     if artifact.release is not None:
         target = target.on_release(artifact.release)
-    locks, engine = lock_files(artifact.run), box_engine(str(artifact.run["engine"]))
+    locks, engine = lock_files(artifact.run), box_engine(artifact.run.engine)
     wheels = fetch_wheels(
         locks[0], target, cache_root() / "box-wheels", job.progress, more=locks[1:], scarce=engine.scarce
     )
@@ -276,7 +300,7 @@ def _assemble(
         target={"name": target.name, "digest": target.digest},
         recipe={"name": recipe.name, "options": artifact.provenance["options"]},
         needs=needs_of(target, plan, artifact, wheels),
-        run=artifact.run,
+        run=artifact.run.as_dict(),
         files=artifact.files,
         extra=artifact.extra,
         runtimes=runtimes_folder(),
@@ -289,7 +313,7 @@ def _assemble(
 
 
 def _own_peak() -> int:
-    """This process's highest resident memory in bytes; 0 where the system does not tell."""
+    """This process's highest resident memory in bytes; 0 where the system does not report it."""
     try:
         import resource
         import sys

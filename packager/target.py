@@ -1,7 +1,7 @@
 """A Target: the facts of one device, read strictly from a TOML file.
 
 The file name is the target's name. Every key is a field of a dataclass below, with its unit in its name and its meaning
-in its metadata: the reader, the suggestions for misspelt keys and the reference (``target_keys``) all come from them.
+in its metadata; the reader, the suggestions for misspelt keys and the reference (``target_keys``) use these fields.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _MISSING = dataclasses.MISSING
 
 
 def _doc(sentence: str) -> dict[str, str]:
-    """Field metadata: what the reference prints for the key."""
+    """Field metadata: the sentence that the reference prints for the key."""
     return {"doc": sentence}
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What an offline install has to match."""
+    """The system, processor and Python versions of an offline install."""
 
     system: Literal["linux", "windows", "macos"] = field(metadata=_doc("operating system"))
     machine: Literal["x86_64", "aarch64", "arm64"] = field(metadata=_doc("processor, as the system itself names it"))
@@ -73,7 +73,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Software:
-    """One release of the maker's system image (JetPack) and what comes with it."""
+    """One release of the maker's system image (JetPack) and the versions in it."""
 
     jetpack: str = field(metadata=_doc('release, as "6.2"'))
     linux: str = field(metadata=_doc('Jetson Linux (L4T) release, as "36.4.3"'))
@@ -85,7 +85,7 @@ class Software:
 
 @dataclass(frozen=True)
 class Recipes:
-    """What can be built for it."""
+    """The recipes that can be built for it."""
 
     default: str = field(metadata=_doc("recipe used when none is named"))
     supported: tuple[str, ...] = field(metadata=_doc("all recipes that work there"))
@@ -129,7 +129,7 @@ class Target:
 
     @property
     def wheel_platforms(self) -> tuple[str, ...]:
-        """Every platform tag of a wheel that installs there, best first (PEP 600, PEP 425)."""
+        """All platform tags of wheels that install there, best first (PEP 600, PEP 425)."""
         return wheel_platforms(self.platform.wheel_tag)
 
     @property
@@ -153,8 +153,8 @@ class Target:
         return self.gpu is not None and recipe in self.gpu.recipes
 
     def budget(self, recipe: str, on_gpu: bool | None = None) -> int:
-        """Bytes a model of this recipe may fill: the GPU's own memory, or what the system leaves of main memory.
-        on_gpu: where an option of the recipe decides it; here and in bandwidth_for.
+        """Bytes that a model of this recipe may fill: the GPU's own memory, or main memory without the reserved part.
+        on_gpu: whether it runs on the GPU, when an option of the recipe decides it; None: gpu.recipes decides.
         """
         on_gpu = self.on_gpu(recipe) if on_gpu is None else on_gpu
         if self.gpu is not None and on_gpu and self.gpu.memory_gib is not None:
@@ -162,21 +162,21 @@ class Target:
         return max(0, self.memory_bytes - self.reserved_bytes)
 
     def bandwidth_for(self, recipe: str, on_gpu: bool | None = None) -> float:
-        """Bytes per second of the memory that a model of this recipe is read from."""
+        """Bytes per second of the memory from which a model of this recipe is read. on_gpu: as for ``budget``."""
         on_gpu = self.on_gpu(recipe) if on_gpu is None else on_gpu
         if self.gpu is not None and on_gpu and self.gpu.bandwidth_gb_s is not None:
             return self.gpu.bandwidth_gb_s * GB
         return self.bandwidth
 
     def on_release(self, jetpack: str) -> Target:
-        """The same device with one release of its system image: that one's Python and C library alone. Raises KeyError
-        for a release that the file does not have.
+        """The same device with only the Python and C library of one release of its system image. Raises KeyError for a
+        release that the file does not list.
         """
-        found = next((entry for entry in self.software if entry.jetpack == jetpack), None)
-        if found is None:
+        release = next((entry for entry in self.software if entry.jetpack == jetpack), None)
+        if release is None:
             raise KeyError(f"{self.name} has no [[software]] of JetPack {jetpack}")
-        tag = f"manylinux_{found.glibc.replace('.', '_')}_{self.platform.machine}"
-        place = dataclasses.replace(self.platform, python=(found.python,), glibc=found.glibc, wheel_tag=tag)
+        tag = f"manylinux_{release.glibc.replace('.', '_')}_{self.platform.machine}"
+        place = dataclasses.replace(self.platform, python=(release.python,), glibc=release.glibc, wheel_tag=tag)
         return dataclasses.replace(self, platform=place)
 
     def as_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def wheel_platforms(tag: str) -> tuple[str, ...]:
 
 
 def load_target(path: Path) -> Target:
-    """The target in a TOML file. Raises UsageError naming file and key for whatever is not as the reference says."""
+    """The target in a TOML file. Raises UsageError with the file and the key that is wrong."""
     try:
         raw = path.read_bytes()
         table = tomllib.loads(raw.decode("utf-8"))
@@ -239,7 +239,7 @@ def _required(item: dataclasses.Field[Any]) -> bool:
 
 
 def _plain(kind: Any) -> Any:
-    """``X | None`` as X: TOML has no null, an absent key says it."""
+    """``X | None`` as X: TOML has no null, an absent key stands for it."""
     if isinstance(kind, types.UnionType):
         return next(part for part in typing.get_args(kind) if part is not type(None))
     return kind
@@ -330,7 +330,7 @@ def _value(kind: Any, value: Any, path: Path, key: str) -> Any:
 
 
 def _check(target: Target, path: Path) -> None:
-    """What the types cannot say."""
+    """Raise UsageError for combinations of values that the types allow and no device has."""
     place = target.platform
     try:
         wheel_platforms(place.wheel_tag)

@@ -1,4 +1,4 @@
-"""TensorRT Edge-LLM for Jetson Orin on JetPack 7.2 and Thor: float16 or tuned int4, the engine made there."""
+"""TensorRT Edge-LLM for Jetson Orin on JetPack 7.2 and Thor: float16 or tuned int4, the engine built on the box."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp and Ollama: converted, checked against its source, quantized, and scored through the runtime that
+"""GGUF for llama.cpp and Ollama: converted, compared with its source, quantized, and scored in the runtime that
 ships.
 """
 
@@ -52,11 +52,11 @@ class Options:
     )
 
 
-def settle(
+def resolve_auto(
     options: Options, calibration: Calibration | None, checkpoint: Checkpoint
 ) -> tuple[Options, tuple[str, ...]]:
-    """Tuning is worth its minutes where 4 bits meet fine-tuning data that could be lost; hours are spent when asked
-    for.
+    """tune=auto tunes Q4_0 when fine-tuning data is given and tuning takes under an hour; returns a note when it takes
+    longer.
     """
     if options.tune != "auto":
         return options, ()
@@ -64,8 +64,8 @@ def settle(
         return replace(options, tune="none"), ()
     from packager.formats.int4.tuning import affordable
 
-    tune, said = affordable(checkpoint, "Q4_0's")
-    return replace(options, tune=tune), said
+    tune, notes = affordable(checkpoint, "Q4_0's")
+    return replace(options, tune=tune), notes
 
 
 RECIPE = Recipe(
@@ -83,5 +83,5 @@ RECIPE = Recipe(
     estimate=estimate,
     build=build,
     thresholds=thresholds,
-    settle=settle,
+    resolve_auto=resolve_auto,
 )

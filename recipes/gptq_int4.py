@@ -1,4 +1,4 @@
-"""GPTQ int4: integers tuned layer by layer, the very ones that a Q4_0 GGUF of them holds."""
+"""GPTQ int4: integers tuned layer by layer, the same as those of a tuned Q4_0 GGUF."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""INT8 ONNX for onnxruntime: one recipe, two kinds of model. What each kind needs stands in its own module.
+"""INT8 ONNX for onnxruntime, for encoders and language models.
 
-packager/formats/onnx/encoder.py makes embedders and classifiers, packager/formats/onnx/decoder.py language models. Both
-offer ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the one Options
+packager/formats/onnx/encoder.py builds embedders and classifiers, packager/formats/onnx/decoder.py language models.
+Both have ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the Options
 below.
 """
 
@@ -64,18 +64,20 @@ class Options:
     )
 
 
-def settle(
+def resolve_auto(
     options: Options, calibration: Calibration | None, checkpoint: Checkpoint
 ) -> tuple[Options, tuple[str, ...]]:
-    """int4 is tuned where there is fine-tuning data that could be lost, unless that takes hours."""
+    """tune=auto tunes int4 when fine-tuning data is given and tuning takes under an hour; returns a note when it takes
+    longer.
+    """
     if options.tune != "auto":
         return options, ()
     if options.bits != 4 or calibration is None or checkpoint.family.kind != "decoder":
         return replace(options, tune="none"), ()
     from packager.formats.int4.tuning import affordable
 
-    tune, said = affordable(checkpoint, "The INT4 model's")
-    return replace(options, tune=tune), said
+    tune, notes = affordable(checkpoint, "The INT4 model's")
+    return replace(options, tune=tune), notes
 
 
 KINDS = ByKind(Options, encoder="packager.formats.onnx.encoder", decoder="packager.formats.onnx.decoder")
@@ -103,5 +105,5 @@ RECIPE = Recipe(
     build=KINDS.build,
     thresholds=thresholds,
     encoder_thresholds=EncoderThresholds(),
-    settle=settle,
+    resolve_auto=resolve_auto,
 )

@@ -1,8 +1,8 @@
-"""TensorRT: one recipe, two kinds of model. What each kind needs stands in its own module.
+"""TensorRT, for encoders and language models.
 
-packager/formats/tensorrt/encoder.py makes embedders and classifiers; packager/formats/tensorrt/decoder.py speaks for
-language models. Both offer ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and
-read the one Options.
+packager/formats/tensorrt/encoder.py builds embedders and classifiers, packager/formats/tensorrt/decoder.py language
+models. Both have ``why_not``, ``estimate`` and ``build`` with the arguments of this module's functions, and read the
+Options below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.target import Target
 
-TEXT, CONVERSATION, LEAST = 512, 4096, 1024  # tokens, where no context is asked for
+TEXT, CONVERSATION, LEAST = 512, 4096, 1024  # tokens when context is none: of a text, a conversation, the least
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class Options:
 
 
 class Sized(ByKind[Options]):
-    """The kinds' modules, which are given a context wherever none was asked for."""
+    """Calls the kinds' modules with a context, chosen when the option is none."""
 
     def why_not(self, checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
         return super().why_not(checkpoint, target, self.sized(checkpoint, target, options))
 
     def estimate(self, checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-        found = super().estimate(checkpoint, target, self.sized(checkpoint, target, options))
-        asked = min(CONVERSATION, checkpoint.shape.context)
-        if options.context is None and checkpoint.family.kind == "decoder" and found.context < asked:
-            note = f"A conversation holds {found.context} tokens: {asked} for {found.slots} slots need more memory."
-            return replace(found, notes=(*found.notes, note))
-        return found
+        size = super().estimate(checkpoint, target, self.sized(checkpoint, target, options))
+        usual = min(CONVERSATION, checkpoint.shape.context)
+        if options.context is None and checkpoint.family.kind == "decoder" and size.context < usual:
+            note = f"A conversation holds {size.context} tokens: {usual} for {size.slots} slots need more memory."
+            return replace(size, notes=(*size.notes, note))
+        return size
 
     def build(self, job: Job, options: Options) -> Artifact:
         return super().build(job, self.sized(job.checkpoint, job.target, options))
 
     def sized(self, checkpoint: Checkpoint, target: Target, options: Options) -> Options:
-        """With a context: for a language model the longest of a few that fits its weights and caches on the GPU."""
+        """The options with a context: for a language model the longest of a few with which it fits into GPU memory."""
         if options.context is not None:
             return options
         if checkpoint.family.kind != "decoder":
@@ -74,8 +74,8 @@ class Sized(ByKind[Options]):
         longest = min(CONVERSATION, checkpoint.shape.context)
         lengths = [longest, *(n for n in (longest // 2, longest // 4) if n >= LEAST)]
         for length in lengths:
-            found = super().estimate(checkpoint, target, replace(options, context=length))
-            if found.load_bytes + found.kv_bytes + found.overhead_bytes <= target.budget("tensorrt_engine"):
+            size = super().estimate(checkpoint, target, replace(options, context=length))
+            if size.load_bytes + size.kv_bytes + size.overhead_bytes <= target.budget("tensorrt_engine"):
                 return replace(options, context=length)
         return replace(options, context=lengths[-1])
 

@@ -1,4 +1,4 @@
-"""``python -m runtimes VERB``: each verb is one module, imported only when it is asked for."""
+"""``python -m runtimes VERB``: each verb is one module, which is imported only for that verb."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ VERBS = {
     "check": ("preflight.check", "does this box fit the bundle? one sentence if it does not"),
     "serve": ("server.serve", "answer over HTTP: OpenAI API, /predict, /docs, /health, /metrics; /answer or /classify"),
     "bench": ("bench.llm", "measure latency, memory and throughput on this box"),
-    "engine": ("engines.tensorrt.command", "build, show or clear the engine that this box makes of a TensorRT bundle"),
+    "engine": (
+        "engines.tensorrt.command",
+        "build, show or clear the engine that this box builds from a TensorRT bundle",
+    ),
     "score": ("evaluate.score", "log-probabilities of given token sequences, for the fidelity gate"),
     "encode": ("evaluate.encode", "vectors or logits of given texts, for the fidelity gate of encoders"),
     "answer": ("evaluate.answer", "greedy answers to given prompts, for the fidelity report"),

@@ -1,4 +1,4 @@
-"""What every engine offers, whatever library stands behind it. One engine a file, named by ``run.engine``."""
+"""The interface of every engine: requests, pieces of an answer, errors. ``run.engine`` names the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class EngineError(Exception):
 
 
 class RequestRefused(EngineError):
-    """The request itself cannot be served. ``code`` is a word a program can branch on."""
+    """The request cannot be served. ``code``: a word that a program can branch on. ``param``: the field at fault."""
 
     def __init__(self, message: str, *, code: str = "invalid_value", param: str | None = None) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class RequestRefused(EngineError):
 
 
 class Busy(Exception):
-    """Too many requests wait already."""
+    """The queue is full."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Sampling:
 
     max_tokens: None means until the context is full. seed: None means a fresh one. stop: strings that end the answer
     and are not part of it. logprobs: None for none, else how many alternatives beside the chosen token (0 to 20).
-    schema: a JSON Schema as JSON text that the answer must follow. exact_ids: the ids of all tokens are needed, also
-    of those that hold only part of a character (then nothing arrives before the end, and cancelling waits for it).
+    schema: a JSON Schema as JSON text that the answer must follow. exact_ids: report the ids of all tokens, also of
+    those that hold part of a character; then nothing arrives before the end, and cancelling waits for it.
     """
 
     max_tokens: int | None = None
@@ -65,10 +65,10 @@ class Logprob:
 
 @dataclass(slots=True)
 class Piece:
-    """What one step brought. ``text`` holds whole characters only and may be empty.
+    """The result of one step. ``text`` holds whole characters only and may be empty.
 
-    ids: the tokens behind it. tokens: how many were sampled so far, the end token included. finish: None while it goes
-    on, then "stop" or "length". prompt_tokens and cached_tokens are set on the last piece.
+    ids: the tokens of this piece. tokens: how many were sampled so far, the end token included. finish: None until the
+    end, then "stop" or "length". prompt_tokens and cached_tokens are set on the last piece.
     """
 
     text: str
@@ -81,7 +81,7 @@ class Piece:
 
 
 Emit = Callable[[Piece], bool]
-"""Called for every piece, on the engine's thread. True cancels the generation."""
+"""Receives every piece, on the engine's thread. Returns True to cancel the generation."""
 
 
 class Engine(Protocol):
@@ -96,7 +96,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
-        """The same as an iterator; closing it cancels."""
+        """The pieces as an iterator; closing it cancels."""
         ...
 
     def score(self, tokens: Sequence[int], top: int) -> Iterator[Mapping[int, float]]:
@@ -104,7 +104,7 @@ class Engine(Protocol):
         ...
 
     def memory(self) -> int:
-        """Bytes resident now, device memory included where the library tells."""
+        """Bytes resident now, device memory included where the library reports it."""
         ...
 
     def close(self) -> None: ...
@@ -123,7 +123,7 @@ def iterate(stream: Callable[[Emit], None]) -> Iterator[Piece]:
         try:
             stream(emit)
             pieces.put(None)
-        except BaseException as error:  # handed to the reader, who raises it in its own thread
+        except BaseException as error:  # passed to the reader, which raises it in its own thread
             pieces.put(error)
 
     thread = threading.Thread(target=work, name="generate", daemon=True)
@@ -151,9 +151,9 @@ def check_length(prompt: Sequence[int], context: int) -> None:
 
 
 class StopScanner:
-    """Finds stop strings in a growing text and holds back only what may still become one.
+    """Finds stop strings in a growing text; holds back only an end that may become a stop string.
 
-    feed(text) gives the text that is safe to send and whether a stop string was met; rest() what is still held.
+    feed(text) returns the text that is safe to send, and whether a stop string was hit; rest() the held text.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -164,9 +164,9 @@ class StopScanner:
         if not self.stops:
             return text, False
         self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            out, self.held = self.held[: min(found)], ""
+        hits = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if hits:
+            out, self.held = self.held[: min(hits)], ""
             return out, True
         keep = max((self._overlap(stop) for stop in self.stops), default=0)
         cut = len(self.held) - keep

@@ -1,4 +1,4 @@
-"""Reads manifest.json's ``run`` object; no path from it is followed out of the bundle."""
+"""Reads the ``run`` object of manifest.json; a path that leaves the bundle is refused."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ class ManifestError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """How to run the model: paths resolved, everything else as in the manifest. context is per slot, in tokens.
-    settings: what only this engine understands. task: "generate", "embed" or "classify". device: what
-    ``serve --device`` said, "" for nothing.
+    """How to run the model: paths resolved, everything else as in the manifest. context: tokens per slot. settings:
+    the engine's own. task: "generate", "embed" or "classify". device: the value of ``serve --device``, "" for none.
     """
 
     engine: str
@@ -66,7 +65,7 @@ def read_bundle(folder: Path) -> Run:
     return parse_run(manifest.get("run"), name=str(manifest.get("name", "model")), folder=folder)
 
 
-def parse_run(run: Any, *, name: str = "model", folder: Path | None = None) -> Run:
+def parse_run(run: object, *, name: str = "model", folder: Path | None = None) -> Run:
     """Check a manifest's ``run`` object. Without a folder its paths are taken as they are (score and render)."""
     if not isinstance(run, dict):
         raise ManifestError("The manifest has no run object.")

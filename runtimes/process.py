@@ -1,4 +1,4 @@
-"""This process: how its worker threads wait, what memory it holds, and when it ends."""
+"""This process: how its worker threads wait, its memory, and when it ends."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 SPINS = "1000"
 
 
-def wait_politely() -> None:
-    """Let OpenMP threads sleep soon instead of spinning; call it before the engine's library is loaded.
+def limit_spinning() -> None:
+    """Make idle OpenMP threads sleep soon instead of spinning; call it before the engine's library is loaded.
 
-    llama.cpp's threads meet at hundreds of barriers a token. Where another program takes one of their cores, all others
-    spin until it is given back. The user's own settings (GOMP_SPINCOUNT, OMP_WAIT_POLICY) are left alone.
+    llama.cpp's threads wait at hundreds of barriers per token. When another program takes one of their cores, all other
+    threads spin until that core is free. The user's own GOMP_SPINCOUNT and OMP_WAIT_POLICY are kept.
     """
     if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def resident_bytes() -> int:
-    """Resident set of this process in bytes; 0 where the system does not tell."""
+    """Resident set of this process in bytes; 0 where it is unknown."""
     try:
         with Path("/proc/self/statm").open(encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -38,13 +38,13 @@ def resident_bytes() -> int:
         return 0
 
 
-def give_back() -> None:
-    """Return freed memory to the system, where glibc would keep it: what loading a model leaves behind."""
+def release_freed_memory() -> None:
+    """Return freed memory to the system, which glibc would keep: loading a model leaves much of it."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)
 
 
 def die_with_parent() -> None:
-    """In the child, before it becomes the server: end when the benchmark is killed, else it would hold the memory."""
+    """Called in a child before exec: the child ends when its parent is killed, and so frees its memory."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

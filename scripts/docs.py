@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code: python scripts/docs.py [--check]. With --check it says what differs, and fails.
+"""Writes docs/reference from the code: python scripts/docs.py [--check]. With --check it prints differences and fails.
 
 The command line comes from click and argparse, exit codes from packager/core/errors.py, target keys from the
 dataclasses that read them, recipe options from the recipes, the manifest from its JSON Schema: a change of any of them
@@ -32,7 +32,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def commands(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    """(full name, help text) of a command and everything below it, in order."""
+    """(full name, help text) of a command and its subcommands, in order."""
     yield context.command_path, context.get_help()
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
@@ -64,7 +64,7 @@ def exit_codes() -> str:
         if isinstance(kind, type) and issubclass(kind, errors.PackagerError) and kind is not errors.PackagerError
     }
     unknown = set(kinds) - {code for code, _ in rows}
-    assert not unknown, f"packager/core/errors.py: its docstring says nothing of exit codes {sorted(unknown)}"
+    assert not unknown, f"packager/core/errors.py: its docstring does not list the exit codes {sorted(unknown)}"
     lines = [(code, f"`{kinds[code].kind}`" if code in kinds else "", meaning) for code, meaning in rows]
     return "\n".join(
         [
@@ -139,7 +139,7 @@ def manifest() -> str:
             schema["description"],
             "",
             "The JSON Schema is `packager/bundle/schemas/manifest.schema.json`. The same inputs give the same bytes:",
-            "no times, host names or absolute paths stand in any file of a bundle; what a build cost is in",
+            "no file of a bundle contains times, host names or absolute paths; a build's time and memory are in",
             "`<bundle>.build.json` beside it.",
             "",
             table(("key", "type", "required", "meaning"), rows),
@@ -184,7 +184,7 @@ class _Parser(Exception):
 
 
 def on_the_box() -> str:
-    """bin/check, bin/serve, bin/bench: as tables, because argparse lays its help out anew with every Python."""
+    """bin/check, bin/serve, bin/bench as tables: the layout of argparse's help depends on the Python version."""
     sys.path.insert(0, str(ROOT))
     from runtimes.__main__ import VERBS
 
@@ -198,8 +198,8 @@ def on_the_box() -> str:
         with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
             try:
                 importlib.import_module(f"runtimes.{module}").main([])
-            except _Parser as found:
-                parser: argparse.ArgumentParser = found.args[0]
+            except _Parser as carrier:
+                parser: argparse.ArgumentParser = carrier.args[0]
         options = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
         rows = [
             (
@@ -222,13 +222,13 @@ def shown(default: object) -> str:
 
 
 def refusals() -> str:
-    """What recorded boxes are told: the preflight is run on each of them."""
+    """The preflight's results for the recorded boxes."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.refusals import markdown
 
     return "\n".join(
         [
-            "# What a box is told",
+            "# Preflight results",
             "",
             "Recorded boxes (`tests/unit/boxes`) against bundles, each row one run of the preflight;",
             "`python benchmarks/refusals.py` prints the same. The boxes were written from documentation and published",
@@ -240,6 +240,73 @@ def refusals() -> str:
     )
 
 
+def rooms() -> str:
+    """The layers of the packages, from scripts/rooms.py and the docstrings of the folders."""
+    from rooms import drawing, tree
+
+    parts = [
+        "# Rooms",
+        "",
+        "A room imports only rooms below it; rooms joined by `|` do not import each other. `scripts/rooms.py` names",
+        "them from bottom to top, and `tests/unit/test_layout.py` fails on an import that climbs.",
+        "",
+        f"```text\n{drawing()}```",
+        "",
+        "Modules in each folder:",
+        "",
+        f"```text\n{tree()}```",
+    ]
+    return "\n".join(parts)
+
+
+# Engines that this project's tests execute, on Linux and x86-64. Nothing with a GPU was executed.
+EXECUTED = ("llamacpp", "ort", "ort_encoder", "transformers")
+DEVICES = {
+    "desktop_linux_x86_64": "Linux desktop",
+    "desktop_windows_x86_64": "Windows desktop",
+    "desktop_macos_arm64": "macOS desktop",
+    "ollama": "Ollama",
+    "t4": "T4 server",
+    "jetson_orin_nano_8gb": "Jetson Orin",
+    "jetson_thor": "Jetson Thor",
+    "jetson_xavier_nx": "Jetson Xavier NX",
+}
+FORMS = (
+    ("GGUF", "gguf", "llamacpp"),
+    ("ONNX INT8 or INT4, language models", "onnx_int8", "ort"),
+    ("ONNX INT8, embedders and classifiers", "onnx_int8", "ort_encoder"),
+    ("GPTQ and AWQ int4", "gptq_int4", "transformers"),
+    ("TensorRT", "tensorrt_engine", "tensorrt"),
+    ("TensorRT Edge-LLM", "edge_llm", "edgellm"),
+)
+
+
+def formats_and_devices() -> str:
+    """The front page's table: what was run here, what was generated and not executed."""
+    from packager.planning.catalog import load_target
+
+    rows = []
+    for title, recipe, engine in FORMS:
+        cells = []
+        for name in DEVICES:
+            target = load_target(name)
+            if recipe not in target.recipes.supported:
+                cells.append("–")
+                continue
+            served = "vllm" if engine == "transformers" and engine not in target.runtimes else engine
+            here = (target.system, target.machine) == ("linux", "x86_64") and name != "ollama" and served in EXECUTED
+            cells.append("**run here**" if here else "generated")
+        rows.append((title, *cells))
+    return table(("", *DEVICES.values()), rows)
+
+
+def front_page(text: str) -> str:
+    """README.md with its generated table."""
+    begin, end = "<!-- formats and devices: scripts/docs.py -->\n", "<!-- end -->"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{formats_and_devices()}\n{end}{rest.partition(end)[2]}" if rest else text
+
+
 PAGES = {
     "cli.md": command_line,
     "box.md": on_the_box,
@@ -248,32 +315,35 @@ PAGES = {
     "recipes.md": recipes,
     "manifest.md": manifest,
     "refusals.md": refusals,
+    "rooms.md": rooms,
 }
 NOTE = "<!-- Written by scripts/docs.py from the code (make docs). Do not edit. -->\n\n"
 
 
 def main() -> int:
     check = sys.argv[1:] == ["--check"]
+    pages = {REFERENCE / name: NOTE + make().rstrip() + "\n" for name, make in PAGES.items()}
+    readme = ROOT / "README.md"
+    pages[readme] = front_page(readme.read_text(encoding="utf-8"))
     stale = 0
-    for name, make in PAGES.items():
-        path = REFERENCE / name
-        wanted = NOTE + make().rstrip() + "\n"
-        found = path.read_text(encoding="utf-8") if path.exists() else ""
-        if wanted == found:
+    for path, wanted in pages.items():
+        kept = path.read_text(encoding="utf-8") if path.exists() else ""
+        if wanted == kept:
             continue
         stale += 1
         if check:
-            old, new = found.splitlines(), wanted.splitlines()
-            lines = difflib.unified_diff(old, new, f"{name} (kept)", f"{name} (code)", n=1)
+            lines = difflib.unified_diff(
+                kept.splitlines(), wanted.splitlines(), f"{path.name} (kept)", f"{path.name} (code)", n=1
+            )
             print("\n".join(line.rstrip() for line in list(lines)[:40]))
         else:
-            REFERENCE.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted, encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")
     if check and stale:
-        print(f"docs/reference differs from the code in {stale} of {len(PAGES)} pages: run `make docs` and commit it.")
+        print(f"{stale} of {len(pages)} generated pages differ from the code: run `make docs` and commit them.")
         return 1
-    print(f"docs/reference: {len(PAGES)} pages as the code has it.")
+    print(f"{len(pages)} generated pages are as the code has them.")
     return 0
 
 

@@ -3,6 +3,9 @@
 # Index addresses are left out on purpose: pip's own configuration decides where files come from.
 set -eu
 cd "$(dirname "$0")/.."
+if [ -z "${UV:-}" ] && [ -x .venv/bin/uv ]; then
+    export UV="$PWD/.venv/bin/uv" # set-up's
+fi
 
 compile() {
     name=$1
@@ -18,6 +21,7 @@ done
 # What runs on the box is also run here (scoring, bench, serve): in the same versions, hence the constraint.
 compile build -c locks/box-llamacpp.lock -c locks/box-ort.lock --override locks/without-torch.in --no-emit-package torch "$@"
 compile test -c locks/build.lock --override locks/without-torch.in --no-emit-package torch "$@"
+compile uv --no-deps "$@"
 compile demo --no-deps "$@"
 compile test-data --no-deps "$@"
 compile tensorrt --no-deps "$@"

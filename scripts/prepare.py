@@ -1,8 +1,8 @@
 """Makes .venv in this checkout from the locks: python scripts/prepare.py build | demo | test. Standard library only.
 
-Every step leaves its key (the digest of what it was made from) in .venv/prepared.json after it is done: a warm run only
-compares keys, a failed one goes on with the step that failed, and a changed lock redoes its own step. A step that was
-killed may have left half a package, which pip takes for a whole one, so then .venv is made anew (downloads are cached).
+Every finished step stores its key (the digest of its inputs) in .venv/prepared.json: a warm run only compares keys, a
+failed one resumes with the failed step, and a changed lock repeats its own step. A killed step may have left half a
+package, which uv and pip treat as installed, so .venv is then made again (downloads are cached).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -20,18 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from packages import HAS_PIP, LOCKED, LOG, PYTHON, ROOT, VENV, install, install_torch
 from steps import Step, Stopped, locked, run
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin/python"
 RECORD = VENV / "prepared.json"
-LOG = VENV / "prepare.log"
-PIP: list[str | Path] = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-# --no-deps: the lock is complete, and so no package can bring a CUDA build of torch along. --no-compile: Python
-# compiles what is imported, which is a tenth of what is installed.
-LOCKED: list[str | Path] = ["install", "--no-deps", "--no-compile", "--only-binary", ":all:", "--require-hashes"]
-# Every child process of a build imports these: 14 s without bytecode, 6 s with it, and nobody else may come to write it
+# Every child process of a build imports these: 14 s without bytecode, 6 s with it. Later runs may be unable to write it
 # (PYTHONDONTWRITEBYTECODE in an image, a read-only checkout).
 HEAVY = {
     "build": ("torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
@@ -39,7 +31,6 @@ HEAVY = {
     "demo": ("openai",),
     "test": ("peft", "pytest"),
 }  # fmt: skip
-PIP_WORKS_ON = re.compile(r"^(?:Collecting|Downloading|Using cached|Installing) (?:collected )?([A-Za-z0-9_.+-]+)")
 
 
 def digest(*paths: str) -> str:
@@ -50,52 +41,9 @@ def digest(*paths: str) -> str:
     return total.hexdigest()
 
 
-def pip(name: str, arguments: list[str | Path]) -> tuple[int, str]:
-    """Run pip in the environment under one named step; its exit status and last words."""
-    step = Step(name)
-    count = 0
-
-    def show(line: str) -> None:
-        nonlocal count
-        if match := PIP_WORKS_ON.match(line.strip()):
-            count += line.startswith("Collecting")
-            step.news(f"{count} packages, {match[1]}")
-
-    code, tail = run([*PIP, *arguments], on_line=show, log=LOG)
-    step.done("done" if code == 0 else "failed")
-    return code, tail
-
-
-def install(name: str, arguments: list[str | Path]) -> None:
-    code, tail = pip(name, arguments)
-    if code:
-        why = next((line for line in reversed(tail.splitlines()) if "ERROR" in line), "pip gave no reason")
-        raise Stopped(
-            f"{name} could not be installed.",
-            why.removeprefix("ERROR: "),
-            f"if this is the network or the disk, mend it and run the same command again: it goes on here. Log: {LOG}.",
-        )
-
-
-def install_torch() -> None:
-    code, tail = pip("PyTorch (CPU)", [*LOCKED, "-r", ROOT / "locks/torch-cpu.lock"])
-    if code == 0:
-        return
-    if "No matching distribution" not in tail:
-        raise Stopped("PyTorch could not be installed.", (tail.splitlines() or ["no reason given"])[-1], f"see {LOG}.")
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    raise Stopped(
-        f"pip finds no CPU build of PyTorch 2.13.0 for Python {python} on {platform.system()} {platform.machine()}.",
-        "on Linux the package index has the CUDA build only (several GB in all), which this set-up never takes.",
-        'tell pip where CPU builds are: export PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch\'s "Get started" page '
-        "names>, or put the wheel of torch 2.13.0+cpu in a folder and export PIP_FIND_LINKS=<that folder>. If you have "
-        "it for another Python, name that one: make PYTHON=python3.11 …",
-    )
-
-
 def compile_imports(modules: tuple[str, ...]) -> None:
-    """Import once with bytecode written."""
-    step = Step("bytecode of what a build imports")
+    """Import modules once, so that their bytecode is written."""
+    step = Step("bytecode of the imported modules")
     script = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
     without = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
     code, tail = run([PYTHON, "-c", script, *modules], env=without, log=LOG)
@@ -106,7 +54,7 @@ def compile_imports(modules: tuple[str, ...]) -> None:
 
 
 class Due(NamedTuple):
-    """One step. It is due when its key differs from the recorded one. installs: whether it changes .venv."""
+    """One step, due when its key differs from the recorded one. installs: whether it changes .venv."""
 
     name: str
     key: str
@@ -124,25 +72,25 @@ def steps(stage: str) -> list[Due]:
     """The steps of a stage, in order."""
     editable: list[str | Path] = ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT]
     project = digest("setup.cfg", "pyproject.toml", "packager/__init__.py")
-    found = [
+    due = [
         Due("torch", digest("locks/torch-cpu.lock"), install_torch),
         from_lock("build", "packages"),
         Due("project", project, lambda: install("packager itself", editable)),
     ]
-    before = found[0].key + found[1].key
-    found.append(Due("bytecode", before, lambda: compile_imports(HEAVY["build"]), installs=False))
+    before = due[0].key + due[1].key
+    due.append(Due("bytecode", before, lambda: compile_imports(HEAVY["build"]), installs=False))
     if stage in ("demo", "test"):
-        found.append(from_lock("demo", "SmolLM2, the demo's model"))
-        found.append(Due("bytecode, demo", found[-1].key, lambda: compile_imports(HEAVY["demo"]), installs=False))
+        due.append(from_lock("demo", "SmolLM2, the demo's model"))
+        due.append(Due("bytecode, demo", due[-1].key, lambda: compile_imports(HEAVY["demo"]), installs=False))
     if stage == "test":
-        found.append(from_lock("test-data", "MiniLM, the encoders' model"))
-        found.append(from_lock("test", "test tools"))
-        found.append(Due("bytecode, test", found[-1].key, lambda: compile_imports(HEAVY["test"]), installs=False))
-    return found
+        due.append(from_lock("test-data", "MiniLM, the encoders' model"))
+        due.append(from_lock("test", "test tools"))
+        due.append(Due("bytecode, test", due[-1].key, lambda: compile_imports(HEAVY["test"]), installs=False))
+    return due
 
 
 def read_record() -> dict[str, Any] | None:
-    """What is done, or None when the environment is missing, moved or of another Python."""
+    """The record of finished steps; None when the environment is missing, moved or of another Python."""
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -160,7 +108,9 @@ def write_record(record: dict[str, Any]) -> None:
 
 
 def create() -> dict[str, Any]:
-    """A new, empty environment and its record. An old one of ours is removed; anything else there is left alone."""
+    """Make an empty environment and return its record. An old one of ours is removed. Raises Stopped when .venv is
+    something else.
+    """
     if VENV.exists() and not RECORD.exists() and any(VENV.iterdir()):
         raise Stopped(
             f"{VENV} is there already and was not made by this set-up.",
@@ -169,14 +119,16 @@ def create() -> dict[str, Any]:
         )
     VENV.mkdir(exist_ok=True)
     record: dict[str, Any] = {"root": str(ROOT), "python": sys.version, "steps": {}, "unfinished": "environment"}
-    write_record(record)  # first of all: so that the folder is known as ours whenever the rest is interrupted
+    write_record(record)  # first, so that the folder is known as ours when the rest is interrupted
     for old in VENV.iterdir():
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         elif old != RECORD:
             old.unlink()
     step = Step(f"environment for Python {platform.python_version()}")
-    code, tail = run([sys.executable, "-m", "venv", VENV], log=LOG)
+    code, tail = run([sys.executable, "-m", "venv", "--without-pip", VENV], log=LOG)
+    if code == 0 and not HAS_PIP:
+        code, tail = run([PYTHON, "-m", "ensurepip"], log=LOG)
     if code:
         raise Stopped(
             "the virtual environment could not be made.",
@@ -228,7 +180,7 @@ def main() -> int:
     for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV"):
         os.environ.pop(name, None)
     try:
-        with locked(Path(__file__)):  # two set-ups at once: the second waits, then finds everything done
+        with locked(Path(__file__)):  # a second set-up waits, then has nothing to do
             prepare(stage)
     except Stopped as reason:
         reason.show()

@@ -1,4 +1,4 @@
-"""Set-up's own small console: named steps, a live line on a terminal, plain lines in a log. Standard library only."""
+"""The console of set-up: named steps, a live line on a terminal, plain lines in a log. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-HELD: list[int] = []  # descriptors of the locks that are held; children inherit them
+HELD: list[int] = []  # descriptors of the locks in use; children inherit them
 
 
 class Stopped(Exception):
-    """Set-up cannot go on. what happened, why, and what to do next: three lines for the user."""
+    """Set-up cannot continue. what: the failure; why: its cause; fix: what to do next; shown as three lines."""
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what)
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class Step:
-    """One step's line: rewritten in place on a terminal; in a log begun, then finished, with news every 30 seconds."""
+    """One step's line: rewritten in place on a terminal; in a log a first and a last line, news every 30 seconds."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -54,7 +54,7 @@ class Step:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file. A second holder waits, also for children that outlive a killed set-up."""
+    """Lock a file. A second process waits, also for children that outlive a killed set-up."""
     handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -73,7 +73,7 @@ def run(
     env: Mapping[str, str] | None = None,
     log: Path | None = None,
 ) -> tuple[int, str]:
-    """Run a program; its exit status and its last 30 lines. Every line goes to ``on_line`` and to the log file."""
+    """(exit status, last 30 lines) of a program. Every line goes to ``on_line`` and to the log file."""
     tail: deque[str] = deque(maxlen=30)
     with subprocess.Popen(
         [str(part) for part in argv],

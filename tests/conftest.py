@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system_packages import summary
+
 ROOT = Path(__file__).resolve().parent.parent
 # A file goes to one worker, whole: with these first, none is left alone with minutes of work at the end.
 LONGEST = ("test_tune_persona", "test_gguf_build", "test_tensorrt", "test_encoder", "test_quantizers", "test_faults")
@@ -33,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(real):
             item.add_marker("real")
+            item.add_marker("no_cover")  # tracing costs a third of the time; coverage is the unit ring's figure
 
     def rank(item: pytest.Item) -> int:
         if item.get_closest_marker("real") is None:
@@ -40,6 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say at the very end what was not tested because this machine lacks a system package."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    if line := summary([report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]):
+        terminalreporter.write_line(line, yellow=True)
 
 
 def shared_temp(factory: pytest.TempPathFactory) -> Path:
@@ -51,10 +63,17 @@ def shared_temp(factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every build of a test, in this process or a child, goes to a store of the session."""
-    before = {key: os.environ.get(key) for key in ("PACKAGER_STORE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     folder = shared_temp(tmp_path_factory) / "store"
     folder.mkdir(exist_ok=True)
-    os.environ.update(PACKAGER_STORE=str(folder), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    # PyTorch's own index is a place of the internet: a test fetches only from pip's configured indexes
+    own = {
+        "PACKAGER_STORE": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PACKAGER_TORCH_INDEX": "",
+    }
+    before = {key: os.environ.get(key) for key in own}
+    os.environ.update(own)
     yield folder
     for key, value in before.items():
         if value is None:

@@ -1,1 +1,1 @@
-"""The folder that is copied to a box: its manifest, wheels, installer, assembly and verification, one file each."""
+"""The bundle, the folder that is copied to a box: manifest, wheels, installer, assembly, verification, benchmark."""

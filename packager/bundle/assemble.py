@@ -1,7 +1,7 @@
-"""Put a bundle together beside its final place and give it its name in one step.
+"""Assembles a bundle beside its final place and publishes it with one rename.
 
-Everything is copied into a hidden temporary sibling; digests, manifest and SHA256SUMS are made from it; it is synced
-and renamed. File modes, times and order are fixed: the same inputs give the same bytes, in a tar as well.
+All files are copied or linked into a hidden temporary sibling, which is synced and renamed. File modes, times and order
+are fixed: the same inputs give the same bytes, in a tar as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AT_FDCWD = -100
 
 @dataclass(frozen=True)
 class Contents:
-    """All that goes into a bundle.
+    """The contents of a bundle.
 
     name: the model's name. target: {"name", "digest"}. recipe: {"name", "options"}. files: name under model/ -> file.
     extra: name at the top level -> file or folder. wheels: None for a target whose server is not ours. runtimes: the
@@ -78,9 +78,9 @@ def assemble(
 ) -> Assembled:
     """Publish the bundle at ``out/<bundle>`` and return it.
 
-    digest: sha256 of a file; hand in one that remembers, and an unchanged bundle is recognised without reading it. A
-    different bundle at that place is replaced only when the new one is whole. Raises InputError when something that
-    is no bundle lies there, MachineError when the disk is full or not writable.
+    digest: sha256 of a file; with a cached one an unchanged bundle is recognised without reading it. A different bundle
+    in its place is replaced only when the new one is complete. Raises InputError when something else than a bundle is
+    in its place, MachineError when the disk is full or not writable.
     """
     goal = out / contents.bundle
     texts, sources = _plan(contents)
@@ -122,7 +122,7 @@ def assemble(
 
 
 def _plan(contents: Contents) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """What is written (path -> bytes) and what is copied (path -> file)."""
+    """(path -> bytes of files to write, path -> source of files to copy). Raises PackagerError for a wrong path."""
     texts = {
         name: text.encode()
         for name, text in box_files(
@@ -161,7 +161,7 @@ def _sums(entries: list[FileEntry], manifest: bytes) -> bytes:
 
 
 def _refuse_foreign(goal: Path) -> None:
-    """Only a bundle, or an empty folder, may be replaced."""
+    """Raise InputError unless the goal is a bundle, an empty folder or missing."""
     if not goal.exists() and not goal.is_symlink():
         return
     if goal.is_symlink() or not goal.is_dir() or (any(goal.iterdir()) and not _is_bundle(goal)):
@@ -181,7 +181,7 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _is_same(goal: Path, entries: list[FileEntry], texts: Mapping[str, bytes], digest: Callable[[Path], str]) -> bool:
-    """Whether the bundle at the goal is this one, file by file, with nothing extra."""
+    """Whether the bundle at the goal has exactly these files with these digests."""
     try:
         if any((goal / name).read_bytes() != texts[name] for name in (MANIFEST, SUMS)):
             return False
@@ -200,7 +200,7 @@ def _is_same(goal: Path, entries: list[FileEntry], texts: Mapping[str, bytes], d
 
 @contextlib.contextmanager
 def _sibling(goal: Path) -> Iterator[Path]:
-    """A locked temporary folder beside the goal; what killed builds left there is removed first."""
+    """A locked temporary folder beside the goal; removes the folders that killed builds left there."""
     start = f".{goal.name}.building-"
     for left in goal.parent.glob(f"{start}*"):
         with contextlib.suppress(OSError), _lock(left):
@@ -210,12 +210,12 @@ def _sibling(goal: Path) -> Iterator[Path]:
         with _lock(work):
             yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # after an exchange: the bundle that was replaced
+        shutil.rmtree(work, ignore_errors=True)  # after an exchange it is the replaced bundle
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold a folder; OSError when a living process holds it."""
+    """Lock a folder. Raises OSError when another process has locked it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -256,8 +256,8 @@ def _fill(
 
 
 def _link(source: Path, goal: Path, store: Path) -> bool:
-    """Give a file of the store a second name, where it is the store's own and on this disk: 1.6 GB take no time and no
-    room. Both names are read-only, and a store file that was changed all the same is noticed by its time.
+    """Hard-link a file of the store into the bundle, which takes no time or space; False when it is not the store's own
+    or is on another disk. Both names are read-only, and the store detects a changed file by its mtime.
     """
     if source.is_symlink() or not source.resolve().is_relative_to(store.resolve()):
         return False
@@ -269,7 +269,7 @@ def _link(source: Path, goal: Path, store: Path) -> bool:
 
 
 def _copy(source: Path, goal: Path, task: Task) -> str | None:
-    """Copy to disk; the sha256 of what was copied, or None when the blocks are shared with the source."""
+    """Copy to disk; returns the sha256 of the copied bytes, or None when the blocks are shared with the source."""
     with source.open("rb") as reader, goal.open("wb") as writer:
         try:
             if sys.platform == "linux":
@@ -278,7 +278,7 @@ def _copy(source: Path, goal: Path, task: Task) -> str | None:
                 os.fsync(writer.fileno())
                 return None
         except OSError:
-            writer.seek(0)  # this filesystem cannot share blocks
+            writer.seek(0)  # this file system cannot share blocks
         digest = hashlib.sha256()
         while block := reader.read(CHUNK):
             digest.update(block)
@@ -299,7 +299,7 @@ def _publish(work: Path, goal: Path) -> None:
             break
         except OSError:
             if attempt == 4 or not goal.exists():
-                raise  # else another build was faster: look again
+                raise  # otherwise another build published first: try again
     flush_folder(goal.parent)
 
 

@@ -1,6 +1,4 @@
-"""Benchmarks on the build machine: the bundle's own bench run from its runtime, the FP32 baseline beside it, and the
-tables.
-"""
+"""Benchmarks on the build machine: the bundle's own bench, the FP32 baseline, and the tables of both."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def bench(
                 ["bench", "--bundle", bundle.resolve(), "--output", place, *(["--quick"] if quick else [])],
                 name="the bundle's benchmark",
                 path=[bundle.resolve() / "runtime"],
-                env={"PYTHONDONTWRITEBYTECODE": "1"},  # a bundle holds nothing that its manifest does not list
+                env={"PYTHONDONTWRITEBYTECODE": "1"},  # a .pyc would be a file that the manifest does not list
             )
         document: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
         source = baseline or _built_from(bundle)
@@ -60,7 +58,7 @@ def bench(
 
 
 def serve(bundle: Path, host: str, port: int) -> None:
-    """Become the bundle's own server; does not return. Raises UsageError when the folder is no bundle."""
+    """Replace this process by the bundle's server; does not return. Raises UsageError when the folder is no bundle."""
     _require_bundle(bundle)
     folder = str(bundle.resolve() / "runtime")
     environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -76,7 +74,7 @@ def _require_bundle(bundle: Path) -> None:
 
 
 def _built_from(bundle: Path) -> Path | None:
-    """The checkpoint that the build record beside the bundle names, when it is still there."""
+    """The checkpoint's folder from the build record beside the bundle; None when either is missing."""
     record = bundle.parent / f"{bundle.resolve().name}.build.json"
     if not record.is_file():
         return None
@@ -112,19 +110,19 @@ def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dic
         total=float(BASELINE_REPEATS),
         unit="repeats",
     )
-    found = json.loads(output.read_text(encoding="utf-8"))
-    gaps = sorted(gap for repeat in found["inter_token"] for gap in repeat)
+    measured = json.loads(output.read_text(encoding="utf-8"))
+    gaps = sorted(gap for repeat in measured["inter_token"] for gap in repeat)
     return {
         "mode": "transformers FP32",
-        "memory_bytes": found["memory"],
+        "memory_bytes": measured["memory"],
         "prompt_tokens": len(prompt),
         "new_tokens": BASELINE_TOKENS,
         "repeats": BASELINE_REPEATS,
-        "ttft_ms": {"mean": _ms(statistics.mean(found["ttft"])), "stdev": _ms(statistics.stdev(found["ttft"]))},
+        "ttft_ms": {"mean": _ms(statistics.mean(measured["ttft"])), "stdev": _ms(statistics.stdev(measured["ttft"]))},
         "inter_token_ms": {f"p{p}": _ms(percentile(gaps, p)) for p in (50, 95, 99)},
         "decode_tokens_per_second": {
-            "mean": round(statistics.mean(len(r) / sum(r) for r in found["inter_token"]), 2),
-            "stdev": round(statistics.stdev(len(r) / sum(r) for r in found["inter_token"]), 2),
+            "mean": round(statistics.mean(len(r) / sum(r) for r in measured["inter_token"]), 2),
+            "stdev": round(statistics.stdev(len(r) / sum(r) for r in measured["inter_token"]), 2),
         },
     }
 
@@ -134,7 +132,7 @@ def _ms(seconds: float) -> float:
 
 
 def mode_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The rows of "mode, memory, P99 inter-token, TTFT, decode tokens/s" at one stream: baseline first."""
+    """Rows of (mode, memory, p99 inter-token latency, TTFT, decode tokens/s) at one stream, the baseline first."""
     rows: list[tuple[str, ...]] = []
     if base := document.get("baseline"):
         rows.append(
@@ -175,7 +173,7 @@ def stream_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:
-    """What stands under the tables: cold start, bandwidth and roofline, load, and the report's own notes."""
+    """The lines under the tables: cold start, bandwidth and roofline, load, and the report's own notes."""
     lines = []
     if cold := document.get("cold_start"):
         lines.append(f"cold start to first token: {cold['first_token_seconds']['mean']:.2f} s")

@@ -1,4 +1,4 @@
-"""The benchmark of an embedder or classifier on the build machine, and transformers FP32 beside it."""
+"""The benchmark of an embedder or classifier on the build machine, compared with transformers FP32."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ REQUESTS = 60
 
 
 def baseline(source: Path, document: Mapping[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
-    """The same numbers and lengths of texts as the bundle was asked, in transformers and float32."""
+    """Latency and memory of transformers in float32, with the same numbers and lengths of texts as the bundle."""
     output = work / "baseline.json"
     cases = [{"texts": row["texts"], "tokens": round(row["tokens_per_text"])} for row in document["batches"]]
-    asked = {
+    job = {
         "checkpoint": str(source),
         "classify": document["task"] == "classify",
         "cases": cases,
@@ -30,10 +30,10 @@ def baseline(source: Path, document: Mapping[str, Any], work: Path, progress: Pr
         "output": str(output),
     }
     name, child = "baseline: transformers FP32", WORKERS / "baseline_encoder.py"
-    follow(child, asked, name, progress, Cost(), work=work, total=float(len(cases)), unit="cases")
-    found = json.loads(output.read_text(encoding="utf-8"))
+    follow(child, job, name, progress, Cost(), work=work, total=float(len(cases)), unit="cases")
+    measured = json.loads(output.read_text(encoding="utf-8"))
     rows = []
-    for case in found["cases"]:
+    for case in measured["cases"]:
         ordered = sorted(case["seconds"])
         rows.append(
             {
@@ -43,7 +43,7 @@ def baseline(source: Path, document: Mapping[str, Any], work: Path, progress: Pr
                 "texts_per_second": round(case["texts"] * len(ordered) / sum(ordered), 1),
             }
         )
-    return {"mode": "transformers FP32", "memory_bytes": found["memory"], "requests": REQUESTS, "batches": rows}
+    return {"mode": "transformers FP32", "memory_bytes": measured["memory"], "requests": REQUESTS, "batches": rows}
 
 
 HEAD = ("mode", "memory", "texts × tokens", "p50 ms", "p95 ms", "p99 ms", "texts/s")
@@ -69,7 +69,7 @@ def _line(mode: str, memory: str, row: Mapping[str, Any], rate: float) -> tuple[
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:
-    """What stands under the table."""
+    """The lines under the table."""
     lines = []
     if document.get("baseline"):
         lines.append("The baseline times the model's call alone; the served figures include tokenizer and HTTP.")

@@ -1,7 +1,7 @@
-"""Is this box one that a bundle or a target fits? The preflight that every bundle carries, asked from the packager.
+"""Checks whether this box fits a bundle or a target, with the preflight that every bundle contains.
 
-The facts and the verdicts are the preflight's own (runtimes/preflight/check.py, run as a child and read as JSON): a box
-is told the same by ``packager doctor`` and by ``bin/check``.
+The facts and verdicts are the preflight's (runtimes/preflight/check.py, run as a child and read as JSON), so that
+``packager doctor`` and ``bin/check`` give the same result.
 """
 
 from __future__ import annotations
@@ -10,23 +10,34 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from packager.core.errors import PlanRefused, UsageError, VerifyFailed
 from packager.core.processes import ChildFailed, run_python
 from packager.planning.catalog import load_target, runtimes_folder, target_names
 from packager.target import Target
 
-# Of its nominal memory a board shows this much at least: 6.7 of 8 GiB on a Xavier NX, 7.3 on an Orin Nano.
+# The least share of its nominal memory that a board reports: 6.7 of 8 GiB on a Xavier NX, 7.3 on an Orin Nano.
 SHOWN_MEMORY = 0.8
 KEYS = ("ok", "exit_code", "refusal", "warnings", "findings")  # of a verdict
 REFUSED, DAMAGED = PlanRefused.exit_code, VerifyFailed.exit_code
 
 
-def target_needs(target: Target) -> dict[str, Any]:
-    """What makes a box one of this target, in the form of a manifest's ``needs``: no model's size, but the device's.
+class TargetRow(TypedDict):
+    """Whether the box is one of a target. refusal: "" when ok. unknown: names of facts that could still refuse it."""
 
-    Memory that the target file only assumes is not asked for.
+    target: str
+    title: str
+    ok: bool
+    refusal: str
+    unknown: list[str]
+
+
+def target_needs(target: Target) -> dict[str, Any]:
+    """The properties of a target's boxes, in the form of a manifest's ``needs``, with the memory of the device instead
+    of a model's.
+
+    Memory that the target file only assumes is not required.
     """
     gpu = None
     if target.gpu is not None and target.gpu.architecture.startswith("sm_"):
@@ -53,9 +64,10 @@ def target_needs(target: Target) -> dict[str, Any]:
 
 
 def examine(bundle: Path | None, target: str | None, facts: Path | None, *, files: bool) -> dict[str, Any]:
-    """The document of ``packager doctor --json``: facts, the verdict for the bundle or target that is named, and for
-    every known target whether this box is one.
+    """The document of ``packager doctor --json``: facts, the verdict for the given bundle or target, and for every
+    known target whether this box is one.
 
+    facts: recorded facts of a box, None to read this machine's. files: whether a bundle's files are checked too.
     Raises UsageError for a folder that is no bundle, and for recorded facts that cannot be read.
     """
     if bundle is not None and not (bundle / "manifest.json").is_file():
@@ -63,37 +75,43 @@ def examine(bundle: Path | None, target: str | None, facts: Path | None, *, file
             f"{bundle} is not a bundle: it has no manifest.json.", fix="Give the folder that `packager build` printed."
         )
     known = [load_target(name) for name in target_names()]
-    asked = load_target(target) if target else None
-    needs = {one.name: target_needs(one) for one in [*known, *([asked] if asked else [])]}
+    chosen = load_target(target) if target else None
+    needs = {one.name: target_needs(one) for one in [*known, *([chosen] if chosen else [])]}
     with tempfile.TemporaryDirectory(prefix="packager-doctor-") as folder:
         place = Path(folder)
         (place / "needs.json").write_text(json.dumps(needs), encoding="utf-8")
-        compared = _ask(place / "targets.json", "--needs", place / "needs.json", *_recorded(facts))
-        # the bundle is held against the very facts that are shown; the disk is that of the home folder
+        compared = _preflight(place / "targets.json", "--needs", place / "needs.json", *_recorded(facts))
+        # the bundle is compared with the same facts that are shown; the disk is that of the home folder
         (place / "facts.json").write_text(json.dumps(compared["facts"]), encoding="utf-8")
         verdict: Mapping[str, Any] | None = None
         if bundle is not None:
             options = () if files else ("--no-files",)
-            verdict = _ask(place / "bundle.json", "--bundle", bundle, "--facts", place / "facts.json", *options)
-        elif asked is not None:
-            verdict = compared["results"][asked.name]
-    rows = [
-        {"target": one.name, "title": one.title, "ok": said["ok"], "refusal": said["refusal"], "unknown": _open(said)}
+            verdict = _preflight(place / "bundle.json", "--bundle", bundle, "--facts", place / "facts.json", *options)
+        elif chosen is not None:
+            verdict = compared["results"][chosen.name]
+    rows: list[TargetRow] = [
+        {
+            "target": one.name,
+            "title": one.title,
+            "ok": result["ok"],
+            "refusal": result["refusal"],
+            "unknown": _unknown(result),
+        }
         for one in known
-        for said in (compared["results"][one.name],)
+        for result in (compared["results"][one.name],)
     ]
     return {
         "facts": compared["facts"],
         "bundle": str(bundle) if bundle is not None else None,
-        "target": asked.name if asked else None,
+        "target": chosen.name if chosen else None,
         "verdict": None if verdict is None else {key: verdict[key] for key in KEYS},
         "targets": rows,
         "nearest": _nearest(known, rows),
     }
 
 
-def _open(verdict: Mapping[str, Any]) -> list[str]:
-    """What could not be read and might still refuse the box."""
+def _unknown(verdict: Mapping[str, Any]) -> list[str]:
+    """The names of facts that could not be read and could refuse the box."""
     return [one["name"] for one in verdict["findings"] if one["ok"] is None and one["severity"] == "refuses"]
 
 
@@ -101,8 +119,11 @@ def _recorded(facts: Path | None) -> tuple[str | Path, ...]:
     return () if facts is None else ("--facts", facts.resolve())
 
 
-def _ask(output: Path, *arguments: str | Path) -> dict[str, Any]:
-    """Run the preflight and read its document. A box that does not fit is an answer, not a failure."""
+def _preflight(output: Path, *arguments: str | Path) -> dict[str, Any]:
+    """Run the preflight and read its document. A box that does not fit is a result, not an error.
+
+    Raises UsageError and VerifyFailed with the preflight's own sentence, ChildFailed when it crashes.
+    """
     try:
         run_python(runtimes_folder() / "preflight/check.py", [*arguments, "--output", output], name="the preflight")
     except ChildFailed as error:
@@ -116,15 +137,15 @@ def _ask(output: Path, *arguments: str | Path) -> dict[str, Any]:
     return document
 
 
-def _nearest(known: list[Target], rows: list[dict[str, Any]]) -> str | None:
-    """The target that says most of this box: of those that it is, one with a GPU, then the one with most memory."""
+def _nearest(known: list[Target], rows: list[TargetRow]) -> str | None:
+    """The most specific target that the box fits with every fact known: one with a GPU, then that with most memory."""
     fitting = [target for target, row in zip(known, rows, strict=True) if row["ok"] and not row["unknown"]]
     best = max(fitting, key=lambda one: (one.gpu is not None, one.memory_bytes), default=None)
     return best.name if best else None
 
 
 def raise_if_refused(document: Mapping[str, Any]) -> None:
-    """PlanRefused or VerifyFailed, as bin/check ends, when the bundle or target that was named does not fit."""
+    """Raise PlanRefused or VerifyFailed, with bin/check's exit codes, when the given bundle or target does not fit."""
     verdict = document["verdict"]
     if verdict is None or verdict["ok"]:
         return
@@ -135,7 +156,7 @@ def raise_if_refused(document: Mapping[str, Any]) -> None:
 
 
 def shown_facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A box's facts for people, what is unknown as such."""
+    """(label, text) of a box's facts; a fact that could not be read is "unknown"."""
     from packager.core.units import size
 
     def amount(key: str) -> str:

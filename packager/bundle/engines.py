@@ -1,7 +1,7 @@
-"""What a bundle carries for each engine, and what the engine needs of the box: one table, one entry an engine.
+"""The table of engines: for each the runtime files and wheel locks of its bundle.
 
 A new engine gets an entry here, a module below runtimes/engines/ with its line in registry.py, and a lock. The files
-are named one by one, so that nothing comes onto a box because it lay in the folder.
+are listed one by one, so that no other file of the folder gets onto a box.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packager.bundle.manifest import Needs
 from packager.core.errors import PackagerError
@@ -18,12 +18,13 @@ from packager.core.folders import lock_file
 if TYPE_CHECKING:
     from packager.bundle.wheels import WheelSet
     from packager.planning.plan import Plan
-    from packager.recipe import Artifact
+    from packager.recipe import Artifact, Run
     from packager.target import Target
 
-# Files of runtimes/; the __init__.py of every folder on the way comes along.
+# Files of runtimes/; the __init__.py of each of their folders is added.
 COMMON = (
-    "__main__.py", "manifest.py", "process.py", "engines/registry.py", "install/install.py", "install/launchers.py",
+    "__main__.py", "files.py", "manifest.py", "process.py",
+    "engines/registry.py", "install/install.py", "install/launchers.py",
     "bench/client.py", "bench/llm.py", "bench/machine.py", "bench/server.py",
     "preflight/check.py", "preflight/driver_probe.py", "preflight/facts.py", "preflight/fit.py",
     "preflight/fit_gpu.py", "preflight/jetson.py", "preflight/nvidia.py", "preflight/sources.py", "preflight/vllm.py",
@@ -33,13 +34,13 @@ SERVER = (
     "engine.py", "evaluate/json_files.py", "server/base_app.py", "server/http_protocol.py", "server/loading.py",
     "server/metrics.py", "server/middleware.py", "server/openai_responses.py", "server/serve.py",
 )  # fmt: skip
-# Language models: chat and completions, and what scores and renders on the build machine.
+# Language models: chat and completions, and the scoring and rendering that the build machine runs.
 CHAT = (
     *SERVER, "decoding/chat_template.py", "decoding/tokenizer.py", "evaluate/answer.py", "evaluate/render.py",
     "evaluate/score.py", "server/chat_app.py", "server/dispatcher.py", "server/openai_requests.py",
     "server/responses.py",
 )  # fmt: skip
-# Engines that give logits: tokens are chosen here, in slots that share a batch.
+# Engines that return logits: this package samples the tokens, in slots that share a batch.
 SAMPLED = (*CHAT, "decoding/detokenize.py", "decoding/sampling.py", "decoding/stream.py")
 SCHEDULED = (*SAMPLED, "decoding/json_schema.py", "decoding/scheduler.py")
 # Embedders and classifiers.
@@ -71,9 +72,9 @@ TENSORRT = (
 
 @dataclass(frozen=True)
 class BoxEngine:
-    """files: of runtimes/, beside COMMON. locks: names in locks/ of the wheels; the first may be replaced by that of
-    the library in the settings (``by_library``). scarce: packages that an index may have for some Pythons only.
-    compiled: the box makes an engine and has bin/engine for it. caches: it keeps what it makes, so its unit gets a
+    """files: of runtimes/, in addition to COMMON. locks: names in locks/ of the wheels; with ``by_library`` the lock of
+    the settings' library replaces the first. scarce: packages that an index may have for some Pythons only. compiled:
+    the box builds an engine and has bin/engine for it. caches: it stores files that it builds, so its unit gets a
     CacheDirectory.
     """
 
@@ -131,7 +132,7 @@ ENGINES: Mapping[str, BoxEngine] = {
 
 
 def box_engine(name: str) -> BoxEngine:
-    """The entry of an engine. Raises PackagerError for one that the table does not have."""
+    """The entry of an engine. Raises PackagerError for an unknown engine."""
     if name not in ENGINES:
         raise PackagerError(
             f"No runtime files are listed for the engine {name!r}; the table has {', '.join(sorted(ENGINES))}.",
@@ -141,26 +142,26 @@ def box_engine(name: str) -> BoxEngine:
 
 
 def runtime_files(name: str) -> tuple[str, ...]:
-    """The files of runtimes/ that a bundle for an engine carries. Raises PackagerError for an unknown engine."""
+    """The files of runtimes/ in a bundle for an engine. Raises PackagerError for an unknown engine."""
     named = {*COMMON, *box_engine(name).files}
     packages = {(parent / "__init__.py").as_posix() for file in named for parent in Path(file).parents}
     return tuple(sorted(named | packages))
 
 
-def lock_files(run: Mapping[str, Any]) -> list[Path]:
-    """The locks of the box's wheels: the engine's, or its library's, then those that it takes beside."""
-    entry = box_engine(str(run["engine"]))
-    library = (run.get("settings") or {}).get("library") if entry.by_library else None
+def lock_files(run: Run) -> list[Path]:
+    """The lock files of the box's wheels: the engine's or its library's first, then its further ones."""
+    entry = box_engine(run.engine)
+    library = run.settings.get("library") if entry.by_library else None
     first = f"box-{str(library).replace('-', '_')}" if library else entry.locks[0]
     return [lock_file(name) for name in (first, *entry.locks[1:])]
 
 
 def needs_of(target: Target, plan: Plan, artifact: Artifact, wheels: WheelSet) -> Needs:
-    """What the box must have. Disk: the model, and the wheels unpacked (about four times their size) beside their copy.
-    An engine on a GPU of its own says in its settings what it needs of that and of main memory.
+    """The requirements on the box. Disk: the model, and four times the size of the wheels for their copy and the
+    unpacked files. vLLM's settings have its requirements on the GPU and on main memory.
     """
     model = sum(path.stat().st_size for path in artifact.files.values())
-    settings = artifact.run.get("settings") or {}
+    settings = artifact.run.settings
     gpu = artifact.gpu
     if "capability" in settings:
         count = 1 if settings["ray"] else settings["tensor_parallel"]  # Ray's other GPUs are in other machines

@@ -1,7 +1,7 @@
-"""The files that speak to the box and its person: install.sh, README.md and the systemd units, from templates/.
+"""The files of a bundle for the box and its operator, from templates/: install.sh, README.md and the systemd units.
 
-Templates are plain files with ``@KEY@`` marks. What is put in is checked first: a shell script is no place for text
-that somebody else chose.
+Templates are plain files with ``@KEY@`` marks. Values are checked before they are inserted, because a shell script
+must not contain text of unknown origin.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ INSTALL = {
 }
 
 
-# What the README says of each kind of model: what it is, what it holds, how to ask it, with which client, and what is
-# measured. The asking is a shell command, so it holds nothing but the checked name.
+# The README's text for each kind of model: its name, capacity, request, client and measurements. The request is a shell
+# command, so the only value in it is the checked name.
 OPENAI = "Any OpenAI client works with the base address `http://127.0.0.1:8000/v1` and any key."
 CURL = "    curl http://127.0.0.1:8000@PATH@ -H 'Content-Type: application/json' \\\n      -d '@BODY@'"
 KINDS = {
@@ -50,7 +50,7 @@ KINDS = {
 }  # fmt: skip
 
 
-# What the README of a TensorRT bundle says beside.
+# The further section in the README of a TensorRT bundle.
 ENGINE = """## The engine
 
 TensorRT runs an engine that is made for one GPU and one version of it. A bundle for a T4 or another RTX card brings its
@@ -65,7 +65,7 @@ It lies in `PREFIX/cache`, or where that cannot be written in the service's `Cac
 
 
 def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[str, Any]) -> dict[str, str]:
-    """File name -> text of everything a box gets from templates. Raises PackagerError for a name that is not plain."""
+    """File name -> text of the files from templates. Raises PackagerError for a value that SAFE does not match."""
     engine = box_engine(str(run["engine"]))
     on_gpu = bool(run.get("gpu_layers") or needs.gpu)
     values = {
@@ -79,8 +79,8 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
     for key, value in values.items():
         if not SAFE.fullmatch(value):
             raise PackagerError(
-                f"{value!r} cannot stand in an installer ({key.lower()}).",
-                why="Only letters, digits, dot, dash and underscore may.",
+                f"{value!r} cannot be used in an installer ({key.lower()}).",
+                why="Only letters, digits, dot, dash and underscore are allowed.",
                 fix="Choose a plain name.",
             )
     values |= {
@@ -92,7 +92,7 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
         "PRIVATE_DEVICES": "no" if on_gpu else "yes",  # a GPU is a device node
         "CACHE": _service(bundle, needs) if engine.caches else "",
         "ENGINE": ENGINE if engine.compiled else "",
-        **_said(run, model),
+        **_task_texts(run, model),
         "INSTALL": INSTALL[needs.system].replace("@BUNDLE@", bundle),
     }
     names = ["README.md", "install.cmd"] if needs.system == "windows" else ["README.md", "install.sh"]
@@ -102,7 +102,7 @@ def box_files(bundle: str, model: str, target: str, needs: Needs, run: Mapping[s
 
 
 def _gpu(needs: Mapping[str, Any] | None) -> str:
-    """What ``needs.gpu`` asks, in words."""
+    """``needs.gpu`` in words."""
     if needs is None:
         return "none is needed"
     count = f"{needs['count']} × " if needs["count"] > 1 else ""
@@ -124,25 +124,25 @@ def _gpu(needs: Mapping[str, Any] | None) -> str:
 
 
 def _service(bundle: str, needs: Needs) -> str:
-    """More lines of a TensorRT bundle's system unit: a place for the engine or kernels that it makes, and on a Jetson
-    the group that its GPU's device nodes belong to.
+    """Further lines of a system unit: a folder for the engine or kernels that the box builds, and on a Jetson the group
+    of the GPU's device nodes.
     """
     return f"\nCacheDirectory={bundle}" + ("\nSupplementaryGroups=video" if needs.machine == "aarch64" else "")
 
 
-def _said(run: Mapping[str, Any], model: str) -> dict[str, str]:
-    """The README's words for this kind of model."""
+def _task_texts(run: Mapping[str, Any], model: str) -> dict[str, str]:
+    """The README's texts for the model's task."""
     words = KINDS[str(run.get("task", "generate"))]
-    asked = CURL.replace("@PATH@", words["PATH"]).replace("@BODY@", words["BODY"]).replace("@MODEL@", model)
+    request = CURL.replace("@PATH@", words["PATH"]).replace("@BODY@", words["BODY"]).replace("@MODEL@", model)
     holds = words["HOLDS"].replace("@CONTEXT@", str(run["context"])).replace("@SLOTS@", str(run["slots"]))
-    return {**{key: words[key] for key in ("KIND", "CLIENT", "MEASURED")}, "ASK": asked, "HOLDS": holds}
+    return {**{key: words[key] for key in ("KIND", "CLIENT", "MEASURED")}, "ASK": request, "HOLDS": holds}
 
 
 def _fill(name: str, values: Mapping[str, str]) -> str:
     text = package_files("packager.bundle").joinpath("templates", name).read_text("utf-8")
 
     def value(mark: re.Match[str]) -> str:
-        # @PREFIX@ is known only on the box.
+        # install.sh replaces @PREFIX@ on the box
         return mark[0] if mark[1] == "PREFIX" else values[mark[1]]
 
     return re.sub(r"@([A-Z_]+)@", value, text)

@@ -1,4 +1,4 @@
-"""manifest.json: what is in a bundle, how the box runs it, what the box must have. Typed here, described by a schema.
+"""manifest.json: a bundle's files, how the box runs it, and what the box needs, as dataclasses.
 
 The schema (packager/bundle/schemas/manifest.schema.json, JSON Schema draft 2020-12) is the reference; a box reads the
 JSON with the standard library alone. No times, host names or absolute paths: the same inputs give the same bytes.
@@ -23,8 +23,8 @@ SUMS = "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a box must have. python_min and python_max: minor versions, both allowed. ram_bytes: memory of the machine.
-    disk_bytes: what an install takes at its prefix. gpu: None, or what the engine asks of one.
+    """The requirements on a box. python_min and python_max: minor versions, both included. ram_bytes: memory of the
+    machine. disk_bytes: the size of an install at its prefix. gpu: None, or the requirements on one.
     """
 
     system: str
@@ -70,22 +70,22 @@ class Manifest:
 
 
 def to_json(manifest: Manifest) -> str:
-    """Canonical text: sorted keys, two spaces, a newline at the end. Raises PackagerError on a manifest that does not
-    keep to the schema (a defect of a recipe, not of the user)."""
+    """Canonical text: sorted keys, two spaces, a newline at the end. Raises PackagerError for a manifest that violates
+    its schema (a defect of a recipe, not of the user)."""
     plain = manifest.as_dict()
     text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     problems = violations(json.loads(text))
     if problems:
         raise PackagerError(
-            f"The manifest of {manifest.bundle} breaks its schema: {problems[0]}",
-            why=f"{len(problems)} violation(s) in what the recipe or target gave.",
+            f"The manifest of {manifest.bundle} violates its schema: {problems[0]}",
+            why=f"{len(problems)} violation(s) in the values from the recipe or target.",
             fix="Correct the recipe; the schema is packager/bundle/schemas/manifest.schema.json.",
         )
     return text
 
 
 def from_dict(plain: Mapping[str, Any]) -> Manifest:
-    """A Manifest from parsed JSON that keeps to the schema."""
+    """A Manifest from parsed JSON that satisfies the schema."""
     return Manifest(
         name=plain["name"],
         bundle=plain["bundle"],
@@ -101,7 +101,7 @@ def from_dict(plain: Mapping[str, Any]) -> Manifest:
 
 
 def load(bundle: Path) -> Manifest:
-    """Read a bundle's manifest. Raises VerifyFailed when it is missing, no JSON, of another version or invalid."""
+    """Read a bundle's manifest. Raises VerifyFailed when it is missing, not JSON, of another version or invalid."""
     path = bundle / MANIFEST
     try:
         plain = json.loads(path.read_text("utf-8"))
@@ -116,7 +116,7 @@ def load(bundle: Path) -> Manifest:
     problems = violations(plain)
     if problems:
         raise VerifyFailed(
-            f"{path} breaks its schema: {problems[0]}",
+            f"{path} violates its schema: {problems[0]}",
             why=f"{len(problems)} violation(s).",
             fix="Copy the bundle again, or build it with this version of packager.",
         )
@@ -132,13 +132,13 @@ def schema() -> dict[str, Any]:
 
 
 def violations(plain: Any) -> list[str]:
-    """Every violation of the schema, as "where: what", sorted by place; a foreign version is the only one named."""
+    """All violations of the schema, as "where: what", sorted; only the version when it is another one."""
     from jsonschema import Draft202012Validator
 
     if isinstance(plain, dict) and isinstance(plain.get("schema_version"), int):
-        found = plain["schema_version"]
-        if found != SCHEMA_VERSION:
-            return [f"schema_version: {found} is not {SCHEMA_VERSION}, the version this packager reads."]
+        version = plain["schema_version"]
+        if version != SCHEMA_VERSION:
+            return [f"schema_version: {version} is not {SCHEMA_VERSION}, the version this packager reads."]
     errors = Draft202012Validator(schema()).iter_errors(plain)
     listed = [f"{error.json_path}: {error.message}" for error in errors]
     if not listed:
@@ -147,7 +147,7 @@ def violations(plain: Any) -> list[str]:
 
 
 def _file_list_problems(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What a schema cannot say: paths that escape, repeat, or differ only in case (lost on Windows and macOS)."""
+    """Problems that a schema cannot express: paths that escape, repeat, or differ only in case (Windows, macOS)."""
     problems = []
     seen: dict[str, str] = {}
     for entry in entries:

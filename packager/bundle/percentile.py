@@ -1,4 +1,4 @@
-"""One figure that both benchmark reports are made of."""
+"""The percentile that both benchmark reports use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Is a bundle what was built? Everything that is wrong with it, not only the first.
+"""Verifies a bundle and lists every problem, not only the first.
 
-Three witnesses: SHA256SUMS and the manifest (was a file changed, lost or added), the schema (does the manifest say
-what it must), and the model's own header (is it whole even if somebody made new sums for a truncated copy).
+Three checks: SHA256SUMS and the manifest (changed, missing or added files), the manifest's schema, and the model's own
+header (a truncated file for which new sums were made).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Kind = Literal["missing", "changed", "extra", "link", "unsafe", "unreadable", "s
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what kind, where (a path in the bundle), and a sentence."""
+    """One problem: its kind, the path in the bundle, and a sentence."""
 
     kind: Kind
     path: str
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """What was looked at and what is wrong. files: compared by digest. bytes: read."""
+    """The result of a verification. files: number listed in the manifest. bytes: read. model: facts of its header."""
 
     bundle: Path
     problems: tuple[Problem, ...]
@@ -42,7 +42,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no problem."""
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Report:
         }
 
     def raise_if_bad(self) -> None:
-        """Raise VerifyFailed, which names the first problem, when there is one."""
+        """Raise VerifyFailed with the first problem, when there is one."""
         if self.problems:
             first, count = self.problems[0], len(self.problems)
             raise VerifyFailed(
@@ -84,19 +84,19 @@ def verify(bundle: Path, progress: Progress | None = None, *, digest: Callable[[
         for path, entry in listed.items():
             if path not in present:
                 if not any(problem.path == path for problem in problems):
-                    problems.append(Problem("missing", path, "the manifest lists it, the bundle has it not"))
+                    problems.append(Problem("missing", path, "the manifest lists it, but the bundle does not have it"))
                 continue
             read += present[path]
             problems += _compare(bundle / path, present[path], entry, digest)
             task.advance(entry.bytes)
     problems += [
-        Problem("extra", path, "neither manifest nor sums know it")
+        Problem("extra", path, "the manifest does not list it")
         for path in present
         if path not in listed and path not in (MANIFEST, SUMS)
     ]
     problems += _compare_sums(bundle, sums, manifest, digest)
-    model, found = _model(bundle, manifest, listed)
-    problems += found
+    model, model_problems = _model(bundle, manifest, listed)
+    problems += model_problems
     if manifest.bundle != bundle.resolve().name:
         progress.note(f"The folder is called {bundle.resolve().name}, the bundle {manifest.bundle}.")
     order = sorted(set(problems), key=lambda problem: (problem.path, problem.kind, problem.detail))
@@ -104,7 +104,7 @@ def verify(bundle: Path, progress: Progress | None = None, *, digest: Callable[[
 
 
 def _walk(bundle: Path, problems: list[Problem]) -> Iterator[tuple[str, int]]:
-    """(path, size) of every plain file; links and special files are problems, and links are never followed."""
+    """(path, size) of every plain file; adds links and special files to problems; does not follow links."""
     for folder, folders, files in os.walk(bundle):
         for name in sorted([*folders, *files]):
             file = Path(folder) / name
@@ -125,11 +125,11 @@ def _compare(file: Path, size: int, entry: FileEntry, digest: Callable[[Path], s
     if size != entry.bytes:
         return [Problem("changed", entry.path, f"{size} bytes instead of {entry.bytes}")]
     try:
-        found = digest(file)
+        actual = digest(file)
     except OSError as error:
         return [Problem("unreadable", entry.path, str(error.strerror or error))]
-    if found != entry.sha256:
-        return [Problem("changed", entry.path, f"sha256 {found[:16]}… instead of {entry.sha256[:16]}…")]
+    if actual != entry.sha256:
+        return [Problem("changed", entry.path, f"sha256 {actual[:16]}… instead of {entry.sha256[:16]}…")]
     return []
 
 
@@ -143,7 +143,7 @@ def _read_sums(bundle: Path, problems: list[Problem]) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         digest, _, path = line.partition("  ")
         if len(digest) != 64 or not is_inside(path):
-            problems.append(Problem("unsafe", SUMS, f"line {number} cannot be trusted: {line[:120]!r}"))
+            problems.append(Problem("unsafe", SUMS, f"line {number} has no digest, or an unsafe path: {line[:120]!r}"))
         elif path in sums:
             problems.append(Problem("sums", SUMS, f"{path} is listed twice"))
         else:
@@ -154,7 +154,7 @@ def _read_sums(bundle: Path, problems: list[Problem]) -> dict[str, str]:
 def _compare_sums(
     bundle: Path, sums: dict[str, str], manifest: Manifest, digest: Callable[[Path], str]
 ) -> list[Problem]:
-    """Sums and manifest must name the same files with the same digests."""
+    """Problems where sums and manifest do not list the same files with the same digests."""
     if not sums:
         return []
     expected = {entry.path: entry.sha256 for entry in manifest.files} | {MANIFEST: digest(bundle / MANIFEST)}
@@ -171,7 +171,7 @@ def _compare_sums(
 
 
 def _model(bundle: Path, manifest: Manifest, listed: dict[str, FileEntry]) -> tuple[dict[str, Any], list[Problem]]:
-    """The files that ``run`` names must be in the bundle, and a GGUF must be whole by its own header."""
+    """(facts of a GGUF's header, problems). Problems: files of ``run`` that are not listed, and a damaged GGUF."""
     problems = []
     for key in ("model", "tokenizer", "chat_template"):
         path = manifest.run.get(key)

@@ -1,8 +1,8 @@
-"""Wheels for a target's platform and every Python it may run, from a universal lock with hashes.
+"""Fetches the wheels for a target's platform and every Python that it may run, from a universal lock with hashes.
 
-pip itself evaluates environment markers for the host it runs on, even with ``--platform``; so the markers are
-evaluated here, for the target, and pip only fetches: exact versions, hashes required, wheels only, from whatever
-index the user's pip is configured for.
+pip evaluates environment markers for the host it runs on, even with ``--platform``. This module evaluates them for the
+target, and pip only fetches: exact versions, hashes required, wheels only, from the index that the user's pip is
+configured for.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from packager.core.errors import InputError, NetworkError, PackagerError, PlanRefused, ToolError
 from packager.core.hashing import hash_file
+from packager.core.pip import Run, command, fetch, output, torch_index, unreachable, without_pip
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
     from packager.core.progress import Progress
 
-Run = Callable[[Sequence[str]], object]
-
-# A marker may name a patch release; a box may have any of them, so both ends of a minor version are asked.
+# A marker may depend on the patch release, which is unknown: both ends of a minor version are evaluated.
 PATCH_ENDS = ("0", "99")
 SYSTEMS = {
     "linux": {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux"},
@@ -38,7 +36,7 @@ SYSTEMS = {
 
 
 class Platform(Protocol):
-    """What is asked of a target (packager.target.Target has it all).
+    """The properties of a target that this module reads (packager.target.Target has them).
 
     system: "linux", "windows" or "macos". machine: "x86_64", "aarch64" or "arm64". python: minor versions such as
     "3.10". wheel_platforms: every platform tag that loads there, best first (pip takes ``--platform`` literally).
@@ -58,7 +56,7 @@ class Platform(Protocol):
 
 @dataclass(frozen=True)
 class Locked:
-    """One entry of the lock: a requirement pinned with ``==`` (its marker included) and its sha256 hashes."""
+    """One entry of the lock: a requirement pinned with ``==``, with its marker, and its sha256 hashes."""
 
     requirement: Requirement
     hashes: tuple[str, ...]
@@ -77,8 +75,8 @@ class Locked:
 
 @dataclass(frozen=True)
 class WheelSet:
-    """files: the wheels, sorted by name, pip's own among them. requirements: text of the hashed requirements.txt.
-    python: the minor versions of Python that they are for, oldest first, all that lie between included.
+    """files: the wheels, sorted by name, pip's own included. requirements: text of the hashed requirements.txt. python:
+    the minor versions of Python that they are for, oldest first, without gaps.
     """
 
     files: tuple[Path, ...]
@@ -87,7 +85,7 @@ class WheelSet:
 
 
 def read_lock(path: Path) -> list[Locked]:
-    """Read a hashed requirements lock. Raises InputError naming the file and line that cannot be used."""
+    """Read a hashed requirements lock. Raises InputError with the file and the line that cannot be used."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     text = re.sub(r"\\\n\s*", " ", path.read_text("utf-8"))
@@ -146,33 +144,14 @@ def select(lock: Iterable[Locked], target: Platform, python: str) -> list[Locked
 
 
 def pip_download(lines: Path, platforms: Sequence[str], python: str, folder: Path) -> list[str]:
-    """The command that fetches wheels for another platform; the index is whatever pip is configured for."""
+    """The command that fetches wheels for another platform from the index that pip is configured for."""
     tag = "cp" + python.replace(".", "")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-        "--implementation",
-        "cp",
-        "--python-version",
-        python,
-        "--abi",
-        tag,
-        "--abi",
-        "abi3",
-        "--abi",
-        "none",
-    ]
+    line = [*command("download"), "--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+    for abi in (tag, "abi3", "none"):
+        line += ["--abi", abi]
     for platform in platforms:
-        command += ["--platform", platform]
-    return [*command, "--dest", str(folder), "--requirement", str(lines)]
+        line += ["--platform", platform]
+    return [*line, "--dest", str(folder), "--requirement", str(lines)]
 
 
 def run_pip(command: Sequence[str]) -> None:
@@ -194,9 +173,9 @@ def fetch_wheels(
 ) -> WheelSet:
     """Fetch the wheels of a lock for every Python of a target; a set already in ``cache`` is not fetched again.
 
-    more: further locks, read as one with the first. scarce: packages that the index may have for some Pythons only:
-    the bundle is for those, and the others are named. Raises PlanRefused naming package, platform and Python when there
-    is no wheel, NetworkError when the index did not deliver, ToolError when pip is missing or the cache was changed.
+    more: further locks, read as one with the first. scarce: packages that the index may have for some Pythons only; the
+    bundle is then for these, and a note lists the others. Raises PlanRefused with package, platform and Python when
+    there is no wheel, NetworkError when the index did not deliver, ToolError when pip is missing or the cache changed.
     """
     entries = [entry for path in (lock, *more) for entry in read_lock(path)]
     if not target.python or not target.wheel_platforms:
@@ -243,8 +222,8 @@ def _narrowed(
     progress: Progress,
     run: Run,
 ) -> dict[str, list[Locked]]:
-    """The first neighbouring Pythons for which the index has every scarce package; raises as fetch_wheels does when it
-    has them for none. A box may have any version between the first and the last.
+    """The first consecutive Pythons for which the index has every scarce package; raises as fetch_wheels when it has
+    them for none. They are consecutive because a box may have any version between the first and the last.
     """
     kept: dict[str, list[Locked]] = {}
     refusal: PlanRefused | None = None
@@ -261,8 +240,10 @@ def _narrowed(
     if not kept and refusal is not None:
         raise refusal
     if left := [python for python in wanted if python not in kept]:
+        own = torch_index() if "torch" in scarce else ""
+        indexes = f"the package index and {own} have" if own else "the package index has"
         progress.note(
-            f"The bundle is for Python {', '.join(kept)}: the package index has no wheel of "
+            f"The bundle is for Python {', '.join(kept)}: {indexes} no wheel of "
             f"{', '.join(sorted(scarce))} for {', '.join(left)} on {platforms[0]}."
         )
     return kept
@@ -299,7 +280,7 @@ def _lacking(needed: Iterable[Locked], folder: Path, python: str, platforms: Seq
 def _checked(
     home: Path, entries: Sequence[Locked], wanted: Mapping[str, Sequence[Locked]], platforms: Sequence[str]
 ) -> tuple[Path, ...]:
-    """The wheels of a cached set; a cache is not trusted: every file must have a hash of the lock, none may lack."""
+    """The wheels of a cached set. Raises ToolError when a file has no hash of the lock, or a wheel is missing."""
     known = {digest for entry in entries for digest in entry.hashes}
     wheels = tuple(sorted(home.glob("*.whl")))
     changed = [wheel.name for wheel in wheels if hash_file(wheel) not in known]
@@ -319,7 +300,7 @@ def _download(
     lines = work / "requirements.txt"
     lines.write_text("".join(entry.line(marker=False) + "\n" for entry in wanted), "utf-8")
     try:
-        run(pip_download(lines, platforms, python, work))
+        fetch(pip_download(lines, platforms, python, work), [entry.name for entry in wanted], run)
     except PackagerError as error:
         raise _explain(error, wanted, platforms, python, target, work, run) from error
 
@@ -333,31 +314,33 @@ def _explain(
     work: Path,
     run: Run,
 ) -> PackagerError:
-    """Which packages failed, asked one by one (pip stops at the first), and whether for want of a wheel."""
-    if "No module named pip" in _output(error):
-        return ToolError(
-            "pip is missing from the environment that packager runs in.",
-            why=str(error.why),
-            fix=f"Run `{sys.executable} -m ensurepip`.",
-        )
+    """The error for a failed download. It fetches the packages one by one, because pip stops at the first, and
+    distinguishes a missing wheel from a failed connection.
+    """
+    if lacking := without_pip(error):
+        return lacking
     missing: list[Locked] = []
     other: list[Locked] = []
+    second = ""  # what became of the attempt at PyTorch's own index
     for entry in wanted:
         lines = work / "one.txt"
         lines.write_text(entry.line(marker=False) + "\n", "utf-8")
         try:
-            run(pip_download(lines, platforms, python, work))
+            fetch(pip_download(lines, platforms, python, work), [entry.name], run)
         except PackagerError as single:
-            said = _output(single)
-            # with a constraint of the user's own on the package pip says the latter, alone and without dependencies too
-            none = "No matching distribution" in said or "ResolutionImpossible" in said
-            (missing if none and not _unreachable(said) else other).append(entry)
+            text = output(single)
+            # pip prints ResolutionImpossible when the user's own constraint excludes the version
+            none = "No matching distribution" in text or "ResolutionImpossible" in text
+            (missing if none and not unreachable(text) else other).append(entry)
+            if isinstance(single.__cause__, PackagerError):
+                second = f"PyTorch's own CPU index, {torch_index()}, was tried too: {single.__cause__.why} "
     if missing:
         names = ", ".join(f"{entry.name} {entry.requirement.specifier}".replace("==", "") for entry in missing)
         return PlanRefused(
             f"There is no wheel of {names} for {target.wheel_platforms[0]} and Python {python} (target {target.name}).",
-            why="A box cannot compile, so only wheels are bundled.",
-            fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own.",
+            why=f"{second}A box cannot compile, so only wheels are bundled.",
+            fix="Change Python or the platform tag in the target, or add the wheel to a package index of your own"
+            + (" (PACKAGER_TORCH_INDEX names a copy of PyTorch's)." if second else "."),
         )
     names = ", ".join(entry.name for entry in other) or "the wheels"
     return NetworkError(
@@ -367,15 +350,6 @@ def _explain(
     )
 
 
-def _output(error: PackagerError) -> str:
-    return str(getattr(error, "output", "")) or str(error)
-
-
-def _unreachable(said: str) -> bool:
-    signs = ("Temporary failure", "Connection", "Retrying", "Max retries", "timed out", "Name or service")
-    return any(sign in said for sign in signs)
-
-
 def _publish(work: Path, home: Path) -> None:
     for file in work.iterdir():
         if file.suffix != ".whl":
@@ -383,5 +357,5 @@ def _publish(work: Path, home: Path) -> None:
     try:
         os.rename(work, home)  # noqa: PTH104 - Path.rename hides that this must not replace a full folder
     except OSError:
-        if not home.is_dir():  # else another build was faster with the same files
+        if not home.is_dir():  # otherwise another build published the same files first
             raise

@@ -1,1 +1,1 @@
-"""A checkpoint as it was saved: config, weight headers, tokenizer, chat template, adapters."""
+"""Reading a saved checkpoint: config, weight headers, tokenizer, chat template, adapters."""

@@ -1,4 +1,4 @@
-"""What a chat template does at the edges of a conversation, found by rendering one in jinja's sandbox."""
+"""Properties of a chat template (end of turn, BOS, system messages), read from a rendering in jinja's sandbox."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 _ANSWER = "THE-ANSWER-OF-THE-PROBE"
 _SYSTEM = "THE-SYSTEM-PROMPT-OF-THE-PROBE"
-DAY = datetime(2026, 1, 1)  # the date in a template is fixed wherever texts are compared
+DAY = datetime(2026, 1, 1)  # the date of strftime_now, fixed so that rendered texts can be compared
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found.
+    """The properties of one template.
 
     turn_end: the token that follows an assistant's answer, None when there is none. writes_bos: the text starts with
-    the BOS token. system: what becomes of a system message. marks: the added tokens that stand around the turns, in
-    order. error: why the template could not be rendered, "" when it could.
+    the BOS token. system: what happens to a system message. marks: the added tokens around the turns, in the order of
+    the text. error: why the template could not be rendered, "" when it could.
     """
 
     turn_end: str | None = None
@@ -29,11 +29,10 @@ class Probe:
 
 
 def renderer(template: str, special_tokens: Mapping[str, str | None]) -> Callable[[list[dict[str, str]], bool], str]:
-    """``render(messages, add_generation_prompt)`` for a chat template, in the environment that transformers renders
-    with.
+    """``render(messages, add_generation_prompt)`` for a chat template, in the same jinja environment as transformers.
 
-    Trimmed blocks, loop controls, tojson, raise_exception, strftime_now; nothing the template says can reach files or
-    Python objects. special_tokens: the variables bos_token, eos_token… Whatever the template raises passes through.
+    Trimmed blocks, loop controls, tojson, raise_exception, strftime_now; the sandbox gives no access to files or Python
+    internals. special_tokens: the variables bos_token, eos_token… Errors of the template pass through.
     """
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
@@ -63,7 +62,7 @@ def renderer(template: str, special_tokens: Mapping[str, str | None]) -> Callabl
 
 
 def probe(template: str, special_tokens: Mapping[str, str | None], tokens: Iterable[str]) -> Probe:
-    """Render one question and one answer and look at what surrounds them.
+    """Render one question and one answer and read what surrounds them.
 
     special_tokens: the variables bos_token, eos_token… of the template. tokens: all added tokens of the tokenizer.
     """
@@ -71,12 +70,12 @@ def probe(template: str, special_tokens: Mapping[str, str | None], tokens: Itera
     try:
         render = renderer(template, special_tokens)
         text = render(messages, False)
-    except Exception as error:  # a template is a program: it may fail in any way, and all of them are its own fault
+    except Exception as error:  # a template is a program and can raise any error
         return Probe(error=f"{type(error).__name__}: {error}")
     bos = special_tokens.get("bos_token")
     _, answered, tail = text.rpartition(_ANSWER)
-    found = sorted((tail.index(token), -len(token), token) for token in tokens if token and token in tail)
-    turn_end = found[0][2] if answered and found else None
+    after = sorted((tail.index(token), -len(token), token) for token in tokens if token and token in tail)
+    turn_end = after[0][2] if answered and after else None
     marks = sorted({token for token in tokens if token and token in text}, key=lambda token: (text.index(token), token))
     return Probe(
         turn_end=turn_end,
@@ -91,6 +90,6 @@ def _of_system(
 ) -> Literal["kept", "ignored", "refused"]:
     try:
         text = render([{"role": "system", "content": _SYSTEM}, *messages], False)
-    except Exception:  # as above: a template refuses in its own way
+    except Exception:  # as above: a template can refuse with any error
         return "refused"
     return "kept" if _SYSTEM in text else "ignored"

@@ -1,8 +1,7 @@
-"""A Checkpoint: what a Hugging Face folder, hub id, ModelScope id or state dict holds, known without reading weights.
+"""A Checkpoint: the contents of a Hugging Face folder, hub id, ModelScope id or state dict, without its weights.
 
-Only headers, configs and the tokenizer are parsed; weights are touched to hash them once, when the digest is asked for
-(remembered by size and time), and by ``check_weights``. Everything that would break a build later is refused here, each
-with its own error.
+Only headers, configs and the tokenizer are parsed. Weights are read to compute ``digest`` (cached by size and time) and
+by ``check_weights``. Inputs that would break a build later raise InputError here.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ STATE_DICTS = (".bin", ".pth", ".pt")
 class Checkpoint:
     """A checkpoint that passed every check that needs no weights.
 
-    path: the folder with safetensors. name: a slug, safe in file names. dtype: the safetensors name most weight bytes
-    have. parameters: elements of all tensors, a tied output layer counted once. weight_bytes: bytes of all tensors.
-    identity: gives ``digest``.
+    path: the folder with safetensors. name: a slug, safe in file names. dtype: the safetensors name of most weight
+    bytes. parameters: elements of all tensors, a tied output layer counted once. weight_bytes: bytes of all tensors.
+    identity: computes ``digest``.
     """
 
     path: Path
@@ -66,8 +65,8 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the names and digests of weights, configs and tokenizer files. The first call reads them all,
-        unless the cache knows them: a plan, which needs headers alone, does not ask.
+        """SHA-256 over the names and digests of weights, configs and tokenizer files. The first call reads all files
+        that are not in the digest cache; a plan needs only headers and does not call it.
         """
         return self.identity()
 
@@ -86,7 +85,7 @@ def open_checkpoint(
     cache: Path,
     name: str | None = None,
 ) -> Checkpoint:
-    """Find, check and describe a checkpoint.
+    """Locate, check and describe a checkpoint.
 
     ref: a folder, a ``.bin``/``.pth`` file beside its config.json, a hub id ``org/name`` or ``modelscope:org/name``.
     revision: a branch, tag or commit of a hub. cache: our cache folder (digests, converted state dicts; hub
@@ -97,7 +96,7 @@ def open_checkpoint(
         raise UsageError(f"The name {name!r} is not safe in file names.", fix=f"Use for example --name {slug(name)}.")
     folder, origin = _locate(ref, revision, progress, cache)
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        from packager.checkpoint import state_dict  # only here, so that torch is not even looked for otherwise
+        from packager.checkpoint import state_dict  # imported only when needed: it uses torch
 
         weights = Path(ref) if Path(ref).is_file() else None
         if weights or state_dict.find(folder):
@@ -137,7 +136,7 @@ def _read(folder: Path, origin: Origin, name: str, progress: Progress, cache: Pa
         method = dict(config["quantization_config"]).get("quant_method", "an unnamed method")
         raise InputError(
             f"{folder.name} is already quantized ({method}).",
-            why="Quantizing rounded weights again loses more than the artifact's own format does.",
+            why="Quantizing rounded weights a second time loses more than one quantization.",
             fix=(
                 "Give the checkpoint in 16 or 32 bits it was made from (for LoRA on a quantized base: the original "
                 "base)."
@@ -184,7 +183,7 @@ def _read(folder: Path, origin: Origin, name: str, progress: Progress, cache: Pa
 
 
 def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], family: Family) -> None:
-    """Every tensor is a float in 16, 32 or 64 bits, and all that the architecture needs are there."""
+    """Raise InputError for a missing tensor, or one that is not a float of 16, 32 or 64 bits."""
     for tensor in tensors.values():
         if tensor.dtype not in FLOAT_DTYPES and not tensor.name.endswith(IGNORED_SUFFIXES):
             raise InputError(
@@ -207,7 +206,7 @@ def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tup
 def _check_known(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], family: Family, shape: ModelShape
 ) -> None:
-    """Every tensor has the shape the config implies, and none is unknown to the architecture."""
+    """Raise InputError for a tensor whose shape differs from the config's, or that the architecture does not have."""
     expected = expected_tensors(config, family, shape)
     for name, size in expected.items():
         if tensors[name].shape != size:
@@ -232,9 +231,9 @@ def _embedding_rows(tensors: Mapping[str, TensorInfo], family: Family) -> int:
     if family.kind == "decoder":
         return tensors["model.embed_tokens.weight"].shape[0]
     for prefix in family.prefixes:
-        found = tensors.get(f"{prefix}embeddings.word_embeddings.weight")
-        if found is not None:
-            return found.shape[0]
+        embedding = tensors.get(f"{prefix}embeddings.word_embeddings.weight")
+        if embedding is not None:
+            return embedding.shape[0]
     raise InputError(
         f"The tensor embeddings.word_embeddings.weight of a {family.name} is missing.",
         why="config.json describes another model than the weights.",
@@ -255,7 +254,7 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def folder_digest(folder: Path, weights: set[str], progress: Progress, cache: Path) -> str:
-    """The digest of weight files, index, configs and tokenizer files; nothing else in the folder counts."""
+    """The digest of weight files, index, configs and tokenizer files; other files of the folder are ignored."""
     names = [name for name in (*MODEL_FILES, INDEX, *sorted(weights)) if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in names)
     with progress.step("Reading the checkpoint's digest", total=total, unit="B") as task:
@@ -265,7 +264,7 @@ def folder_digest(folder: Path, weights: set[str], progress: Progress, cache: Pa
 def check_weights(checkpoint: Checkpoint, progress: Progress) -> None:
     """Read every tensor once and refuse NaN and infinity, and an output layer that contradicts ``tied``.
 
-    Holds a few MiB at a time. Raises InputError naming the tensor and its first bad element.
+    Holds a few MiB at a time. Raises InputError with the tensor's name and its first bad element.
     """
     import numpy as np
 

@@ -1,9 +1,8 @@
-"""What an encoder's files say about its use: embedder or classifier, pooling, labels, longest text. Reads JSON only.
+"""How an encoder is used, from its JSON files: embedder or classifier, pooling, labels, maximum length.
 
 Embedders follow sentence-transformers' files (modules.json, 1_Pooling/config.json, sentence_bert_config.json,
-config_sentence_transformers.json); where there are none, mean pooling without normalisation is taken, which is what
-sentence-transformers itself does with a plain checkpoint. Classifiers follow config.json as transformers'
-text-classification pipeline does.
+config_sentence_transformers.json); without them, mean pooling without normalisation, as sentence-transformers does with
+a plain checkpoint. Classifiers follow config.json as transformers' text-classification pipeline does.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ _POOLING_KEYS: Mapping[str, Pooling] = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
 }
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
-NO_LIMIT = 1_000_000  # tokenizers without a limit say 1e30
-NO_HEAD = ("ForMaskedLM",)  # its head predicts tokens and is left out: the encoder below it embeds
+NO_LIMIT = 1_000_000  # tokenizers without a limit have 1e30
+NO_HEAD = ("ForMaskedLM",)  # the head that predicts tokens is left out; the encoder embeds
 
 
 @dataclass(frozen=True)
 class EncoderFacts:
-    """task: "embed" or "classify". max_length: most tokens of a text, special ones included. token_types: the model
-    tells the two texts of a pair apart. pad_id: what fills a batch.
+    """task: "embed" or "classify". max_length: most tokens of a text, special ones included. token_types: the model has
+    token type ids. pad_id: the padding token of a batch.
 
-    Embedders: pooling, normalize, and origin, one sentence saying where they come from; lower_case: texts are
-    lower-cased first; prompt: what is put before every text. Classifiers: labels by id, and how scores come of logits.
+    Embedders: pooling, normalize; origin: one sentence on where they come from; lower_case: texts are lower-cased
+    first; prompt: the prefix of every text. Classifiers: labels by id; scores: the function from logits to scores.
     """
 
     task: Literal["embed", "classify"]
@@ -57,7 +56,7 @@ class EncoderFacts:
     scores: Scores = "softmax"
 
     def settings(self) -> dict[str, Any]:
-        """The manifest's ``run.settings``: all that the box needs to use the model as it was trained."""
+        """The manifest's ``run.settings``: what the box needs to use the model as it was trained."""
         common = {"token_types": self.token_types, "pad_id": self.pad_id, "origin": self.origin}
         if self.task == "classify":
             return {**common, "labels": list(self.labels), "scores": self.scores}
@@ -73,7 +72,7 @@ class EncoderFacts:
 def read_encoder(checkpoint: Checkpoint, *, longest: int, pooling: Pooling | None = None) -> EncoderFacts:
     """The facts of one checkpoint. longest: the user's bound on max_length. pooling: overrides the files.
 
-    Raises InputError, whose sentences the plan shows as refusals.
+    Raises InputError; the plan shows its sentences as refusals.
     """
     folder, config = checkpoint.path, checkpoint.config
     classifier = checkpoint.architecture.endswith("ForSequenceClassification")
@@ -116,7 +115,7 @@ def _optional(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _positions(config: Mapping[str, Any], stated: int) -> int:
-    """Tokens that the position embedding has room for; RoBERTa's begins after the padding id."""
+    """Tokens that the position embedding covers; RoBERTa's positions begin after the padding id."""
     if str(config.get("model_type")) in ("roberta", "xlm-roberta"):
         padding = config.get("pad_token_id", 1)
         return stated - int(padding if isinstance(padding, int) else 1) - 1
@@ -124,7 +123,7 @@ def _positions(config: Mapping[str, Any], stated: int) -> int:
 
 
 def _stated_length(folder: Path, settings: Mapping[str, Any]) -> int:
-    """sentence-transformers' max_seq_length, else the tokenizer's own limit, else no bound."""
+    """sentence-transformers' max_seq_length, else the tokenizer's own limit, else NO_LIMIT."""
     tokenizer = _optional(folder, "tokenizer_config.json")
     for value in (settings.get("max_seq_length"), tokenizer.get("model_max_length")):
         if isinstance(value, int | float) and not isinstance(value, bool) and 2 < value < NO_LIMIT:
@@ -133,7 +132,7 @@ def _stated_length(folder: Path, settings: Mapping[str, Any]) -> int:
 
 
 def _modules(folder: Path) -> list[str]:
-    """The last parts of modules.json's types; [] without the file. Raises InputError for what is not known."""
+    """The last parts of modules.json's types; [] without the file. Raises InputError for an unknown module."""
     path = folder / "modules.json"
     if not path.is_file():
         return []
@@ -141,10 +140,10 @@ def _modules(folder: Path) -> list[str]:
 
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        found = [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in listed]
+        modules = [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in listed]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError("modules.json is not a list of sentence-transformers' modules.", why=repr(error)) from error
-    for name, place in found:
+    for name, place in modules:
         expected = {"Transformer": "", "Pooling": POOLING_FOLDER}.get(name, place)
         if name not in _KNOWN_MODULES or place != expected:
             raise InputError(
@@ -152,9 +151,9 @@ def _modules(folder: Path) -> list[str]:
                 why=f"Known are {', '.join(_KNOWN_MODULES)}, the pooling in {POOLING_FOLDER}.",
                 fix="Package a model without it.",
             )
-    if [name for name, _ in found] not in (["Transformer"], ["Transformer", "Pooling"], [*_KNOWN_MODULES]):
-        raise InputError(f"modules.json has its modules in an unknown order: {', '.join(name for name, _ in found)}.")
-    return [name for name, _ in found]
+    if [name for name, _ in modules] not in (["Transformer"], ["Transformer", "Pooling"], [*_KNOWN_MODULES]):
+        raise InputError(f"modules.json has its modules in an unknown order: {', '.join(name for name, _ in modules)}.")
+    return [name for name, _ in modules]
 
 
 def _pooling(folder: Path) -> Pooling:
@@ -163,14 +162,14 @@ def _pooling(folder: Path) -> Pooling:
         raise InputError(f"modules.json names {POOLING_FOLDER}, but {POOLING_FOLDER}/config.json is missing.")
     named = config.get("pooling_mode")  # later releases write the mode's name
     modes: list[str] = [named] if isinstance(named, str) else list(named or [])
-    asked = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
-    modes = modes or [_POOLING_KEYS.get(key, key) for key in asked]
+    flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    modes = modes or [_POOLING_KEYS.get(key, key) for key in flags]
     if config.get("include_prompt") is False and _prompt(folder):
         raise InputError("The pooling leaves the default prompt's tokens out, which is not served here.")
     known: dict[str, Pooling] = {mode: mode for mode in _POOLING_KEYS.values()}
     if len(modes) != 1 or modes[0] not in known:
         raise InputError(
-            f"{POOLING_FOLDER}/config.json asks for {' with '.join(modes) or 'no pooling'}, which is not served here.",
+            f"{POOLING_FOLDER}/config.json sets {' with '.join(modes) or 'no pooling'}, which is not served here.",
             why=f"Known are {', '.join(known)}, one at a time.",
             fix="Set another pooling only if the model was trained for it: --set pooling=mean.",
         )
@@ -178,16 +177,16 @@ def _pooling(folder: Path) -> Pooling:
 
 
 def _prompt(folder: Path) -> str:
-    """The default prompt of config_sentence_transformers.json, which encode() puts before every text; "" for none."""
+    """config_sentence_transformers.json's default prompt, which encode() puts before every text; "" without one."""
     config = _optional(folder, "config_sentence_transformers.json")
     name, prompts = config.get("default_prompt_name"), config.get("prompts")
-    found = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
-    return found if isinstance(found, str) else ""
+    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    return prompt if isinstance(prompt, str) else ""
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Scores]:
-    """Label names by id and the function from logits to scores, as transformers' text-classification pipeline has it
-    (pipelines/text_classification.py): sigmoid for several labels or one, softmax else, none for a regression.
+    """Label names by id and the function from logits to scores, as in transformers' text-classification pipeline
+    (pipelines/text_classification.py): sigmoid for several labels or one, none for a regression, else softmax.
     """
     named = config.get("id2label")
     count = config.get("num_labels", len(named) if isinstance(named, dict) and named else 2)

@@ -1,7 +1,7 @@
-"""The model families the packager knows, as data: which tensors each has, and which recipes can take it.
+"""The supported model families, as data: the tensors of each, and the recipes that accept it.
 
 A family is listed when its converter class exists in the pinned llama.cpp (decoders) and transformers can run it as the
-reference. What a config leaves out falls back to that family's own default in transformers.
+reference. A key that is missing in a config takes that family's default in transformers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from packager.tensors.ggml_types import BLOCKS
 class Family:
     """One value of ``architectures`` in config.json.
 
-    kind: "decoder" or "encoder". gguf: the gguf recipe takes it. tied: default of tie_word_embeddings. qkv_bias: q, k
-    and
-    v always have one. qk_norm: per-head norms. fused: qkv_proj and gate_up_proj in one tensor each. norms: the
-    layer's norm tensors. head_dim: default when the config has none (0: hidden / heads). prefixes: (encoders) what may
-    stand before the tensors' names.
+    kind: "decoder" or "encoder". gguf: the gguf recipe accepts it. tied: default of tie_word_embeddings. qkv_bias: q, k
+    and v always have a bias. qk_norm: per-head norms. fused: qkv_proj and gate_up_proj are one tensor each. norms: the
+    layer's norm tensors. head_dim: default when the config has none (0: hidden / heads). prefixes: (encoders) possible
+    prefixes of the tensors' names.
     """
 
     name: str
@@ -71,9 +70,9 @@ FAMILIES: Mapping[str, Family] = {
     ]
 }
 
-# Buffers that old checkpoints carry and every loader ignores.
+# Buffers in old checkpoints that every loader ignores.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias", ".position_ids")
-# DistilBERT spells the common keys its own way.
+# DistilBERT has other names for the common keys.
 _SPELLINGS = {
     "hidden_size": ("hidden_size", "dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layers"),
@@ -84,7 +83,7 @@ _SPELLINGS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers sizes and speeds are computed from.
+    """The dimensions from which sizes and speeds are computed.
 
     context: max_position_embeddings, in tokens. tied: the output layer is the embedding.
     """
@@ -101,12 +100,12 @@ class ModelShape:
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family that config.json names. Raises InputError naming the nearest known one."""
+    """The family that config.json names. Raises InputError with the nearest known one."""
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
         raise InputError(
             'config.json names no architecture (the list "architectures" is missing or empty).',
-            why="Without it nobody can tell which model the tensors belong to.",
+            why="Without it the model that the tensors belong to is unknown.",
             fix='Save the model again with save_pretrained, or add for example "architectures": ["LlamaForCausalLM"].',
         )
     family = FAMILIES.get(named[0])
@@ -120,7 +119,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 
 def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
-    """The model's shape from config.json. Raises InputError naming a missing or senseless key."""
+    """The model's shape from config.json. Raises InputError for a missing or invalid key."""
     hidden, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
     head_dim = config.get("head_dim") or family.head_dim or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
@@ -188,8 +187,8 @@ def expected_tensors(config: Mapping[str, Any], family: Family, shape: ModelShap
         layer[f"{name}.weight"] = size
         attention = name.startswith("self_attn.")
         always = family.qkv_bias and attention and "o_proj" not in name
-        asked = not family.qkv_bias and config.get("attention_bias" if attention else "mlp_bias", False)
-        if always or asked:
+        configured = not family.qkv_bias and config.get("attention_bias" if attention else "mlp_bias", False)
+        if always or configured:
             layer[f"{name}.bias"] = size[:1]
     expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
     for number in range(shape.layers):
@@ -201,7 +200,7 @@ def expected_tensors(config: Mapping[str, Any], family: Family, shape: ModelShap
 
 
 def kv_cache_bytes(layers: int, kv_heads: int, head_dim: int, context: int, slots: int, kv_type: str) -> int:
-    """Keys and values of ``slots`` conversations of ``context`` tokens each; llama.cpp rounds the context up to 256."""
+    """Bytes of the KV cache of ``slots`` conversations; llama.cpp rounds ``context`` up to a multiple of 256."""
     elements, size = BLOCKS[kv_type.upper()]
     cells = -(-context // 256) * 256 * slots
     return 2 * layers * kv_heads * head_dim * cells * size // elements

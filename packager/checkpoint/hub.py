@@ -1,8 +1,8 @@
 """Checkpoints from the Hugging Face hub and ModelScope. Sole owner of huggingface_hub and modelscope.
 
-A broken line is taken up again where it broke; a new run keeps every file that was complete (huggingface_hub 2 keeps
-no partial file between runs). Downloads stay in the hub's own cache; HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and
-HF_HOME (and ModelScope's MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE) are the libraries' business and keep their meaning.
+An interrupted download resumes within a run; a new run keeps every complete file (huggingface_hub 2 keeps no partial
+file between runs). Downloads stay in the hub's own cache. The libraries read HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and
+HF_HOME (and ModelScope's MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE) themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from packager.core.progress import Progress, Task
 
 MODELSCOPE = "modelscope:"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What a checkpoint consists of; ONNX, GGUF, TensorFlow and Flax copies of the same weights stay on the hub.
+# The weight files to fetch; ONNX, GGUF, TensorFlow and Flax copies of the same weights are not fetched.
 SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 TIMEOUT_S = 10.0
@@ -47,9 +47,9 @@ def _checked(name: str, ref: str) -> str:
 
 
 def _hugging_face(name: str, revision: str | None, progress: Progress) -> tuple[Path, Origin]:
-    # Read by the library when it is imported, which is here; a user's own values stay.
+    # The library reads these when it is imported, here; values that the user set are kept.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own retries are not news
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it would log every retry
     from huggingface_hub import snapshot_download
 
     pinned = revision or "main"
@@ -65,13 +65,13 @@ def _hugging_face(name: str, revision: str | None, progress: Progress) -> tuple[
                 )
                 if any(Path(folder).glob("model*.safetensors")):
                     break
-    except Exception as error:  # the library raises its own, the HTTP client's and OSError; each is told apart below
+    except Exception as error:  # the library raises its own errors, the HTTP client's and OSError
         raise _explained(error, name, pinned) from error
     return Path(folder), Origin("hub", name, Path(folder).name)
 
 
 def _counter(task: Task) -> type[Any]:
-    """A tqdm that draws nothing and passes on the bytes that reach the disk, resumed ones included."""
+    """A tqdm class that draws nothing and advances ``task`` by the bytes written to disk, resumed ones included."""
     from huggingface_hub import utils
 
     base: Any = utils.tqdm  # type: ignore[attr-defined]  # documented, but neither typed nor exported for mypy
@@ -97,7 +97,7 @@ def _endpoint() -> str:
 
 
 def _explained(error: Exception, name: str, revision: str) -> PackagerError:
-    """One sentence for each way a download fails."""
+    """The error for the user, one kind for each way a download fails."""
     from huggingface_hub import constants, errors
 
     here = f"There is no folder {name} here, so it was read as a hub id."
@@ -116,8 +116,8 @@ def _explained(error: Exception, name: str, revision: str) -> PackagerError:
         return InputError(f"{name} has no revision {revision}.", fix="Give a branch, tag or commit that the hub shows.")
     if constants.HF_HUB_OFFLINE:
         return NetworkError(
-            f"{name} (revision {revision}) is not complete in the local cache, and HF_HUB_OFFLINE forbids asking "
-            f"the hub.",
+            f"{name} (revision {revision}) is not complete in the local cache, and HF_HUB_OFFLINE forbids access to "
+            "the hub.",
             why=here,
             fix="Give a folder, or fetch it once with HF_HUB_OFFLINE unset.",
         )
@@ -146,7 +146,7 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
         ) from error
 
     pinned = revision or "master"
-    logging.disable(logging.WARNING)  # it logs every retry; its level cannot be set: its two halves read one variable
+    logging.disable(logging.WARNING)  # it logs every retry, and its two halves read one variable for their level
     try:
         with progress.step(f"Fetching {name} from ModelScope", unit="B") as task:
 
@@ -164,14 +164,14 @@ def _modelscope(name: str, revision: str | None, progress: Progress) -> tuple[Pa
 
             for weights in (SAFE, PICKLED):
                 wanted = [*list(MODEL_FILES), *weights]
-                found = snapshot_download(name, revision=pinned, allow_patterns=wanted, progress_callbacks=[Count])
-                if any(Path(found).glob("model*.safetensors")):
+                folder = snapshot_download(name, revision=pinned, allow_patterns=wanted, progress_callbacks=[Count])
+                if any(Path(folder).glob("model*.safetensors")):
                     break
     except Exception as error:  # modelscope raises requests' errors, its own and plain ones
         raise _explained_modelscope(error, name) from error
     finally:
         logging.disable(logging.NOTSET)
-    return Path(found), Origin("modelscope", name, pinned)  # its API names no commit; the digest pins the content
+    return Path(folder), Origin("modelscope", name, pinned)  # its API names no commit; the digest pins the content
 
 
 def _explained_modelscope(error: Exception, name: str) -> PackagerError:

@@ -1,9 +1,8 @@
-"""A peft LoRA adapter: what its folder says, and whether and where it fits a base checkpoint.
+"""A peft LoRA adapter: its configuration, and the changes it makes to a base checkpoint.
 
 Formats: plain LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA on linear layers (Liu et al. 2024), rank and
-alpha
-patterns, trained biases, ``modules_to_save`` and embeddings. What would merge into something else than was trained
-is refused by name.
+alpha patterns, trained biases, ``modules_to_save`` and embeddings. A setting whose merge would differ from the trained
+model is refused by name.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 PREFIX = "base_model.model."
 
-# Settings of peft.LoraConfig that change what a merge has to do and are not implemented here.
+# Settings of peft.LoraConfig that change the merge and are not implemented here.
 _UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA works only on a part of the prompt and cannot be merged",
     "arrow_config": "Arrow routes between adapters at run time",
@@ -38,7 +37,7 @@ _UNSUPPORTED = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QA-LoRA belongs to a quantized base",
 }
-# These start from a base whose weights they change; the saved numbers only fit that changed base.
+# These initialisations change the base's weights; the saved adapter only fits that changed base.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -46,11 +45,9 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class Adapter:
     """A LoRA adapter folder.
 
-    weights: the folder with the safetensors (the adapter's own, or a converted copy). tensors: names as saved.
-    targets: the
-    module names it changes ("q_proj"), sorted. base_model: what the adapter says it was trained on. tokenizer_files:
-    those
-    it brings.
+    weights: the folder with the safetensors (the adapter's own, or a converted copy). tensors: by their saved names.
+    targets: the names of the modules that it changes ("q_proj"), sorted. base_model: base_model_name_or_path of its
+    config. tokenizer_files: those in its folder. size: of its tensors, bytes.
     """
 
     path: Path
@@ -68,7 +65,7 @@ class Adapter:
     size: int
 
     def scale(self, module: str) -> float:
-        """The factor of B·A for a module: alpha / r, or alpha / sqrt(r) for rsLoRA, patterns honoured as peft does."""
+        """The factor of B·A for a module: alpha / r, or alpha / sqrt(r) for rsLoRA, with peft's rules for patterns."""
         rank = _by_pattern(self.config.get("rank_pattern"), module, self.rank)
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.alpha)
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
@@ -92,7 +89,7 @@ def _by_pattern(patterns: Any, module: str, default: float) -> float:
 
 @dataclass
 class Change:
-    """What happens to one base tensor: first replaced (if at all), then scale·B·A added.
+    """The change of one base tensor: ``replace`` takes its place (if set), then scale·B·A is added.
 
     magnitude: DoRA's. bias: a trained vector, times scale, added. embedding: A and B belong to an embedding, whose
     delta is (B·A) transposed and rounded to the base's dtype before it is added, as peft does.
@@ -109,7 +106,9 @@ class Change:
 
 @dataclass
 class Fit:
-    """Every change by base tensor name; untie: embedding and output layer become two tensors."""
+    """changes: by base tensor name. untie: embedding and output layer become two tensors. vocab: rows of the merged
+    embedding. notes: sentences for the user.
+    """
 
     changes: dict[str, Change] = field(default_factory=dict)
     untie: bool = False
@@ -120,8 +119,8 @@ class Fit:
 def open_adapter(path: Path | str, *, cache: Path | None = None, progress: Progress | None = None) -> Adapter:
     """Read and check an adapter folder; reads no weights except to hash them.
 
-    cache: our cache folder; without it an ``adapter_model.bin`` is refused, as it must be converted first.
-    Raises InputError naming what is missing or not supported.
+    cache: our cache folder; without it an ``adapter_model.bin`` is refused, because it must be converted first.
+    Raises InputError when a file is missing or a setting is not supported.
     """
     folder = Path(path).expanduser()
     if not (folder / CONFIG).is_file():
@@ -206,22 +205,22 @@ _PARTS = re.compile(
 
 
 def _split(name: str) -> tuple[str, str]:
-    """('model.layers.0.self_attn.q_proj', 'lora_B.bias') of a saved name; a plain tensor has the part ''."""
+    """(module, part) of a saved name, ('model.layers.0.self_attn.q_proj', 'lora_B.bias'); part '' for a full tensor."""
     name = name.removeprefix(PREFIX)
-    found = _PARTS.search(name)
-    if found:
-        return name[: found.start()], found[1] + (".bias" if found[2] == "bias" else "")
+    match = _PARTS.search(name)
+    if match:
+        return name[: match.start()], match[1] + (".bias" if match[2] == "bias" else "")
     name = re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)
     return name, ""
 
 
 def check_fit(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Compare every tensor of the adapter with the base. Returns notes; raises InputError with the first misfit."""
+    """Compare every tensor of the adapter with the base. Returns notes; raises InputError for the first misfit."""
     return tuple(plan_changes(adapter, checkpoint).notes)
 
 
 def plan_changes(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
-    """Which base tensor is changed how. Raises InputError naming the first tensor that does not fit."""
+    """The changes to the base's tensors. Raises InputError with the first tensor that does not fit."""
     fit = Fit(vocab=checkpoint.shape.vocab)
     for saved in sorted(adapter.tensors):
         tensor = adapter.tensors[saved]
@@ -260,7 +259,7 @@ def _place(change: Change, part: str, tensor: TensorInfo) -> None:
 
 
 def _base_name(name: str, saved: str, checkpoint: Checkpoint) -> str:
-    for candidate in (name, f"model.{name}"):  # the second: trained on the model without its head
+    for candidate in (name, f"model.{name}"):  # the second for adapters trained on the model without its head
         if candidate in checkpoint.tensors:
             return candidate
     if name == HEAD and checkpoint.shape.tied:
@@ -320,7 +319,7 @@ def _check_shapes(target: str, change: Change, adapter: Adapter, checkpoint: Che
 
 
 def _check_vocabulary(fit: Fit, checkpoint: Checkpoint) -> None:
-    """Embedding and output layer: the same number of rows afterwards, and tied only if they stay equal."""
+    """Set ``fit.vocab`` and ``fit.untie``. Raises InputError when embedding and output layer get different rows."""
     both = [fit.changes.get(name) for name in (EMBEDDING, HEAD)]
     if not any(both):
         return

@@ -1,7 +1,7 @@
-"""A LoRA adapter merged into its base: tensor by tensor, rows at a time, in numpy.
+"""Merges a LoRA adapter into its base with numpy, tensor by tensor, a chunk of rows at a time.
 
 The arithmetic is peft's (``LoraLayer.merge``): W + scale·(B·A) in float32, rounded once to the base's dtype.
-Memory follows the chunk of rows, not the model; the result is a normal Hugging Face folder.
+Memory depends on the chunk of rows, not on the model; the result is a normal Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["Adapter", "check_fit", "merge", "merged_name", "open_adapter"]
 
 
 def merged_name(checkpoint: Checkpoint, adapter: Adapter) -> str:
-    """A name for the merged model: base and adapter, without "lora": smollm2 + persona-lora = smollm2-persona."""
+    """The merged model's name, without "lora" and "adapter": smollm2 + persona-lora = smollm2-persona."""
     words = [word for word in adapter.name.replace("_", "-").split("-") if word not in ("lora", "adapter")]
     return slug("-".join([checkpoint.name, *words]))
 
@@ -47,7 +47,7 @@ def merged_name(checkpoint: Checkpoint, adapter: Adapter) -> str:
 def merge(checkpoint: Checkpoint, adapter: Adapter, out: Path, progress: Progress) -> None:
     """Write the merged checkpoint to the folder ``out`` (new or empty), all or nothing.
 
-    Raises InputError when the adapter does not fit, changes nothing, gives NaN, or brings another tokenizer.
+    Raises InputError when the adapter does not fit, changes nothing, gives NaN, or has another tokenizer.
     """
     fit = plan_changes(adapter, checkpoint)
     vocabulary = _merged_tokenizer(checkpoint, adapter, fit)
@@ -95,7 +95,7 @@ def _write_weights(checkpoint: Checkpoint, adapter: Adapter, fit: Fit, part: Pat
 
 
 class _Merger:
-    """Computes merged rows. touched and changed count elements of the tensors the adapter names."""
+    """Computes merged rows. touched and changed count elements of the tensors that the adapter changes."""
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter, fit: Fit) -> None:
         self.checkpoint, self.adapter, self.fit = checkpoint, adapter, fit
@@ -106,7 +106,7 @@ class _Merger:
         base = self.checkpoint.tensors.get(spec.name) or self.checkpoint.tensors[EMBEDDING]
         change = self.fit.changes.get(spec.name)
         if change is None and not self.fit.untie and self.checkpoint.shape.tied and spec.name == HEAD:
-            change = self.fit.changes.get(EMBEDDING)  # a stored copy of a tied output layer follows the embedding
+            change = self.fit.changes.get(EMBEDDING)  # a stored copy of the tied output layer changes with it
         factors = self._factors(change) if change else None
         for begin, end in row_chunks(spec):
             if change is None or factors is None:
@@ -181,9 +181,9 @@ def _delta(
 
 
 def _merged_tokenizer(checkpoint: Checkpoint, adapter: Adapter, fit: Fit) -> dict[str, Path]:
-    """Which tokenizer files the merged model gets: the adapter's, when it brings a tokenizer.json, else the base's.
+    """The tokenizer files of the merged model: the adapter's when it has a tokenizer.json, else the base's.
 
-    A chat template beside the adapter is the one it was trained with, so it wins even alone.
+    The adapter's chat template, with which it was trained, replaces the base's even without a tokenizer.json.
     Raises InputError when a token has another id than in the base, or an id has no embedding row.
     """
     files = {name: checkpoint.path / name for name in TOKENIZER_FILES if (checkpoint.path / name).is_file()}

@@ -1,4 +1,4 @@
-"""Where a checkpoint came from, and which of its files say what model it is."""
+"""Where a checkpoint came from, and the files that define its model beside the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from packager.checkpoint.tokenizer import TOKENIZER_FILES
 
-# Beside weights and tokenizer, what changes the model that a folder means (the last three: sentence-transformers).
+# The configs that change what a model computes (the last three: sentence-transformers).
 CONFIG_FILES = (
     "config.json",
     "generation_config.json",

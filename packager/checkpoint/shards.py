@@ -1,4 +1,4 @@
-"""Which safetensors files of a folder are the model, and every tensor in them, from the headers."""
+"""The safetensors files of a folder that belong to the model, and the tensors in them, from the headers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SINGLE = "model.safetensors"
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of a folder from its safetensors headers, sorted by file and place.
+    """All tensors of a folder from its safetensors headers, sorted by file and offset.
 
     Raises InputError for missing weights, a missing or superfluous shard, a wrong index and every broken file.
     """
@@ -30,15 +30,14 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
             f"{folder} has {len(files)} weight files but no {INDEX}."
             if SINGLE not in files
             else f"{folder} has {SINGLE} and also {', '.join(file for file in files if file != SINGLE)}.",
-            why="Which tensors belong to the model cannot be told: two tools would read two different models.",
+            why="The tensors of the model are ambiguous: two tools could read two different models.",
             fix=f"Copy {INDEX} from the source, or remove the files of the older save.",
         )
     return read_header(folder / SINGLE)
 
 
 def _weight_files(folder: Path) -> list[str]:
-    # The same pattern the GGUF converter takes for weights; other safetensors (an adapter's, Mistral's consolidated)
-    # are not.
+    # the GGUF converter's own pattern; it leaves out other safetensors (an adapter's, Mistral's consolidated)
     return sorted(path.name for path in folder.glob("model*.safetensors"))
 
 
@@ -66,7 +65,7 @@ def _indexed(folder: Path, files: list[str]) -> dict[str, TensorInfo]:
             why="It is left from another save; the GGUF converter would read it as part of this model.",
             fix="Remove it from the folder.",
         )
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         header = read_header(folder / shard)
         for name in header:
@@ -77,12 +76,12 @@ def _indexed(folder: Path, files: list[str]) -> dict[str, TensorInfo]:
                     why="Index and weight files come from different saves.",
                     fix="Copy the folder again, or save the model again with save_pretrained.",
                 )
-        found |= header
-    absent = sorted(set(weight_map) - set(found))
+        tensors |= header
+    absent = sorted(set(weight_map) - set(tensors))
     if absent:
         raise InputError(
             f"{INDEX} places tensor {absent[0]} in {weight_map[absent[0]]}, which does not have it.",
             why=f"Index and weight files come from different saves ({len(absent)} such tensors).",
             fix="Copy the folder again, or save the model again with save_pretrained.",
         )
-    return found
+    return tensors

@@ -1,16 +1,15 @@
-"""``.bin`` and ``.pth`` state dicts into safetensors, without running what a pickle may carry. Sole owner of
+"""Converts ``.bin`` and ``.pth`` state dicts to safetensors without running code from a pickle. The only owner of
 torch.load.
 
-torch reads them with weights_only=True (no code) and mmap=True (no copy in memory); what that refuses is refused
-here. The
-result lies in our cache, content-addressed by the files it came from.
+torch reads them with weights_only=True (no code) and mmap=True (no copy in memory); a file that torch refuses is
+refused here. The result is stored in our cache under the digest of its sources.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,10 @@ _HOW = "Convert it where you trust it: load the model with transformers and call
 
 
 def find(folder: Path) -> list[Path]:
-    """The state dict files of a folder: pytorch_model.bin, the shards its index names, or the only .bin/.pth there."""
+    """The state dict files of a folder: pytorch_model.bin, the shards of its index, or its only .bin, .pth or .pt file.
+
+    [] when there is none or more than one. Raises InputError when the index lists a file that is missing.
+    """
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
@@ -43,17 +45,17 @@ def find(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "pytorch_model.bin").is_file():
         return [folder / "pytorch_model.bin"]
-    # training_args.bin, optimizer.pt and the like lie beside models and are not weights
+    # trainers save these beside the model; they are not weights
     others = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scheduler.bin", "scaler.pt"}
-    found = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLES and path.name not in others]
-    return found if len(found) == 1 else []
+    pickles = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLES and path.name not in others]
+    return pickles if len(pickles) == 1 else []
 
 
 def convert(folder: Path, weights: Path | None, *, cache: Path, progress: Progress) -> Path:
     """A folder of safetensors with the configs and tokenizer of ``folder``, made from its state dict once.
 
-    weights: the one file to take, None to find it. Raises InputError when the file could run code, is not a state
-    dict, or has no config beside it; ToolError without torch.
+    weights: the file to convert, None for the folder's own (``find``). Raises InputError when the file could run code,
+    is not a state dict, or has no config beside it; ToolError without torch.
     """
 
     files = [weights] if weights is not None else find(folder)
@@ -76,19 +78,19 @@ def convert(folder: Path, weights: Path | None, *, cache: Path, progress: Progre
             (part / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, part / name)
 
-    return _cached(sources, make, cache, progress)
+    return _cached(sources, make, cache)
 
 
 def convert_file(path: Path, name: str, *, cache: Path, progress: Progress) -> Path:
-    """A folder that holds one pickled state dict as the safetensors file ``name``."""
+    """A folder with one pickled state dict, converted to the safetensors file ``name``. Raises as ``convert``."""
 
     def make(part: Path) -> None:
         _write(_load(path), part / name, path, False, progress)
 
-    return _cached([path], make, cache, progress)
+    return _cached([path], make, cache)
 
 
-def _cached(sources: Iterable[Path], make: Any, cache: Path, progress: Progress) -> Path:
+def _cached(sources: Iterable[Path], make: Callable[[Path], None], cache: Path) -> Path:
     digest = combined_digest((path.name, file_digest(path, cache)) for path in sources)
     done = cache / "state_dicts" / digest[:32]
     if done.is_dir():
@@ -122,7 +124,7 @@ def _load(path: Path) -> Mapping[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise InputError(
-            f"{path.name} holds more than tensors, and loading it could run code. Nothing of it was run.",
+            f"{path.name} holds more than tensors, and loading it could run code. It was not loaded.",
             why=reason.strip()[:300],
             fix=_HOW,
         ) from error
@@ -136,7 +138,7 @@ def _load(path: Path) -> Mapping[str, Tensor]:
 
 
 def _tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
-    """The state dict itself: one known wrapper and one common prefix are taken off."""
+    """The state dict itself, without a training loop's wrapper and common prefixes. Raises InputError."""
     import torch
 
     for key in _WRAPPERS:
@@ -163,7 +165,7 @@ def _write(tensors: Mapping[str, Tensor], out: Path, source: Path, tied: bool, p
     for name, tensor in kept.items():
         dtype = _NAMES.get(str(tensor.dtype))
         if dtype is None and not tensor.is_floating_point():
-            continue  # integer buffers (position_ids): every loader makes them itself
+            continue  # integer buffers (position_ids): every loader computes them
         if dtype is None:
             raise InputError(f"{source.name}: tensor {name} has the data type {tensor.dtype}.", fix=_HOW)
         specs.append(Spec(name, dtype, tuple(tensor.shape)))

@@ -1,10 +1,8 @@
-"""What the tokenizer, its template and the generation config say about the tokens around a text, and where they
-disagree.
+"""The special tokens, chat template and sampling defaults of a checkpoint, and where its files disagree about them.
 
-Read from the files as transformers 5 reads them: the post-processor of tokenizer.json alone decides whether plain
-text gets
-a BOS (``add_bos_token`` in tokenizer_config.json is ignored there), and chat_template.jinja comes before a template
-in tokenizer_config.json.
+The files are read as transformers 5 reads them: only the post-processor of tokenizer.json decides whether plain text
+gets a BOS (``add_bos_token`` in tokenizer_config.json is ignored), and chat_template.jinja takes precedence over a
+template in tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -36,13 +34,13 @@ _NAMES = ("bos", "eos", "pad", "unk")
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The tokenizer without the tokenizer: names, ids and habits.
+    """The tokenizer's special tokens and settings, without its vocabulary.
 
     add_bos: encoding plain text puts BOS first. vocab_size: highest id + 1. stop_ids: every id that ends an answer,
-    sorted.
-    sampling: defaults from generation_config.json (only keys that are there). agreement: one sentence for each
-    disagreement between tokenizer, template, config and generation config; empty when they agree. remarks: what the
-    chat template cannot do. marks: the added tokens it puts around turns, which a user who types them writes too.
+    sorted. sampling: defaults from generation_config.json (only its keys). agreement: one sentence for each
+    disagreement between tokenizer, template, config and generation config; empty when they agree. remarks: one sentence
+    for each thing that the chat template cannot do. marks: the added tokens that it puts around turns; the same text
+    typed by a user is tokenized to them too.
     """
 
     tokenizer_class: str
@@ -67,19 +65,9 @@ class TokenizerFacts:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The template's variables: bos_token, eos_token, pad_token, unk_token, where they exist."""
+        """The template's variables bos_token, eos_token, pad_token and unk_token, without those that are not set."""
         pairs = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad, "unk_token": self.unk}
         return {name: token for name, token in pairs.items() if token is not None}
-
-    def as_run(self) -> dict[str, Any]:
-        """The part of a manifest's ``run`` that any engine's server needs to know of the tokenizer."""
-        return {
-            "special_tokens": self.special_tokens,
-            "bos_id": self.bos_id,
-            "add_bos": self.add_bos,
-            "stop_ids": sorted(self.stop_ids),
-            "sampling": dict(self.sampling),
-        }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,7 +90,7 @@ def _optional(folder: Path, name: str) -> dict[str, Any]:
 def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerFacts:
     """Facts of the tokenizer in a checkpoint folder; config is its config.json.
 
-    Raises InputError when tokenizer.json is missing (saying how to make it) or malformed.
+    Raises InputError when tokenizer.json is missing (with how to make it) or malformed.
     """
     tokenizer = _tokenizer_json(folder)
     settings = _optional(folder, "tokenizer_config.json")
@@ -152,7 +140,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerFacts:
 
 
 def _about_template(template: str | None, seen: Probe) -> list[str]:
-    """What a chat template cannot do, one sentence each."""
+    """One sentence for each thing that a chat template cannot do."""
     remarks = []
     if seen.system == "ignored":
         remarks.append("The chat template ignores system messages: a system prompt is lost without a word.")
@@ -209,11 +197,11 @@ def read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template: chat_template.jinja, or the legacy places (a string, or a list with one named default)."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for found in (_optional(folder, "chat_template.json").get("chat_template"), settings.get("chat_template")):
-        if isinstance(found, str):
-            return found
-        if isinstance(found, list):
-            named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+    for template in (_optional(folder, "chat_template.json").get("chat_template"), settings.get("chat_template")):
+        if isinstance(template, str):
+            return template
+        if isinstance(template, list):
+            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
             if isinstance(named.get("default"), str):
                 return str(named["default"])
     return None
@@ -228,10 +216,10 @@ def _special_tokens(
     remarks = []
     for name in _NAMES:
         key = f"{name}_token"
-        found = settings.get(key, legacy.get(key))
-        if isinstance(found, dict):  # an AddedToken written out
-            found = found.get("content")
-        names[name] = found if isinstance(found, str) else None
+        token = settings.get(key, legacy.get(key))
+        if isinstance(token, dict):  # an AddedToken as a JSON object
+            token = token.get("content")
+        names[name] = token if isinstance(token, str) else None
     stated = _id_set(config.get("eos_token_id"))
     if names["eos"] is None and stated and min(stated) in by_id:
         names["eos"] = by_id[min(stated)]
@@ -240,7 +228,7 @@ def _special_tokens(
 
 
 def _prepends(processor: Any, bos: str | None) -> bool:
-    """Whether the post-processor of tokenizer.json puts BOS before plain text."""
+    """Whether tokenizer.json's post-processor puts BOS before plain text."""
     if not isinstance(processor, dict) or bos is None:
         return False
     if processor.get("type") == "Sequence":
@@ -266,12 +254,12 @@ def _named(ids: frozenset[int], by_id: Mapping[int, str]) -> str:
 
 
 def _about_eos(ends: Mapping[str, frozenset[int]], turn_end: int | None, by_id: Mapping[int, str]) -> list[str]:
-    said = {place: ids for place, ids in ends.items() if ids}
+    stated = {place: ids for place, ids in ends.items() if ids}
     remarks = []
-    if len(set(said.values())) > 1:
-        parts = "; ".join(f"{place} says {_named(ids, by_id)}" for place, ids in said.items())
+    if len(set(stated.values())) > 1:
+        parts = "; ".join(f"{place} says {_named(ids, by_id)}" for place, ids in stated.items())
         remarks.append(f"The end of a text differs: {parts}. Generation stops at any of them.")
-    if not said:
+    if not stated:
         remarks.append("Neither tokenizer nor config names an EOS token.")
     if turn_end is not None and turn_end not in frozenset().union(*ends.values()):
         remarks.append(
@@ -294,11 +282,11 @@ def _about_bos(
     if stated and bos_id is not None and stated != {bos_id}:
         own = _named(frozenset({bos_id}), by_id)
         remarks.append(f"BOS differs: config.json says {_named(stated, by_id)}, the tokenizer {own}.")
-    asked = settings.get("add_bos_token")
-    if isinstance(asked, bool) and bos_id is not None and asked != add_bos:
+    configured = settings.get("add_bos_token")
+    if isinstance(configured, bool) and bos_id is not None and configured != add_bos:
         does = "adds" if add_bos else "does not add"
         remarks.append(
-            f"tokenizer_config.json says add_bos_token {str(asked).lower()}, but tokenizer.json {does} BOS; "
+            f"tokenizer_config.json says add_bos_token {str(configured).lower()}, but tokenizer.json {does} BOS; "
             "transformers 5 follows tokenizer.json."
         )
     if add_bos and seen.writes_bos:
@@ -307,9 +295,9 @@ def _about_bos(
 
 
 def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:
-    """Sampling defaults; a config that does not sample keeps only what also acts on greedy decoding."""
+    """Sampling defaults; of a config without sampling only those that also affect greedy decoding."""
     keys = SAMPLING_KEYS if generation.get("do_sample") else ("repetition_penalty",)
-    found = {key: generation.get(key) for key in keys}
+    values = {key: generation.get(key) for key in keys}
     return {
-        key: value for key, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)
+        key: value for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -1,8 +1,8 @@
 """The only file that writes to the terminal: progress on stderr, results on stdout, errors in three lines.
 
-Colours and moving bars appear on a terminal only; piped output gets one plain line a step. With ``--json`` stdout
-holds one JSON document and nothing else. A reader that goes away (``packager targets | head -1``) is no failure: what
-comes after goes nowhere, and the verb ends as it would have.
+Colours and progress bars appear only on a terminal; piped output has one plain line for each step. With ``--json``
+stdout has one JSON document and nothing else. A closed pipe (``packager targets | head -1``) is no failure: further
+output is discarded, and the verb ends with its normal exit code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from packager.core.progress import StepContext, Task
 
 STREAMS = ("stdout", "stderr")
-HEARTBEAT = 15.0  # seconds between lines of a long step when nobody watches a bar
+HEARTBEAT = 15.0  # seconds between lines of a long step without a progress bar
 
 
-class _Left(io.FileIO):
-    """The end of a pipe that its reader may leave."""
+class _PipeEnd(io.FileIO):
+    """The writing end of a pipe; once the reader has closed it, output is discarded."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # what a child writes there goes the same way
+            os.dup2(nowhere, self.fileno())  # so that a child's output is discarded too
             os.close(nowhere)
             return super().write(data)
 
 
-def settle_streams() -> None:
-    """Before anything is written: a character that the terminal has not, such as ×, becomes a question mark, and a
-    reader may go away. Streams that somebody put in the place of the process's own keep what they are.
+def prepare_streams() -> None:
+    """Configure stdout and stderr: a character that the terminal's encoding does not have, such as ×, becomes a
+    question mark, and a closed pipe is no error. Replaced streams (a test's capture) are left unchanged.
     """
     for name in STREAMS:
         stream = getattr(sys, name)
@@ -49,11 +49,11 @@ def settle_streams() -> None:
         stream.reconfigure(errors="replace")
         raw = getattr(stream.buffer, "raw", stream.buffer)  # unbuffered, the raw file is the buffer
         if stream is getattr(sys, f"__{name}__") and type(raw) is io.FileIO:
-            left = _Left(raw.fileno(), "w", closefd=False)
-            held: Any = left if raw is stream.buffer else io.BufferedWriter(left)
+            pipe = _PipeEnd(raw.fileno(), "w", closefd=False)
+            buffer: Any = pipe if raw is stream.buffer else io.BufferedWriter(pipe)
             lines, through = stream.line_buffering, stream.write_through
-            settled = io.TextIOWrapper(held, stream.encoding, "replace", line_buffering=lines, write_through=through)
-            setattr(sys, name, settled)
+            prepared = io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=lines, write_through=through)
+            setattr(sys, name, prepared)
 
 
 class Console:
@@ -63,8 +63,8 @@ class Console:
         self.json_mode, self.quiet = json_mode, quiet
 
     # -- results -----------------------------------------------------------------------------------------------------
-    def result(self, document: Mapping[str, Any], render: Any = None) -> None:
-        """Show a command's result: the document as JSON, or what ``render`` (a callable) shows to people."""
+    def result(self, document: Mapping[str, Any], render: Callable[[], None] | None = None) -> None:
+        """Show a command's result: the document with --json, else the text that ``render`` prints."""
         if self.json_mode:
             sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
         elif render is not None:
@@ -77,7 +77,7 @@ class Console:
     def table(
         self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Sequence[int] = ()
     ) -> None:
-        """A table on stdout; ``right`` names columns (by index) that are aligned right."""
+        """A table on stdout; right: indices of the columns that are aligned right."""
         from rich.console import Console as Rich
         from rich.table import Table
 
@@ -103,7 +103,7 @@ class Console:
         self.line("\n".join(line.rstrip() for line in drawn.get().rstrip("\n").split("\n")))
 
     def facts(self, pairs: Iterable[tuple[str, str]], title: str = "") -> None:
-        """Two columns: what, and its value."""
+        """Two columns of names and values, without empty values."""
         pairs = [(name, value) for name, value in pairs if value]
         if title:
             self.line(title)
@@ -116,7 +116,7 @@ class Console:
 
     # -- failures ----------------------------------------------------------------------------------------------------
     def error(self, error: PackagerError) -> None:
-        """What was wrong, why, and what to do next, on stderr; with --json the same as a document on stdout."""
+        """Print what was wrong, why, and what to do next on stderr; with --json also a document on stdout."""
         if self.json_mode:
             sys.stdout.write(json.dumps({"error": error.as_dict()}, indent=2, ensure_ascii=False) + "\n")
         strong, plain = ("\x1b[1;31m", "\x1b[0m") if _colours() else ("", "")
@@ -205,7 +205,7 @@ class Console:
 
 
 class _Advance:
-    def __init__(self, advance: Any) -> None:
+    def __init__(self, advance: Callable[[float], None]) -> None:
         self.advance = advance
 
 

@@ -1,4 +1,4 @@
-"""Flags that verbs share, and what they come to: a Console, a Request, thresholds."""
+"""Flags that several verbs share, and the objects made from them: a Console, a Request, thresholds."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ REQUEST = (
     click.option("--recipe", help="Recipe name or a .py file; default: the target's."),
     click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the recipe; may be repeated."),
     click.option("--calibration", type=FILE, help="Text, or the fine-tuning pairs (alpaca or messages JSON)."),
+    click.option(
+        "--ask",
+        metavar="all|N",
+        callback=lambda _context, _option, text: _ask(text),
+        help="How many of the fine-tuning pairs are scored. Default: as many as five minutes allow.",
+    ),
 )
 SHARE, COSINE = click.FloatRange(0, 1), click.FloatRange(-1, 1)
 LIMITS: dict[str, tuple[click.FloatRange, str]] = {
@@ -41,8 +47,20 @@ LIMITS: dict[str, tuple[click.FloatRange, str]] = {
 }
 
 
+ALL = 1 << 30  # more pairs than any file has
+
+
+def _ask(text: str | None) -> int | None:
+    """The number in --ask; None without the flag. Raises click's BadParameter."""
+    if text is None or text == "all":
+        return None if text is None else ALL
+    if not text.isascii() or not text.isdigit():
+        raise click.BadParameter(f"{text!r} is neither a number nor all.")
+    return int(text)
+
+
 def _all(options: Sequence[Command], command: Command) -> Command:
-    """The command with these options, which --help shows in their order."""
+    """The command with these options, in the order of --help."""
     for option in reversed(options):
         command = option(command)
     return command
@@ -61,12 +79,12 @@ def common(command: Command) -> Command:
 
 
 def sourced(command: Command) -> Command:
-    """Where the model comes from; the command gets checkpoint, adapter, revision and name."""
+    """The flags of the source model; the command gets checkpoint, adapter, revision and name."""
     return _all(SOURCE, command)
 
 
 def requested(command: Command) -> Command:
-    """Where the model comes from, what is to be built and on what data; the command gets a Request."""
+    """The flags of the source model, the build and its data; the command gets a Request."""
 
     @functools.wraps(command)
     def wrapper(
@@ -79,18 +97,19 @@ def requested(command: Command) -> Command:
         recipe: str | None,
         sets: tuple[str, ...],
         calibration: Path | None,
+        ask: int | None,
         **kwargs: Any,
     ) -> Any:
         from packager.build import Request
 
-        request = Request(checkpoint, target, recipe, adapter, revision, name, sets, calibration)
+        request = Request(checkpoint, target, recipe, adapter, revision, name, sets, calibration, ask=ask)
         return command(*args, request=request, **kwargs)
 
     return _all((*SOURCE, *REQUEST), wrapper)
 
 
 def limited(command: Command) -> Command:
-    """What the artifact must keep of its source; the command gets ``limits``, those thresholds that were given."""
+    """The flags of the thresholds; the command gets ``limits``, those that were given."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What ``packager inspect`` shows, as plain data: no printing here, the same values serve the table and --json."""
+"""The data of ``packager inspect``, for the table and for --json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from packager.checkpoint.lora import Adapter, check_fit
 
 
 def inspect(checkpoint: Checkpoint, adapter: Adapter | None = None) -> dict[str, Any]:
-    """JSON-ready facts about a checkpoint and, when given, the adapter on it (sizes in bytes).
+    """JSON-ready facts about a checkpoint and the adapter, if given (sizes in bytes).
 
     Raises InputError when the adapter does not fit.
     """

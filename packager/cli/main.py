@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from packager import __version__
-from packager.cli.console import Console, settle_streams
+from packager.cli.console import Console, prepare_streams
 from packager.cli.flags import common, limited, requested, sourced
 from packager.core.errors import MachineError, PackagerError, UsageError
 
@@ -21,9 +21,9 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def main() -> None:
-    """Run the command line; every failure a user can meet ends in three lines and its own exit code."""
+    """Run the command line; a PackagerError is shown as three lines and ends with its own exit code."""
     wants_json = "--json" in sys.argv[1:]
-    settle_streams()
+    prepare_streams()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -42,7 +42,7 @@ def main() -> None:
     except MemoryError:
         Console(json_mode=wants_json).error(
             MachineError(
-                "the machine has not enough memory for this step.", fix="`packager plan` says how much a build needs."
+                "the machine has too little memory for this step.", fix="`packager plan` shows how much a build needs."
             )
         )
         code = MachineError.exit_code
@@ -172,7 +172,7 @@ def plan(request: Request, console: Console) -> None:
 @click.option(
     "--trust-calibration", is_flag=True, help="Use the calibration file even if the model does not know its text."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn by chance.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the build (int4 tuning).")
 @limited
 @click.option("--no-verify", is_flag=True, help="Do not run the artifact against its source. The manifest says so.")
 @click.option(

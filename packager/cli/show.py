@@ -1,4 +1,4 @@
-"""What each verb shows: the document that --json prints, and the same for people."""
+"""The output of each verb: the document for --json, and the text for people."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packager.build import Request
 from packager.cli.console import Console
 from packager.core.errors import PlanRefused, VerifyFailed
 from packager.core.units import size
 
+if TYPE_CHECKING:
+    from packager.bundle.doctor import TargetRow
+    from packager.planning.plan import Plan
+
 
 def targets(console: Console) -> None:
     from packager.planning.catalog import load_target, target_names
 
-    found = [load_target(name) for name in target_names()]
+    known = [load_target(name) for name in target_names()]
     document = {
         "targets": [
             {
@@ -28,14 +32,14 @@ def targets(console: Console) -> None:
                 "memory_bytes": t.memory_bytes,
                 "recipe": t.recipe,
             }
-            for t in found
+            for t in known
         ]
     }
     console.result(
         document,
         lambda: console.table(
             ("target", "device", "memory", "default recipe"),
-            [(t.name, t.title, f"{t.memory_bytes / 2**30:.0f} GiB", t.recipe) for t in found],
+            [(t.name, t.title, f"{t.memory_bytes / 2**30:.0f} GiB", t.recipe) for t in known],
             right=(2,),
         ),
     )
@@ -44,8 +48,8 @@ def targets(console: Console) -> None:
 def target(console: Console, name: str) -> None:
     from packager.planning.catalog import load_target
 
-    found = load_target(name).as_dict()
-    console.result(found, lambda: console.facts(_flat(found)))
+    facts = load_target(name).as_dict()
+    console.result(facts, lambda: console.facts(_flat(facts)))
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -63,10 +67,10 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def recipes(console: Console) -> None:
     from packager.planning.catalog import load_recipe, recipe_names
 
-    found = [load_recipe(name) for name in recipe_names()]
+    known = [load_recipe(name) for name in recipe_names()]
     console.result(
-        {"recipes": [{"name": r.name, "summary": r.summary, "format": r.format} for r in found]},
-        lambda: console.table(("recipe", "makes"), [(r.name, r.summary) for r in found]),
+        {"recipes": [{"name": r.name, "summary": r.summary, "format": r.format} for r in known]},
+        lambda: console.table(("recipe", "makes"), [(r.name, r.summary) for r in known]),
     )
 
 
@@ -74,26 +78,26 @@ def recipe(console: Console, name: str) -> None:
     from packager.planning.catalog import load_recipe
     from packager.planning.options import options_keys
 
-    found = load_recipe(name)
-    keys = options_keys(found)
+    chosen = load_recipe(name)
+    keys = options_keys(chosen)
     document = {
-        "name": found.name,
-        "summary": found.summary,
-        "format": found.format,
+        "name": chosen.name,
+        "summary": chosen.summary,
+        "format": chosen.format,
         "options": [{"key": k, "type": t, "default": d, "doc": doc} for k, t, d, doc in keys],
-        "thresholds": asdict(found.thresholds(found.options())),
-        "encoder_thresholds": asdict(found.encoder_thresholds) if found.encoder_thresholds else None,
+        "thresholds": asdict(chosen.thresholds(chosen.options())),
+        "encoder_thresholds": asdict(chosen.encoder_thresholds) if chosen.encoder_thresholds else None,
     }
 
     def render() -> None:
-        console.line(f"{found.name}: {found.summary}\n")
+        console.line(f"{chosen.name}: {chosen.summary}\n")
         console.table(("--set key", "values", "default", "meaning"), [tuple(map(str, key)) for key in keys])
-        least = found.thresholds(found.options())
+        least = chosen.thresholds(chosen.options())
         console.line(
             f"\nThe artifact must keep (with the default options): mean KL at most {least.max_kl:g} nats, top-1 at "
             f"least {least.min_top1:.0%}, and {least.min_behaviour:.0%} of the fine-tuning pairs word for word."
         )
-        if encoder := found.encoder_thresholds:
+        if encoder := chosen.encoder_thresholds:
             console.line(
                 f"An embedder: mean cosine at least {encoder.min_cosine:g}, rank correlation at least "
                 f"{encoder.min_rank:g}. A classifier: the source's label for {encoder.min_agreement:.0%} of the texts, "
@@ -125,11 +129,11 @@ def template(console: Console, name: str) -> None:
     from packager.core.errors import UsageError
     from packager.prompts.training_template import as_jinja, load
 
-    found = load(name)
-    if found.slots is None:
+    training = load(name)
+    if training.slots is None:
         raise UsageError(f"{name} is a Jinja file already.", fix="`packager templates` lists the names.")
-    text = as_jinja(found.slots)
-    console.result({"name": found.name, "chat_template": text}, lambda: console.line(text))
+    text = as_jinja(training.slots)
+    console.result({"name": training.name, "chat_template": text}, lambda: console.line(text))
 
 
 def inspect(console: Console, checkpoint: str, adapter: Path | None, revision: str | None, name: str | None) -> None:
@@ -139,11 +143,11 @@ def inspect(console: Console, checkpoint: str, adapter: Path | None, revision: s
     from packager.core.store import cache_root
     from packager.planning.plan import fit_all
 
-    found = open_checkpoint(checkpoint, revision=revision, progress=console, cache=cache_root(), name=name)
+    opened = open_checkpoint(checkpoint, revision=revision, progress=console, cache=cache_root(), name=name)
     lora = open_adapter(adapter) if adapter else None
     if lora:
-        check_fit(lora, found)
-    document = {**look(found, lora), "targets": fit_all(found)}
+        check_fit(lora, opened)
+    document = {**look(opened, lora), "targets": fit_all(opened)}
 
     def render() -> None:
         console.facts(
@@ -172,7 +176,7 @@ def plan(console: Console, request: Request) -> None:
         raise error
 
 
-def _show_plan(console: Console, made: Any) -> None:
+def _show_plan(console: Console, made: Plan) -> None:
     plain = made.as_dict()
     e = plain["estimate"]
     console.facts(
@@ -204,14 +208,14 @@ def _show_plan(console: Console, made: Any) -> None:
 
 
 def _work(e: Mapping[str, Any]) -> str:
-    """What is held beside the weights: an encoder has no KV cache, and its activations count to the runtime."""
+    """The memory besides the weights: an encoder has no KV cache, and its activations count as the runtime's."""
     most = f"{e['slots']} × {e['context']} tokens"
     runtime = f"runtime {size(e['overhead_bytes'])}"
     return f"KV cache {size(e['kv_bytes'])} ({most}), {runtime}" if e["kv_bytes"] else f"{runtime} ({most} at a time)"
 
 
 def _ceiling(rate: float, estimate: Mapping[str, Any]) -> tuple[str, str]:
-    """An encoder, which has no KV cache, reads its weights once a text; a language model once a token."""
+    """The ceiling's label and text: a language model reads its weights for each token, an encoder for each text."""
     read, unit = size(estimate["read_per_token_bytes"]), "token" if estimate["kv_bytes"] else "text"
     name = "decode ceiling" if estimate["kv_bytes"] else "ceiling"
     return name, f"{rate:.0f} {unit}s/s (bandwidth ÷ {read} read per {unit})"
@@ -230,45 +234,54 @@ def build(console: Console, request: Request, out: Path) -> None:
     }
 
     def render() -> None:
-        benchmark = built.artifact.report
-        for line in fidelity_lines(benchmark.get("fidelity")):
+        report = built.artifact.report
+        for line in fidelity_lines(report.get("fidelity")):
             console.note(line)
-        if types := benchmark.get("tensor_types"):
+        if types := report.get("tensor_types"):
             console.note("tensor types: " + ", ".join(f"{count} × {kind}" for kind, count in types.items()))
-        if int4 := benchmark.get("int4", {}).get("modules"):
-            console.note(f"{int4} matrices at {benchmark['int4']['bits_per_weight']} bits a weight")
+        if int4 := report.get("int4", {}).get("modules"):
+            console.note(f"{int4} matrices at {report['int4']['bits_per_weight']} bits a weight")
         console.note(f"built in {built.record['seconds']:.0f} s, peak memory {size(built.record['peak_rss_bytes'])}")
         console.line(str(built.path))
 
     console.result(document, render)
 
 
-def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
-    """An artifact's fidelity in words, as it stands in the manifest."""
-    if not found:
+def fidelity_lines(fidelity: Mapping[str, Any] | None) -> list[str]:
+    """The lines of text for an artifact's fidelity. fidelity: the manifest's entry, None with --no-verify."""
+    if not fidelity:
         return []
-    if "min_cosine" in found["thresholds"]:
+    if "min_cosine" in fidelity["thresholds"]:
         from packager.metrics.encoders import lines as encoder_lines
 
-        return encoder_lines(found)
+        return encoder_lines(fidelity)
     lines = []
     for name in ("general", "tuning"):
-        if score := found[name]:
+        if score := fidelity[name]:
             low, high = score["kl_mean_ci"]
             lines.append(
                 f"fidelity, {name} text: mean KL {score['kl_mean']:.4f} ({low:.4f} to {high:.4f}), top-1 "
                 f"{score['top1']:.1%}, perplexity × {score['perplexity_ratio']:.3f}; {score['positions']} positions"
             )
-    if kept := found["behaviour"]:
-        held = "held out of the calibration" if found["held_out"] else "also used for calibration"
+    if kept := fidelity["behaviour"]:
+        held = "held out of the calibration" if fidelity["held_out"] else "also used for calibration"
         lines.append(
-            f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word ({kept['pairs']} pairs, {held})"
+            f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word; {kept['pairs']} of "
+            f"{kept['given']} pairs scored, {held}"
         )
-    if said := found.get("answers"):
-        closed, opened, taught = said["thoughts_closed"], said["thoughts_opened"], said["trained_tokens_mean"]
+        pairs = fidelity.get("pairs") or {}
+        if why := pairs.get("why"):
+            lines.append(f"  not all: {why}")
+        lines += [f"  left out: {count} ({reason})" for reason, count in pairs.get("left_out", {}).items()]
+    answers = fidelity.get("answers")
+    if answers and not answers["asked"]:
+        lines.append(f"answers: none of {answers['of']} generated here ({answers['why']})")
+    elif answers:
+        closed, opened, trained = answers["thoughts_closed"], answers["thoughts_opened"], answers["trained_tokens_mean"]
         lines.append(
-            f"answers: {said['ended']} of {said['asked']} ended within {said['limit']} tokens, on average "
-            f"{said['tokens_mean']} tokens{f' (taught: {taught})' if taught is not None else ''}"
+            f"answers: {answers['asked']} of {answers['of']} generated, {answers['ended']} ended within "
+            f"{answers['limit']} tokens, on average {answers['tokens_mean']} tokens"
+            f"{f' (trained: {trained})' if trained is not None else ''}"
             f"{f', {closed} of {opened} thoughts closed' if opened else ''}"
         )
     return lines
@@ -277,21 +290,19 @@ def fidelity_lines(found: Mapping[str, Any] | None) -> list[str]:
 def verify(console: Console, bundle: Path) -> None:
     from packager.bundle.verify import verify as check
 
-    benchmark = check(bundle, console)
-    document = benchmark.as_dict()
-    if not benchmark.problems:
-        console.result(
-            document, lambda: console.line(f"{bundle}: whole, {benchmark.files} files, {size(benchmark.bytes)}.")
-        )
+    report = check(bundle, console)
+    document = report.as_dict()
+    if not report.problems:
+        console.result(document, lambda: console.line(f"{bundle}: whole, {report.files} files, {size(report.bytes)}."))
         return
 
     def render() -> None:
-        for problem in benchmark.problems:
+        for problem in report.problems:
             console.line(f"  - {problem.kind}: {problem.path}: {problem.detail}")
 
     console.result(document, render)
     try:
-        benchmark.raise_if_bad()
+        report.raise_if_bad()
     except VerifyFailed as error:
         error.shown = True
         raise
@@ -314,13 +325,13 @@ def doctor(console: Console, bundle: Path | None, target: str | None, facts: Pat
                     console.line(f"  unknown  {finding['name']}: needed is {finding['expected']}")
             for sentence in verdict["warnings"]:
                 console.line(f"  warning  {sentence}")
-            if verdict["ok"]:  # a refusal is told as every error is
+            if verdict["ok"]:  # a refusal is shown as an error
                 known = all(finding["ok"] is not None for finding in verdict["findings"])
                 console.line("It fits." if known else "It fits, as far as is known.")
             return
         console.table(
             ("target", "this box", "why not"),
-            [_told(row) for row in document["targets"]],
+            [_target_row(row) for row in document["targets"]],
         )
         console.line(f"\nNearest target: {document['nearest'] or 'none; copy a target file and change it'}.")
 
@@ -328,8 +339,8 @@ def doctor(console: Console, bundle: Path | None, target: str | None, facts: Pat
     raise_if_refused(document)
 
 
-def _told(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """A target's row: yes, no with the reason, or perhaps with what is not known."""
+def _target_row(row: TargetRow) -> tuple[str, str, str]:
+    """A target's row: "yes", "no" with the reason, or "perhaps" with the unknown facts."""
     if not row["ok"]:
         return row["target"], "no", row["refusal"]
     unknown = ", ".join(f"{name} unknown" for name in row["unknown"])

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, progress, hashing, the store, child processes, pip."""
+"""The base of all other rooms: errors, progress, hashing, the store, child processes, pip."""

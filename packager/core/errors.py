@@ -1,4 +1,4 @@
-"""Every failure a user can meet: what went wrong, why, and what to do next, each kind with its own exit code.
+"""The errors shown to users: what went wrong, why, and what to do next. Each kind has its own exit code.
 
 Exit codes are part of the interface: release pipelines branch on them.
 
@@ -34,7 +34,7 @@ class PackagerError(Exception):
     exit_code: ClassVar[int] = 1
     kind: ClassVar[str] = "error"
     details: Mapping[str, Any] | None = None  # figures for ``--json``
-    shown = False  # set when the document that explains it is printed already
+    shown = False  # True when the document that explains it is already printed
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
         super().__init__(what)

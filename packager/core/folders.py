@@ -1,4 +1,4 @@
-"""Where recipes, runtimes, targets and locks lie: beside ``packager/`` in a checkout, inside it in a wheel (setup.cfg
+"""The folders recipes, runtimes, targets and locks: beside ``packager/`` in a checkout, inside it in a wheel (setup.cfg
 maps them).
 """
 

@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered as long as a file does not change; and atomic small writes for it."""
+"""SHA-256 of files, cached as long as a file does not change, and atomic writes of small files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ CHUNK_BYTES = 1 << 20
 
 
 def file_digest(path: Path, cache: Path, task: Task | None = None) -> str:
-    """SHA-256 of a file in hex, remembered under ``cache`` by (path, size, mtime_ns, ctime_ns, inode).
+    """SHA-256 of a file in hex, cached under ``cache`` by (path, size, mtime_ns, ctime_ns, inode).
 
     Links are followed. Raises InputError when the file changes while it is read.
     """
     real = path.resolve()
     before = real.stat()
     key = f"{real}\n{before.st_size}\n{before.st_mtime_ns}\n{before.st_ctime_ns}\n{before.st_ino}"
-    remembered = cache / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    cached = cache / "digests" / hashlib.sha256(key.encode()).hexdigest()
     try:
-        digest = remembered.read_text(encoding="ascii").strip()
+        digest = cached.read_text(encoding="ascii").strip()
     except (FileNotFoundError, UnicodeDecodeError):
         digest = ""
     if len(digest) == 64:
@@ -40,7 +40,7 @@ def file_digest(path: Path, cache: Path, task: Task | None = None) -> str:
             why="Another program writes to it.",
             fix="Wait for it, then try again.",
         )
-    write_atomic(remembered, digest.encode("ascii"))
+    write_atomic(cached, digest.encode("ascii"))
     return digest
 
 

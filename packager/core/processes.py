@@ -1,6 +1,4 @@
-"""Sole owner of subprocess: run outside programs, watch their progress, measure their memory, report how they
-failed.
-"""
+"""Runs outside programs: their progress, their peak memory, their failures. The only owner of subprocess."""
 
 from __future__ import annotations
 
@@ -19,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.core.errors import ToolError
+from packager.core.fork_server import SERVER, Forked
 from packager.core.progress import Progress
 from packager.core.store import Cost
 
 WORKERS = Path(__file__).parent.parent / "workers"
 TAIL_LINES = 40
-GRACE = 3.0  # seconds that a child has to end itself
-# How often libgomp looks for work before a thread sleeps. Its default is billions: beside a busy neighbour torch's
-# threads then wait for each other's core (tuning took 2.0 s an iteration, with this 0.8 to 1.0 s).
+GRACE = 3.0  # seconds between terminate and kill
+# How often libgomp polls for work before a thread sleeps. With its default (billions) torch's threads wait for each
+# other's core when other processes use it too: tuning took 2.0 s an iteration, with this value 0.8 to 1.0 s.
 SPINS = "1000"
 
 
@@ -46,7 +45,7 @@ class ChildFailed(ToolError):
 
     def __init__(self, name: str, code: int, output: str) -> None:
         reason = f"was ended by signal {-code} ({_signal_name(-code)})" if code < 0 else f"exited with status {code}"
-        hint = "Most often that means the machine ran out of memory; or somebody ended it." if code == -9 else ""
+        hint = "The machine probably ran out of memory, or somebody killed the process." if code == -9 else ""
         super().__init__(
             f"{name} {reason}.",
             why=hint or last_words(output),
@@ -64,7 +63,7 @@ def _signal_name(number: int) -> str:
 
 
 def last_words(output: str) -> str:
-    """The last line of a tool's output that says something, for an error message."""
+    """The last line of a tool's output that is not empty, for an error message."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1][:400] if lines else "It printed nothing."
 
@@ -76,12 +75,11 @@ def run(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Ran:
-    """Run a program to its end; ``on_line`` sees every line (split at \\n and \\r) of stdout and stderr as it comes.
+    """Run a program to its end; ``on_line`` gets every line (split at \\n and \\r) of stdout and stderr as it comes.
 
-    Raises ChildFailed when it exits with an error and ToolError when it cannot be started. On an interrupt the child
-    is ended before the interrupt goes on.
+    Raises ChildFailed when it exits with an error and ToolError when it cannot be started. On an interrupt the child is
+    ended first, then the interrupt is raised again.
     """
-    start = time.monotonic()
     merged = {**os.environ, **(env or {})}
     try:
         child = subprocess.Popen(
@@ -94,6 +92,12 @@ def run(
         )
     except OSError as error:
         raise ToolError(f"{name} could not be started: {error}.") from error
+    return _finish(child, name, on_line)
+
+
+def _finish(child: subprocess.Popen[bytes] | Forked, name: str, on_line: Callable[[str], None] | None) -> Ran:
+    """Read a child's output to its end. Raises ChildFailed, and the error of ``on_line``."""
+    start = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     faults: list[Exception] = []
     reader = threading.Thread(target=_read, args=(child, tail, on_line, faults), daemon=True)
@@ -113,12 +117,12 @@ def run(
 
 
 def _read(
-    child: subprocess.Popen[bytes],
+    child: subprocess.Popen[bytes] | Forked,
     tail: deque[str],
     on_line: Callable[[str], None] | None,
     faults: list[Exception],
 ) -> None:
-    """Read to the end whatever ``on_line`` does: a child whose pipe nobody empties would hang for ever."""
+    """Read to the end even when ``on_line`` raises: a child whose pipe is full would hang."""
     assert child.stdout is not None
     pending = b""
     while chunk := child.stdout.read(65536):
@@ -135,12 +139,14 @@ def _read(
         tail.append(pending.decode("utf-8", "replace"))
 
 
-def _wait(child: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """The exit status and the peak resident memory in bytes (0 where the system does not tell).
+def _wait(child: subprocess.Popen[bytes] | Forked) -> tuple[int, int]:
+    """(exit status, peak resident memory in bytes), 0 bytes where the system does not report it.
 
-    What wait4 tells is never less than this process's own peak: until exec the child shares our memory. Where it is not
-    more than that, the highest of our own looks at the child stands for it.
+    The peak from wait4 is never below this process's own, because the child shares our memory until exec. When it is
+    not above it, the highest sample of the child's VmHWM is used instead.
     """
+    if isinstance(child, Forked):
+        return child.finish(), child.max_rss
     if not hasattr(os, "wait4"):
         return child.wait(), 0
     import resource
@@ -160,17 +166,20 @@ def _wait(child: subprocess.Popen[bytes]) -> tuple[int, int]:
 
 
 def _high_water(process: int) -> int:
-    """The highest resident memory of a running process since its exec, in bytes; 0 where /proc does not tell."""
+    """The highest resident memory of a running process since its exec, in bytes; 0 where /proc does not report it."""
     try:
         text = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"VmHWM:\s+(\d+) kB", text)
+    return int(match[1]) * 1024 if match else 0
 
 
-def end(child: subprocess.Popen[bytes]) -> None:
+def end(child: subprocess.Popen[bytes] | Forked) -> None:
     """Terminate a child, then kill it if it has not ended after ``GRACE`` seconds."""
+    if isinstance(child, Forked):
+        child.end(GRACE)
+        return
     if child.poll() is not None:
         return
     child.terminate()
@@ -190,13 +199,31 @@ def run_python(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Ran:
-    """Run a Python script (a Path) or module (a str) in a child that ends when we do (workers/with_parent.py), offline,
-    UTF-8.
+    """Run a Python script (a Path) or module (a str) offline and in UTF-8, as a child process that ends when its parent
+    ends (workers/with_parent.py). A worker that imports torch is forked from a server that has it (fork_server.py).
 
     path: folders put first on its module search path.
     """
-    extra = {
-        "PYTHONPATH": os.pathsep.join(str(folder) for folder in path),
+    extra = {**_usual(), "PYTHONPATH": os.pathsep.join(str(folder) for folder in path), **(env or {})}
+    what = ["-m", script] if isinstance(script, str) else [script]
+    if SERVER.fits(script, env):
+        everything = {**os.environ, **extra}
+        forked = SERVER.start([str(script), *map(str, arguments)], [str(folder) for folder in path], everything)
+        if forked is not None:
+            return _finish(forked, name, on_line)
+    command = [sys.executable, WORKERS / "with_parent.py", str(os.getpid()), *what, *arguments]
+    return run(command, name=name, env=extra, on_line=on_line)
+
+
+def warm_up() -> None:
+    """Start importing the heavy libraries in the fork server, for a build that will need them."""
+    if sys.platform == "linux":
+        SERVER.warm({**os.environ, **_usual()})
+
+
+def _usual() -> dict[str, str]:
+    """The environment of a Python child."""
+    return {
         "PYTHONUTF8": "1",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -204,11 +231,7 @@ def run_python(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
         **({} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ) else {"GOMP_SPINCOUNT": SPINS}),
-        **(env or {}),
     }
-    what = ["-m", script] if isinstance(script, str) else [script]
-    command = [sys.executable, WORKERS / "with_parent.py", str(os.getpid()), *what, *arguments]
-    return run(command, name=name, env=extra, on_line=on_line)
 
 
 def follow(
@@ -225,9 +248,10 @@ def follow(
     env: Mapping[str, str] | None = None,
     arguments: Sequence[str | Path] = ("{job}",),
 ) -> Ran:
-    """Run a child on a JSON job file in ``work`` ("{job}" in arguments), showing its ``{"done": n, "total": m}`` lines.
+    """Run a Python child on a JSON job file in ``work`` ("{job}" in arguments) and show the progress that it prints as
+    ``{"done": n, "total": m}`` lines.
 
-    Its peak memory goes into ``cost``. Raises ChildFailed.
+    Its peak memory is recorded in ``cost``. Raises ChildFailed.
     """
     handle, job_file = tempfile.mkstemp(prefix=".job-", suffix=".json", dir=work)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -252,7 +276,7 @@ def follow(
 
 
 def _share(line: str) -> float | None:
-    """The part that is done (0 to 1) by a ``{"done": n, "total": m}`` line; None for any other line."""
+    """The fraction done (0 to 1) in a ``{"done": n, "total": m}`` line; None for any other line."""
     if not line.startswith('{"done"'):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The seam between work and terminal: work reports through a Progress, only console.py draws it."""
+"""The interface between long work and the terminal: work reports to a Progress; only cli/console.py draws it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Progress(Protocol):
     """What long work reports to.
 
     step: a context manager around one named step; total is in ``unit`` ("B" for bytes) or None when unknown.
-    note: one line the user should see even when the step is long over.
+    note: one line that stays visible after the step has ended.
     """
 
     def step(self, name: str, total: float | None = None, unit: str = "") -> StepContext: ...

@@ -1,8 +1,8 @@
 """The store: every step of a build is a folder named by the digest of its inputs.
 
-A step that is there is whole: it is made in a ``.partial`` sibling under a lock, flushed to disk and renamed. A killed
-build therefore leaves finished steps (reused by the next run) and at most one partial folder per step, which the next
-run of the same step either goes on with (``resumable``) or clears.
+A step in the store is complete: it is made in a ``.partial`` sibling under a lock, flushed to disk and renamed. A
+killed build therefore leaves finished steps (reused by the next run) and at most one partial folder per step, which the
+next run of the same step continues (``resumable``) or clears.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from packager.core.code import describe
 from packager.core.errors import MachineError
 from packager.core.hashing import write_atomic
 from packager.core.progress import Progress
@@ -29,9 +30,18 @@ RECORD = "step.json"
 FIXED_TIME = 315532800
 
 
+class StepCost(TypedDict):
+    """A step's entry in the build record. reused: the step was in the store; seconds is 0 then."""
+
+    step: str
+    seconds: float
+    peak_rss_bytes: int
+    reused: bool
+
+
 @dataclass(frozen=True)
 class Step:
-    """A finished step: its folder and what making it cost (0 for both when it was found in the store)."""
+    """A finished step: its folder, and the time and memory it took (seconds is 0 when the step is reused)."""
 
     name: str
     key: str
@@ -40,8 +50,8 @@ class Step:
     peak_rss_bytes: int
     reused: bool
 
-    def cost(self) -> dict[str, Any]:
-        """What making it cost, for a build's record: it stays outside the bundle, because equal builds differ in it."""
+    def cost(self) -> StepCost:
+        """Its time and memory for the build record, which stays outside the bundle: equal builds differ in it."""
         return {
             "step": self.name,
             "seconds": round(self.seconds, 2),
@@ -56,12 +66,12 @@ class Step:
 
 @dataclass
 class Cost:
-    """What a running step reports about its children: the highest resident memory, in bytes."""
+    """The highest resident memory of a running step's child processes, in bytes."""
 
     peak_rss_bytes: int = 0
 
     def saw(self, peak_rss_bytes: int) -> None:
-        """Take the peak of one child into account."""
+        """Raise the maximum to the peak of one child, if that is higher."""
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes)
 
 
@@ -73,7 +83,7 @@ def default_root() -> Path:
 
 
 def cache_root() -> Path:
-    """The folder for what can be fetched or built again: ``$XDG_CACHE_HOME/packager`` or ``~/.cache/packager``."""
+    """The folder for files that can be made again: ``$XDG_CACHE_HOME/packager`` or ``~/.cache/packager``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "packager"
 
@@ -82,13 +92,6 @@ def digest_of(value: object) -> str:
     """SHA-256 (hex) of a value's canonical JSON form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def code_digest(*files: Path) -> str:
-    """Digest of source files, for a step's inputs: a changed program makes a new step, so no stale result survives
-    it.
-    """
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
 class Store:
@@ -108,17 +111,19 @@ class Store:
     ) -> Step:
         """The folder of step ``name`` for these inputs, made by ``make(folder, cost)`` when it is not there yet.
 
-        inputs must be JSON-serialisable and name everything the result depends on. Raises MachineError when the disk
-        is full or the store cannot be written; whatever ``make`` raises passes through, and the step stays unmade.
+        inputs must be JSON-serialisable and name all data and options that the result depends on; the code of ``make``
+        and its libraries are added to the key (code.py). Raises MachineError when the disk is full, the store cannot be
+        written or its copy is damaged; errors of ``make`` pass through, and the step stays unmade.
         """
-        key = digest_of({"step": name, "inputs": dict(inputs)})[:40]
+        program = describe(make)
+        key = digest_of({"step": name, "inputs": dict(inputs), "program": program})[:40]
         final = self.root / name / key
         with machine_errors(self.root):
-            if found := self._found(name, key, final):
-                return found
+            if finished := self._finished(name, key, final):
+                return finished
             with self._lock(name, key, progress):
-                if found := self._found(name, key, final):
-                    return found
+                if finished := self._finished(name, key, final):
+                    return finished
                 partial = final.with_name(f".{key}.partial")
                 if partial.exists() and not resumable:
                     shutil.rmtree(partial)
@@ -140,6 +145,7 @@ class Store:
                 record = {
                     "step": name,
                     "inputs": dict(inputs),
+                    "program": program,
                     "files": files,
                     "time": FIXED_TIME,
                     "seconds": round(seconds, 3),
@@ -151,12 +157,13 @@ class Store:
                 flush_folder(final.parent)
         return Step(name, key, final, seconds, cost.peak_rss_bytes, reused=False)
 
-    def _found(self, name: str, key: str, final: Path) -> Step | None:
+    def _finished(self, name: str, key: str, final: Path) -> Step | None:
+        """The step from the store; None when it is not made. Raises MachineError when a file was changed."""
         if not final.is_dir():
             return None
         try:
             record = json.loads((final / RECORD).read_text(encoding="utf-8"))
-            time_set = record.get("time")  # a bundle may be a second name of a file: whoever edits it changes its time
+            time_set = record.get("time")  # a bundle may hard-link a file of the store: an edit there changes its mtime
             whole = all(_is_as_made(final / file, size, time_set) for file, size in record["files"].items())
             peak = int(record["peak_rss_bytes"])
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
@@ -189,7 +196,7 @@ class Store:
 
 @contextmanager
 def machine_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk or a denied permission into a MachineError that names the place."""
+    """Turn a full disk or a denied permission into a MachineError that names the path."""
     try:
         yield
     except OSError as error:
@@ -216,15 +223,15 @@ def _existing(path: Path) -> Path:
 
 def _is_as_made(file: Path, size: int, time_set: int | None) -> bool:
     try:
-        found = file.stat()
+        stat = file.stat()
     except FileNotFoundError:
         return False
-    return found.st_size == size and time_set in (None, int(found.st_mtime))
+    return stat.st_size == size and time_set in (None, int(stat.st_mtime))
 
 
 def flush_tree(folder: Path) -> None:
-    """fsync every file and folder under ``folder``, so that a rename publishes what is really on the disk; every file
-    gets the one fixed time.
+    """fsync every file and folder under ``folder``, so that a rename publishes data that is on the disk. Every file
+    gets the mtime FIXED_TIME.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
@@ -236,7 +243,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """fsync a folder's entries; does nothing on Windows, which has no such call."""
+    """fsync a folder's entries; does nothing on Windows, which has no fsync for folders."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -247,17 +254,17 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+    """Write a text file so that a reader sees the old content or the new, never a part of it."""
     with machine_errors(path.parent):
         write_atomic(path, text.encode("utf-8"))
         flush_folder(path.parent)
 
 
 def fetched_once(final: Path, title: str, fill: Callable[[Path], None], progress: Progress) -> Path:
-    """An outside tool's folder in the cache: there already, or made whole beside its place and then given its name.
+    """An outside tool's folder in the cache. A missing one is made in a temporary sibling and renamed.
 
-    fill: makes ``tree`` in the working folder that it is given. title: the step, for progress. Raises MachineError, and
-    what fill raises.
+    fill: makes ``tree`` in the working folder that it receives. title: the step's name, for progress. Raises
+    MachineError, and the errors of fill.
     """
     if final.is_dir():
         return final

@@ -1,1 +1,1 @@
-"""The proof: the source's scores, the artifact's scores, and what they must have in common."""
+"""The proof of an artifact: the source's scores, the artifact's scores, and the gate that compares them."""

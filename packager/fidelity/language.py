@@ -1,13 +1,12 @@
-"""Whether the source knows the text that it is calibrated on: calibration in the wrong language is a fault.
+"""Checks that the source knows the language of the calibration text.
 
-Tuning and importance matrices fit the quantized model to the calibration text. On text that the model was never made
-for (another language, noise, a tokenizer that falls back to bytes) they fit it to nothing, at the cost of what it can
-do.
+Tuning and importance matrices fit the quantized model to the calibration text. Text that the model was not trained on
+(another language, noise, a tokenizer that falls back to bytes) costs fidelity.
 
-The measure needs no table of languages: the source's own loss a character, over the entropy of the text's characters
-counted by themselves (Shannon 1948, order 0). Above 1 the model predicts the text worse than counting its letters
-would. SmolLM2-135M-Instruct (benchmarks/known_text.py): code 0.08, English 0.36, German and Russian 0.66 to 0.69; Thai
-1.01, Chinese 1.26, Korean 1.31, Japanese 1.34, letters at random 1.36.
+The measure needs no table of languages: the source's loss per character, divided by the order-0 entropy of the text's
+characters (Shannon 1948). Above 1 the model predicts the text worse than character frequencies do.
+SmolLM2-135M-Instruct (benchmarks/known_text.py): code 0.08, English 0.36, German and Russian 0.66 to 0.69; Thai 1.01,
+Chinese 1.26, Korean 1.31, Japanese 1.34, random letters 1.36.
 """
 
 from __future__ import annotations
@@ -16,22 +15,24 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packager.core.errors import GateFailed
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from packager.fidelity.samples import Samples
     from packager.recipe import Job
 
 WORST = 1.0
-FEW = 100  # characters; a shorter text says nothing
+FEW = 100  # characters; a shorter text is not judged
 KINDS = {"text": "its text", "tuning": "the answers of its pairs"}
 
 
 @dataclass(frozen=True)
 class Known:
-    """loss: nats a character by the source. counted: nats a character by the text's own character counts."""
+    """loss: the source's nats per character. counted: the order-0 entropy of the characters, nats per character."""
 
     characters: int
     loss: float
@@ -39,13 +40,13 @@ class Known:
 
     @property
     def ratio(self) -> float:
-        """loss over counted; 0 for a text of one character repeated, which nothing can be said of."""
+        """loss / counted; 0 for a text of one repeated character, whose entropy is 0."""
         return self.loss / self.counted if self.counted > 0 else 0.0
 
 
 def surprise(row: Mapping[int, float], token: int, vocabulary: int) -> float:
-    """Nats of a token under a distribution of which only the best tokens are known: one that is not among them gets an
-    even share of what they leave, and never more than the least of them.
+    """Nats of a token under a distribution of which only the best tokens are known. A token outside them has an equal
+    share of the remaining probability, and at most that of the least likely one.
     """
     if token in row:
         return -row[token]
@@ -54,7 +55,7 @@ def surprise(row: Mapping[int, float], token: int, vocabulary: int) -> float:
 
 
 def measure(text: str, losses: Sequence[float]) -> Known:
-    """losses: nats of every token of the text."""
+    """Loss and entropy of a text per character. losses: nats of every token of the text."""
     counts = Counter(text)
     counted = -math.fsum(n / len(text) * math.log(n / len(text)) for n in counts.values()) if text else 0.0
     return Known(len(text), math.fsum(losses) / max(len(text), 1), counted)
@@ -66,7 +67,8 @@ def require_known(
     rows: Sequence[Mapping[int, float]],
     judged: Sequence[Mapping[int, float]],
 ) -> dict[str, Known]:
-    """Raise GateFailed when the source does not know the user's calibration; gives what was measured.
+    """Raise GateFailed when the source does not know the language of the user's calibration; returns the measurements,
+    for "text" and "tuning" (the pairs' answers).
 
     rows: the source's distributions at the positions of samples.sequences. judged: at every position but the first of
     samples.judged.
@@ -87,30 +89,30 @@ def require_known(
             tuning += [pair for pair in zip(ids, rows[place : place + len(ids)], strict=True) if pair[0] not in stops]
             texts["tuning"].append(_decoded(tokenizer, [token for token in ids if token not in stops]))
         place += len(positions)
-    asked: list[tuple[int, Mapping[int, float]]] = []
+    plain: list[tuple[int, Mapping[int, float]]] = []
     place = 0
     for ids in samples.judged:
-        asked += zip(ids[1:], judged[place : place + len(ids) - 1], strict=True)
+        plain += zip(ids[1:], judged[place : place + len(ids) - 1], strict=True)
         texts["text"].append(_decoded(tokenizer, ids))
         place += len(ids) - 1
     vocabulary = job.checkpoint.shape.vocab
-    found: dict[str, Known] = {}
-    for kind, pairs in (("text", asked), ("tuning", tuning)):
+    measured: dict[str, Known] = {}
+    for kind, pairs in (("text", plain), ("tuning", tuning)):
         known = measure("".join(texts[kind]), [surprise(row, token, vocabulary) for token, row in pairs])
         if known.characters < FEW:
             continue
-        found[kind] = known
+        measured[kind] = known
         if known.ratio > WORST and not job.trust_calibration:
             raise GateFailed(
                 f"the model does not know the language of the calibration file {job.calibration.name}: it predicts "
                 f"{KINDS[kind]} worse than counting its characters would ({known.loss:.2f} against {known.counted:.2f} "
                 f"nats a character, {known.characters} characters).",
-                why="Tuning on text that the model was not made for costs what it can do.",
+                why="Tuning on text that the model was not trained on costs fidelity.",
                 fix="Give the fine-tuning pairs, or text in the model's own languages; --trust-calibration uses it "
-                "all the same.",
+                "anyway.",
             )
-    return found
+    return measured
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -1,55 +1,84 @@
-"""What a model is asked, rendered once: the contract's prompts, the scored conversations, the calibration.
+"""The token samples of a build: the contract's prompts, the scored conversations, the calibration.
 
-Everything is rendered and tokenized by transformers with the checkpoint's own tokenizer, in a child
-(workers/samples.py); where the training template is known, conversations are rendered by that too, as training did.
+transformers renders and tokenizes them with the checkpoint's own tokenizer, in a child (workers/samples.py). With a
+known training template, conversations are also rendered by it, as training did.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from packager.core.errors import InputError
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import Cost, Step, code_digest
-from packager.prompts import calibration, training_template
-from packager.prompts.calibration import DATA, Calibration, Conversation, Message, general, split, spread
+from packager.core.processes import WORKERS, follow
+from packager.core.store import Cost, Step, digest_of
+from packager.fidelity.pairs import choose
+from packager.prompts.calibration import DATA, Calibration, Message, general, split, spread
 from packager.recipe import Job
 
 POSITIONS = 256
-HELD_OUT_AT_LEAST = 8
-PAIRS = 32  # fine-tuning pairs asked again
-PAIR_POSITIONS = 768  # tokens of their answers, at most
-LONGEST = 512  # tokens a sequence
+LONGEST = 512  # tokens of a sequence of general text or calibration
+LONGEST_PAIR = 8192  # tokens of a pair, which the reference holds in memory as one sequence
 CALIBRATION_TOKENS = 8192
 OWN_PROMPTS = 8
-JUDGED, JUDGED_TOKENS = 8, 128  # pieces of the calibration file that the source itself is asked about
+JUDGED, JUDGED_TOKENS = 8, 128  # pieces of the calibration file that the source scores, and tokens of each
 FINE_TUNING = "fine-tuning pair"
+
+
+class ScoredSequence(TypedDict):
+    """Tokens to score. positions: of the scored tokens. set: "general" (a conversation included in the package) or
+    "tuning" (a fine-tuning pair, scored at every token of its answer). held: the pair is kept out of the calibration.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    set: Literal["general", "tuning"]
+    held: NotRequired[bool]
+
+
+class PairCounts(TypedDict):
+    """The fine-tuning pairs in a report. given: in the user's file. asked: scored. why: the reason for scoring fewer.
+    left_out: chosen pairs that cannot be scored, by the reason.
+    """
+
+    given: int
+    asked: int
+    why: str
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the source is asked. sequences: {"ids", "positions", "set"} for scoring; the set is "general" (conversations
-    the package carries) or "tuning" (a fine-tuning pair, scored at every token of its answer). prompts: {"ids", "text",
-    "messages", "kind", "trained"} as transformers renders them; trained: the ids of the training template, None where
-    it is not known. calibration: id lists for input statistics. step: where it is stored. held_out: whether the pairs
-    that are scored are kept out of the calibration. typed: special tokens that become control tokens when a user types
-    them. notes: what the contract found and let pass. training: the training template's name. judged: pieces of the
-    user's own plain text, which the source is asked about (language.py).
+    """The token samples. prompts: {"ids", "text", "messages", "kind", "trained"} as transformers renders them; trained:
+    the ids of the training template, None without one. calibration: id lists for input statistics. step: of the store.
+    typed: special tokens that become control tokens when a user types them. notes: differences that the contract
+    allows. training: the training template's name. judged: pieces of the user's plain text, for the check of its
+    language (language.py). pairs: None without fine-tuning pairs.
     """
 
-    sequences: tuple[Mapping[str, Any], ...]
+    sequences: tuple[ScoredSequence, ...]
     prompts: tuple[Mapping[str, Any], ...]
     calibration: tuple[list[int], ...]
     step: Step
-    held_out: bool = False
     typed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     training: str | None = None
     judged: tuple[list[int], ...] = ()
+    pairs: PairCounts | None = None
+
+    @property
+    def key(self) -> str:
+        """The key of all that is scored: the rendering, and the sequences chosen from it."""
+        return digest_of([self.step.key, list(self.sequences), list(self.judged)])[:40]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((len(sequence["ids"]) for sequence in self.sequences), default=0)
 
     @property
     def targets(self) -> list[int | None]:
@@ -57,7 +86,7 @@ class Samples:
         return [sequence["ids"][p] for sequence in self.sequences for p in sequence["positions"]]
 
     def contract(self) -> dict[str, Any]:
-        """What was compared, as it stands in an artifact's report."""
+        """The contract's entry in an artifact's report."""
         return {
             "conversations": len(self.prompts),
             "kinds": sorted({str(prompt.get("kind")) for prompt in self.prompts}),
@@ -68,16 +97,16 @@ class Samples:
 
 
 def contract_talks() -> list[dict[str, Any]]:
-    """The conversations that only the contract renders: {"kind", "messages"}; no score and no calibration sees them."""
-    found: list[dict[str, Any]] = json.loads((DATA / "contract.json").read_text(encoding="utf-8"))
-    return found
+    """Conversations for the contract alone, not for scores or calibration: {"kind", "messages"}."""
+    talks: list[dict[str, Any]] = json.loads((DATA / "contract.json").read_text(encoding="utf-8"))
+    return talks
 
 
 def contract_prompts(
     conversations: tuple[tuple[Message, ...], ...], own: tuple[tuple[Message, ...], ...]
 ) -> list[dict[str, Any]]:
-    """What a server is asked, as {"kind", "messages"}: the user's own conversations first (up to OWN_PROMPTS), then
-    those given, all cut before their last answer, then the contract's own.
+    """The contract's prompts as {"kind", "messages"}: the user's own conversations (up to OWN_PROMPTS), then
+    ``conversations``, both without their last answer, then the contract's own.
     """
     talks = [(FINE_TUNING, talk) for talk in own[:OWN_PROMPTS]] + [("general", talk) for talk in conversations]
     cut: list[dict[str, Any]] = []
@@ -88,7 +117,7 @@ def contract_prompts(
 
 
 def _edge(messages: Sequence[Message]) -> str | None:
-    """The kind of a conversation that a training template may render in its own way (contract.EDGES)."""
+    """The kind of a conversation that a training template may render differently (contract.EDGES); None for others."""
     if messages and messages[0]["role"] == "system" and not messages[0]["content"]:
         return "empty system"
     if any(message["role"] == "assistant" and "</think>" in message["content"] for message in messages):
@@ -98,25 +127,12 @@ def _edge(messages: Sequence[Message]) -> str | None:
     return None
 
 
-def divide(talks: tuple[Conversation, ...]) -> tuple[list[Conversation], list[Conversation], bool]:
-    """Fine-tuning conversations as (for calibration, to be asked again, whether the two are disjoint).
-
-    Every tenth is held out where that leaves enough; of a few pairs all serve both, since what is asked again must be
-    what was taught.
-    """
-    answered = [talk for talk in talks if talk[-1]["role"] == "assistant" and len(talk) > 1]
-    held = answered[::10]
-    if len(held) < HELD_OUT_AT_LEAST:
-        return list(talks), answered[:PAIRS], False
-    away = {id(talk) for talk in held}
-    return [talk for talk in talks if id(talk) not in away], held[:PAIRS], True
-
-
-def make_samples(job: Job) -> Samples:
-    """Render and tokenize what the build needs, once.
+def make_samples(job: Job, context: int | None = None) -> Samples:
+    """Render and tokenize the samples of a build, once. context: tokens of a conversation on the box; None: the
+    model's.
 
     Raises GateFailed when the training template and the checkpoint's tokenizer disagree, before anything is converted;
-    InputError when the chat template refuses everything.
+    InputError when the chat template refuses every conversation.
     """
     from packager.prompts.contract import require_one_bos, require_training
     from packager.prompts.ollama_modelfile import require_agreement
@@ -124,7 +140,7 @@ def make_samples(job: Job) -> Samples:
     checkpoint, own, trained = job.checkpoint, job.calibration, job.training
     builtin = general()
     templated = checkpoint.tokenizer.chat_template is not None
-    taught, asked, held_out = divide(own.conversations if own else ())
+    choice = choose(own.conversations if own else (), checkpoint, job.ask)
     prompts = contract_prompts(builtin.conversations, own.conversations if own else ()) if templated else []
     texts = [*(own.texts if own else ()), *builtin.texts]
     inputs = {
@@ -133,15 +149,12 @@ def make_samples(job: Job) -> Samples:
         "builtin": builtin.digest,
         "contract": contract_talks(),
         "training": trained.digest if trained else None,
-        "transformers": version_of("transformers"),
         "templated": templated,
-        "code": code_digest(
-            Path(__file__), WORKERS / "samples.py", Path(calibration.__file__), Path(training_template.__file__)
-        ),
+        "asked": len(choice.scored),
     }
 
     def make(folder: Path, cost: Cost) -> None:
-        talks = [*taught, *builtin.conversations]
+        talks = [*choice.calibrated, *builtin.conversations]
         follow(
             WORKERS / "samples.py",
             {
@@ -149,7 +162,7 @@ def make_samples(job: Job) -> Samples:
                 "output": str(folder / "samples.json"),
                 "conversations": [list(talk) for talk in talks] if templated else [],
                 "prompts": [prompt["messages"] for prompt in prompts],
-                "pairs": [list(talk) for talk in asked] if templated else [],
+                "pairs": [list(talk) for talk in choice.scored] if templated else [],
                 "texts": [*texts, *([] if templated else [plain(talk) for talk in talks])],
                 "training": trained.as_job() if trained else None,
                 "vocabulary": checkpoint.tokenizer.vocab_size,
@@ -162,11 +175,11 @@ def make_samples(job: Job) -> Samples:
         )
 
     step = job.store.step("samples", inputs, make, progress=job.progress)
-    found = step.read_json("samples.json")
-    kept = [{**prompt, **asked_} for prompt, asked_ in zip(found["prompts"], prompts, strict=True) if prompt]
+    rendered = step.read_json("samples.json")
+    kept = [{**ids, **prompt} for ids, prompt in zip(rendered["prompts"], prompts, strict=True) if ids]
     notes = []
     if len(kept) < len(prompts):
-        refusal = found["refusal"] or "it gave no reason"
+        refusal = rendered["refusal"] or "it gave no reason"
         if not kept:
             raise InputError(
                 f"the chat template of {checkpoint.name} refuses every conversation: {refusal}.",
@@ -176,30 +189,38 @@ def make_samples(job: Job) -> Samples:
             f"the chat template refuses {len(prompts) - len(kept)} of {len(prompts)} sample conversations "
             f"({refusal}); the others are checked"
         )
-    if found["invented"]:
+    if rendered["invented"]:
         notes.append(
-            f"transformers adds {', '.join(found['invented'])} to this tokenizer, whose files have no such token; the "
-            "files are followed: it is plain text when a user types it"
+            f"transformers adds {', '.join(rendered['invented'])} to this tokenizer, whose files do not have it; the "
+            "files decide: it is plain text when a user types it"
         )
     require_one_bos(kept, checkpoint.tokenizer.bos_id)
     if trained:
-        notes += require_training(checkpoint, trained, kept, found)
+        notes += require_training(checkpoint, trained, kept, rendered)
     notes += require_agreement(checkpoint, kept, trained.name if trained else None)
+    most = min(LONGEST_PAIR, checkpoint.shape.context, context or checkpoint.shape.context)
+    pairs, left = _pairs(rendered["pairs"], checkpoint.tokenizer.stop_ids, choice.held, most)
+    if not templated and choice.scored:
+        left = {"the model has no chat template": len(choice.scored)}
+    if left:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in left.items())
+        notes.append(f"of {len(choice.scored)} fine-tuning pairs {sum(left.values())} cannot be scored: {reasons}")
     for note in notes:
         job.progress.note(note)
+    # without a chat template conversations are plain text, behind the user's own texts and the package's
+    talks = rendered["conversations"] if templated else rendered["texts"][len(texts) :]
     return Samples(
-        sequences=(
-            *_general(found, len(builtin.conversations), templated),
-            *_pairs(found["pairs"], checkpoint.tokenizer.stop_ids),
-        ),
+        sequences=(*_general(rendered, len(builtin.conversations), templated), *pairs),
         prompts=tuple(kept),
-        calibration=tuple(_calibration(found, own, len(builtin.conversations))),
+        calibration=tuple(_calibration(rendered["texts"], talks, own, len(builtin.conversations))),
         step=step,
-        held_out=held_out,
-        typed=tuple(found["typed"]),
+        typed=tuple(rendered["typed"]),
         notes=tuple(notes),
         training=trained.name if trained else None,
-        judged=tuple(_judged(found, own)),
+        judged=tuple(_judged(rendered, own)),
+        pairs={"given": choice.given, "asked": len(pairs), "why": choice.why, "left_out": left}
+        if choice.given
+        else None,
     )
 
 
@@ -208,10 +229,10 @@ def plain(talk: tuple[Message, ...]) -> str:
     return "\n".join(message["content"] for message in talk)
 
 
-def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapping[str, Any]]:
-    """Every other conversation that the package carries, at POSITIONS positions spread over them."""
-    rendered = found["conversations" if templated else "texts"][-count:][1::2]  # the others are in the calibration
-    cut = [ids[:LONGEST] for ids in rendered if ids]  # without those that the template refuses
+def _general(rendered: Mapping[str, Any], count: int, templated: bool) -> list[ScoredSequence]:
+    """Every other conversation included in the package, at POSITIONS positions spread over them."""
+    talks = rendered["conversations" if templated else "texts"][-count:][1::2]  # _calibration has the others
+    cut = [ids[:LONGEST] for ids in talks if ids]  # without those that the template refuses
     return [
         {"ids": ids, "positions": positions, "set": "general"}
         for ids, positions in zip(cut, spread([len(ids) for ids in cut], POSITIONS), strict=True)
@@ -219,35 +240,46 @@ def _general(found: Mapping[str, Any], count: int, templated: bool) -> list[Mapp
     ]
 
 
-def _pairs(pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int]) -> list[Mapping[str, Any]]:
-    """Each pair at every token of its answer, the end token included, as long as there is room.
+def _pairs(
+    pairs: Sequence[Mapping[str, list[int]] | None], stops: Collection[int], held: int, longest: int
+) -> tuple[list[ScoredSequence], dict[str, int]]:
+    """(sequences, number left out by reason): each pair at every token of its answer, the end token included.
 
-    A template that renders an answer differently from what follows its generation prompt (thoughts taken out) leaves
-    nothing to compare: such a pair is left out.
+    held: the number of pairs, from the first, that are kept out of the calibration. longest: tokens that the model
+    takes. A pair is left out when the template renders the answer differently from what follows its own generation
+    prompt (without thoughts), because there is nothing to compare.
     """
-    chosen: list[Mapping[str, Any]] = []
-    room = PAIR_POSITIONS
-    for pair in filter(None, pairs):
-        begin, ids = len(pair["prompt"]), pair["whole"]
-        if ids[:begin] != pair["prompt"]:
+    chosen: list[ScoredSequence] = []
+    left: Counter[str] = Counter()
+    for number, pair in enumerate(pairs):
+        if pair is None:
+            left["the chat template refuses them"] += 1
             continue
+        begin, ids = len(pair["prompt"]), pair["whole"]
         end = next((place + 1 for place in range(begin, len(ids)) if ids[place] in stops), len(ids))
-        if begin < end <= LONGEST and end - begin <= room:
-            room -= end - begin
-            chosen.append({"ids": ids[:end], "positions": list(range(begin, end)), "set": "tuning"})
-    return chosen
+        if ids[:begin] != pair["prompt"]:
+            left["the chat template renders the answer differently from what follows its own prompt"] += 1
+        elif begin >= end:
+            left["the answer is empty"] += 1
+        elif end > longest:
+            left[f"longer than {longest} tokens"] += 1
+        else:
+            positions = list(range(begin, end))
+            chosen.append({"ids": ids[:end], "positions": positions, "set": "tuning", "held": number < held})
+    return chosen, dict(sorted(left.items()))
 
 
-def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) -> list[list[int]]:
-    """Fine-tuning data first, then general text, until the budget of tokens is full; never less than a quarter
-    general. Of the ``count`` conversations that the package carries every other one: the rest is what is scored, and a
-    score on what was tuned on says nothing.
+def _calibration(
+    texts: list[list[int]], talks: list[list[int] | None], own: Calibration | None, count: int
+) -> list[list[int]]:
+    """Fine-tuning data first, then general text, up to CALIBRATION_TOKENS; at least a quarter is general text. Of the
+    package's ``count`` conversations, the last ones of ``talks``, every other one: ``_general`` scores the rest, so
+    that no score is computed on data that the weights were tuned on.
     """
-    general_part = split(found["texts"][len(own.texts) if own else 0], LONGEST)
+    general_part = split(texts[len(own.texts) if own else 0], LONGEST)
     mine: list[list[int]] = []
-    talks = found["conversations"]
     talks = talks[:-count] + talks[-count:][::2]
-    for ids in [*filter(None, talks), *(found["texts"][: len(own.texts)] if own else [])]:
+    for ids in [*filter(None, talks), *(texts[: len(own.texts)] if own else [])]:
         mine += split(ids, LONGEST)
     room = CALIBRATION_TOKENS
     chosen: list[list[int]] = []
@@ -262,12 +294,12 @@ def _calibration(found: Mapping[str, Any], own: Calibration | None, count: int) 
     return chosen
 
 
-def _judged(found: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
-    """A few pieces of the user's plain text, spread over it: language.py asks the source whether it knows such text."""
+def _judged(rendered: Mapping[str, Any], own: Calibration | None) -> list[list[int]]:
+    """A few pieces of the user's plain text, evenly spread, for the check of its language (language.py)."""
     if own is None:
         return []
     pieces: list[list[int]] = []
-    for ids in found["texts"][: len(own.texts)]:
+    for ids in rendered["texts"][: len(own.texts)]:
         pieces += [piece for piece in split(ids, JUDGED_TOKENS) if len(piece) > 1]
     step = max(1, len(pieces) / JUDGED)
     return [pieces[int(number * step)] for number in range(min(JUDGED, len(pieces)))]

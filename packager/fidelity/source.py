@@ -1,7 +1,6 @@
-"""The source's side of every comparison: its next-token distributions, its input statistics.
+"""The source's next-token distributions and input statistics, the same for every artifact format.
 
-Owner of torch, which runs in a child (workers/reference.py), so that its memory is gone when the step is. Nothing here
-depends on the artifact's format.
+torch runs in a child (workers/reference.py), so that its memory is freed when the step ends.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import Cost, Step, code_digest
+from packager.core.processes import WORKERS, follow
+from packager.core.store import Cost, Step
 from packager.fidelity.language import Known, require_known
 from packager.fidelity.samples import Samples as Samples
 from packager.fidelity.samples import make_samples as make_samples
 from packager.recipe import Job
 
-TOP = 64  # tokens compared a position; the rest of the vocabulary is one bucket
+TOP = 64  # tokens compared at a position; the rest of the vocabulary is one bucket
 
 
 def _run(
@@ -52,32 +51,29 @@ def _run(
 def _inputs(job: Job, samples: Samples) -> dict[str, object]:
     return {
         "checkpoint": job.checkpoint.digest,
-        "samples": samples.step.key,
-        "torch": version_of("torch"),
-        "transformers": version_of("transformers"),
+        "samples": samples.key,
         "threads": os.cpu_count() or 1,
-        "code": code_digest(WORKERS / "reference.py"),
     }
 
 
 def source_scores(job: Job, samples: Samples) -> tuple[list[dict[int, float]], Step]:
     """The source's best TOP tokens at every scored position: token -> log-probability (natural), best first.
 
-    Raises GateFailed when the source does not know the user's calibration (language.py), which is asked in one go.
+    Raises GateFailed when the source does not know the language of the user's calibration (language.py).
     """
-    rows, judged, step = _asked(job, samples)
+    rows, judged, step = _scored(job, samples)
     require_known(job, samples, rows, judged)
     return rows, step
 
 
 def known_calibration(job: Job, samples: Samples) -> dict[str, Known]:
-    """How well the source knows the calibration: plain text and the answers of pairs apart. Raises GateFailed."""
-    rows, judged, _ = _asked(job, samples)
+    """How well the source predicts the calibration: plain text and the pairs' answers separately. Raises GateFailed."""
+    rows, judged, _ = _scored(job, samples)
     return require_known(job, samples, rows, judged)
 
 
-def _asked(job: Job, samples: Samples) -> tuple[list[dict[int, float]], list[dict[int, float]], Step]:
-    """Distributions at samples.sequences' positions, those at samples.judged's, and the step that has both."""
+def _scored(job: Job, samples: Samples) -> tuple[list[dict[int, float]], list[dict[int, float]], Step]:
+    """(distributions at samples.sequences' positions, those at samples.judged's, the step with both)."""
     extra = [{"ids": ids, "positions": list(range(1, len(ids)))} for ids in samples.judged]
 
     def make(folder: Path, cost: Cost) -> None:
@@ -86,8 +82,8 @@ def _asked(job: Job, samples: Samples) -> tuple[list[dict[int, float]], list[dic
 
     step = job.store.step("reference", {**_inputs(job, samples), "top": TOP}, make, progress=job.progress)
     rows = _distributions(step)
-    asked = sum(len(sequence["positions"]) for sequence in samples.sequences)
-    return rows[:asked], rows[asked:], step
+    count = sum(len(sequence["positions"]) for sequence in samples.sequences)
+    return rows[:count], rows[count:], step
 
 
 def _distributions(step: Step) -> list[dict[int, float]]:
@@ -99,7 +95,7 @@ def _distributions(step: Step) -> list[dict[int, float]]:
 
 
 def input_squares(job: Job, samples: Samples) -> tuple[Path, Step]:
-    """The .npz of mean squared inputs per channel of every linear layer, by Hugging Face module name."""
+    """A .npz with the mean squared input of each channel, for every linear layer by its Hugging Face module name."""
 
     def make(folder: Path, cost: Cost) -> None:
         _run(

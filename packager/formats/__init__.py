@@ -1,1 +1,1 @@
-"""One room for each artifact format: it converts, quantizes and packs what a recipe asks for."""
+"""One room for each artifact format, which converts, quantizes and packs a checkpoint."""

@@ -1,6 +1,6 @@
-"""A recipe for two kinds of model: what each kind needs stands in its own module, and the checkpoint says which it is.
+"""A recipe for encoders and decoders: each kind has its own module, and the checkpoint decides which is used.
 
-``ByKind`` gives a Recipe its ``why_not``, ``estimate`` and ``build``. A kind's module is imported when it is asked for.
+``ByKind`` provides a Recipe's ``why_not``, ``estimate`` and ``build``. A kind's module is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Read = TypeVar("Read", contravariant=True)
 
 
 class Maker(Protocol[Read]):
-    """What a kind's module offers."""
+    """The functions of a kind's module."""
 
     def why_not(self, checkpoint: Checkpoint, target: Target, options: Read) -> str | None: ...
     def estimate(self, checkpoint: Checkpoint, target: Target, options: Read) -> Estimate: ...
@@ -28,14 +28,14 @@ class Maker(Protocol[Read]):
 
 @dataclass(frozen=True)
 class ByKind(Generic[Options]):
-    """options: the recipe's own, which both modules read. encoder, decoder: the modules' dotted names."""
+    """options: the recipe's dataclass, which both modules read. encoder, decoder: the modules' dotted names."""
 
     options: type[Options]
     encoder: str
     decoder: str
 
     def maker(self, checkpoint: Checkpoint) -> Maker[Options]:
-        """The module for this kind of model."""
+        """The module for the checkpoint's kind."""
         names = {"encoder": self.encoder, "decoder": self.decoder}
         return cast(Maker[Options], importlib.import_module(names[checkpoint.family.kind]))
 

@@ -1,48 +1,51 @@
 """Bundles for TensorRT Edge-LLM, NVIDIA's own engine for language models on Jetson Orin (JetPack 7.2) and Thor.
 
-Its wheel for aarch64 holds runtime, plugins, server and a builder that makes the engine on the device straight out of a
-Hugging Face folder (installation.md and direct-engine-builder.md of 0.11.0's user guide). So a bundle is that folder,
-in float16 or in the GPTQ form that our int4 tuning writes, the wheels, and a command line. The other way, its ONNX
-export and llm_build, needs C++ programs that no wheel has and that are compiled from a clone on the device: nothing for
-a box without a network.
+Its wheel for aarch64 contains runtime, plugins, server and a builder that makes the engine on the device from a Hugging
+Face folder (installation.md and direct-engine-builder.md of 0.11.0's user guide). A bundle is therefore that folder, in
+float16 or in the GPTQ form that our int4 tuning writes, with the wheels and a command line. The other way, its ONNX
+export and llm_build, needs C++ programs that no wheel contains and that are compiled from a clone on the device, which
+a box without a network cannot do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.checkpoint.families import kv_cache_bytes
-from packager.core.store import RECORD, code_digest
+from packager.formats.int4 import build as int4_build
+from packager.formats.int4.folder import read_back
 from packager.metrics.thresholds import Thresholds
-from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost, Step
-    from packager.fidelity.source import Samples
+    from packager.fidelity.artifact import Candidate
+    from packager.fidelity.samples import Samples
     from packager.formats.int4.folder import Form
+    from packager.formats.int4.tuning import Tuned
     from packager.target import Software, Target
 
-VERSION = "0.11.0"  # whose documents, flags and loaders were read; the lock pins it
-DOWNLOAD_MB = 447  # of its wheel for aarch64, which the bundle carries
-# Its registry of decoders has more; these are the ones that the packager knows too (direct-engine-builder.md).
+VERSION = "0.11.0"  # this module follows its documents, flags and loaders; the lock pins it
+DOWNLOAD_MB = 447  # size of its wheel for aarch64 in the bundle
+# Those of its registry of decoders (direct-engine-builder.md) that the packager supports too.
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
-HEADS = (64, 128)  # of its supported checkpoints (supported-models.md)
+HEADS = (64, 128)  # head dimensions of its supported checkpoints (supported-models.md)
 GROUP = 128  # "currently supports 128 only" (tensorrt-plugins.md, Int4GroupwiseGemmPluginV2)
-ALIGNED = 64  # inputs and outputs of an int4 matrix (checkpoint/repacking.py)
+ALIGNED = 64  # inputs and outputs of an int4 matrix are multiples of it (checkpoint/repacking.py)
 # "at least the deployed model size plus 2 GB of available device memory" (installation.md)
 DEVICE_BYTES = 2 << 30
 OTHERS_SCORE = "on the build machine in float32, not by TensorRT Edge-LLM"
-# What the wheel has native code for (support-matrix.md, "Wheel Packaging Matrix"), and the first JetPack of each.
+# GPU architecture -> (compute capability, first JetPack) of the wheel (support-matrix.md, "Wheel Packaging Matrix").
 ARCHITECTURES = {"sm_87": ("8.7", "7.2"), "sm_110": ("11.0", "7.0")}
 WHERE = "Jetson Orin with JetPack 7.2 and Thor with JetPack 7"
 
 
 class Options(ServingOptions, Protocol):
-    """The recipe's options that are read here."""
+    """The recipe's options that this module reads."""
 
     @property
     def quant(self) -> str: ...
@@ -51,19 +54,19 @@ class Options(ServingOptions, Protocol):
 
 
 def thresholds(options: Options) -> Thresholds:
-    """float16 is the source; four bits in groups of 128 cost a small model this much at most."""
+    """float16 equals the source; the limits for int4 in groups of 128 are those of a small model."""
     if options.quant == "fp16":
         return Thresholds(max_kl=0.001, min_top1=0.995)
     return Thresholds(max_kl=1.0, min_top1=0.55)
 
 
 def releases(target: Target) -> list[Software]:
-    """The target's JetPacks that Edge-LLM's wheel is for, oldest first."""
+    """The target's JetPacks that Edge-LLM's wheel supports, oldest first."""
     if target.gpu is None or target.gpu.architecture not in ARCHITECTURES:
         return []
     first = _numbers(ARCHITECTURES[target.gpu.architecture][1])
-    found = [entry for entry in target.software if _numbers(entry.jetpack) >= first]
-    return sorted(found, key=lambda entry: _numbers(entry.jetpack))
+    supported = [entry for entry in target.software if _numbers(entry.jetpack) >= first]
+    return sorted(supported, key=lambda entry: _numbers(entry.jetpack))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -71,12 +74,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    """None, or one sentence."""
+    """None, or one sentence why the recipe cannot build this checkpoint for the target."""
     from packager.formats.int4.tuning import linear_modules, ragged
 
     other = "use the gguf recipe for this model"
     if checkpoint.family.kind != "decoder":
-        return f"edge_llm serves decoder language models, and {checkpoint.architecture} is none; use tensorrt_engine."
+        return f"edge_llm serves decoder language models, not {checkpoint.architecture}; use tensorrt_engine."
     if not releases(target):
         return f"TensorRT Edge-LLM runs on {WHERE}, and {target.title} is none of them; use the gguf recipe."
     if checkpoint.family.model_type not in MODELS:
@@ -91,10 +94,10 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
         )
     if options.quant == "int4":
         if uneven := ragged(checkpoint, GROUP):
-            return f"groups of {GROUP}, the only size that it computes, do not divide {uneven}; set quant=fp16."
+            return f"groups of {GROUP}, the only size that it supports, do not divide {uneven}; set quant=fp16."
         for module, (rows, inputs) in linear_modules(checkpoint).items():
             if rows % ALIGNED or inputs % ALIGNED:
-                return f"{module} is {rows} x {inputs}, and int4 takes multiples of {ALIGNED}; set quant=fp16."
+                return f"{module} is {rows} x {inputs}, and int4 needs multiples of {ALIGNED}; set quant=fp16."
     return None
 
 
@@ -111,9 +114,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     shape = checkpoint.shape
     size, ram, seconds = 2 * checkpoint.parameters, 900 << 20, 60 + checkpoint.weight_bytes / 1.2e8
     if options.quant == "int4":
-        from packager.formats.int4.build import weight_bytes
-
-        size = weight_bytes(_form(), checkpoint, GROUP)
+        size = int4_build.weight_bytes(_form(), checkpoint, GROUP)
         ram, longer = costs(checkpoint, options.tune)
         seconds += longer
     embedding = 0 if shape.tied else 2 * shape.vocab * shape.hidden  # one row of it is read, unless it is the head
@@ -138,37 +139,45 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def build(job: Job, options: Options) -> Artifact:
-    """The folder that Edge-LLM builds from, proven against its source. Raises GateFailed."""
-    from packager.fidelity.artifact import measure
-    from packager.fidelity.source import make_samples, source_scores
-    from packager.metrics.thresholds import require_kept
+    """The folder from which Edge-LLM builds its engine, proven against its source. Raises GateFailed."""
+    from packager.fidelity.gate import Subject, prove
 
     steps: list[Step] = []
-    samples = make_samples(job) if job.verify or (options.quant == "int4" and options.tune != "none") else None
-    if samples:
-        steps.append(samples.step)
-    report: dict[str, Any] = {"edge_llm": {"version": VERSION, "executed": False}}
-    method = "none: the source's weights, rounded to float16"
-    if options.quant == "int4":
-        folder, method = _int4(job, samples, options, steps, report)
-    else:
+    four = options.quant == "int4"
+
+    def ship(samples: Samples | None) -> tuple[tuple[Step, Tuned | None], Candidate]:
+        if four:
+            folder, tuned = _int4(job, samples, options, steps)
+            return (folder, tuned), int4_build.candidate(
+                _form(), job, _run(job, options, int4_build.files_of(folder)), folder
+            )
         folder = _half(job)
         steps.append(folder)
-    if job.verify and samples:
-        source, step = source_scores(job, samples)
-        steps.append(step)
-        found = _scored(job, folder, samples, options, steps, report)
-        fidelity = measure(samples, source, found)
-        limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = {**fidelity.as_dict(limits), "scored": OTHERS_SCORE}
-        require_kept(fidelity, limits, f"the {options.quant} folder", "Give the fine-tuning pairs with --calibration.")
-    files = {path.name: path for path in sorted(folder.path.iterdir()) if path.name != RECORD}
+        return (folder, None), _streamed(job, options, folder)
+
+    subject = Subject(
+        tokenizer="the tokenizer beside the weights",
+        context=options.context,
+        thresholds=thresholds(options),
+        fix="Give the fine-tuning pairs with --calibration.",
+        ship=ship,
+        calibrated=four and options.tune != "none",
+        scored_by=OTHERS_SCORE,
+    )
+    proof = prove(job, subject, steps)
+    folder, tuned = proof.made
+    report = {**proof.report, "edge_llm": {"version": VERSION, "executed": False}}
+    if tuned:
+        report["int4"] = {**tuned.as_dict(), **read_back(_form(), folder.path, job.checkpoint)}
+    files = int4_build.files_of(folder)
     return Artifact(
         format="safetensors",
         files=files,
         run=_run(job, options, files),
         report=report,
-        provenance=provenance(job, options, steps, quantizer=method),
+        provenance=provenance(
+            job, options, steps, quantizer=tuned.method if tuned else "none: the source's weights, rounded to float16"
+        ),
         costs=tuple(step.cost() for step in steps),
         gpu=_needs(job, options),
         release=releases(job.target)[0].jetpack,
@@ -176,7 +185,7 @@ def build(job: Job, options: Options) -> Artifact:
 
 
 def _needs(job: Job, options: Options) -> dict[str, Any]:
-    """What the box's GPU and system must be: Edge-LLM takes one compute capability and one JetPack, exactly."""
+    """The required GPU and system, for the manifest: Edge-LLM supports exactly these."""
     size = estimate(job.checkpoint, job.target, options)
     assert job.target.gpu is not None
     return {
@@ -191,23 +200,37 @@ def _needs(job: Job, options: Options) -> dict[str, Any]:
     }
 
 
-def _int4(
-    job: Job, samples: Samples | None, options: Options, steps: list[Step], report: dict[str, Any]
-) -> tuple[Step, str]:
-    """The tuned integers as GPTQ; read back, so that nothing that was to be int4 is not."""
-    from packager.formats.int4 import build as int4_recipe
+def _int4(job: Job, samples: Samples | None, options: Options, steps: list[Step]) -> tuple[Step, Tuned]:
+    """The tuned integers in a GPTQ folder."""
     from packager.formats.int4 import tuning
-    from packager.formats.int4.folder import read_back
 
     tuned = tuning.tune(job, samples, budget=options.tune, group=GROUP)
-    folder = int4_recipe.packed(_form(), job, tuned)
+    folder = int4_build.packed(_form(), job, tuned)
     steps += [tuned.step, folder]
-    report["int4"] = {**tuned.as_dict(), **read_back(_form(), folder.path, job.checkpoint)}
-    return folder, tuned.method
+    return folder, tuned
+
+
+def _streamed(job: Job, options: Options, folder: Step) -> Candidate:
+    """The float16 folder. No engine here runs it in bounded memory: the reference scores it a layer at a time, and no
+    answers are generated.
+    """
+    from packager.checkpoint.checkpoint import open_checkpoint
+    from packager.core.store import cache_root
+    from packager.fidelity.artifact import Candidate
+
+    files = int4_build.files_of(folder)
+    run = _run(job, options, files)
+    return Candidate(
+        "the fp16 folder",
+        run.here(files[PurePosixPath(run.model).name], files),
+        {"model": folder.key},
+        seconds_a_token=math.inf,
+        streamed=open_checkpoint(str(folder.path), progress=job.progress, cache=cache_root(), name=job.checkpoint.name),
+    )
 
 
 def _half(job: Job) -> Step:
-    """All tensors in float16: what Edge-LLM makes of them on the device, made where an overflow is told."""
+    """All tensors in float16, as Edge-LLM casts them on the device; here an overflow is an error."""
     from packager.formats import tokenizer_files
     from packager.formats.int4 import folder as int4_folder
 
@@ -218,52 +241,30 @@ def _half(job: Job) -> Step:
         with job.progress.step("writing the weights in float16"):
             int4_folder.write_half(checkpoint, beside.values(), folder)
 
-    code = code_digest(*(Path(str(module.__file__)) for module in (int4_folder, tokenizer_files)))
-    return job.store.step("half", {"checkpoint": checkpoint.digest, "code": code}, make, progress=job.progress)
+    return job.store.step(
+        "half",
+        {
+            "checkpoint": checkpoint.digest,
+        },
+        make,
+        progress=job.progress,
+    )
 
 
-def _scored(
-    job: Job, folder: Step, samples: Samples, options: Options, steps: list[Step], report: dict[str, Any]
-) -> list[dict[int, float]]:
-    """Distributions of the folder that ships, at the samples' positions."""
-    if options.quant == "int4":
-        from packager.fidelity.artifact import require_contract
-        from packager.formats.int4 import build as int4_recipe
-
-        run = {**_run(job, options, {path.name: path for path in folder.path.iterdir()}), "dtype": "float16"}
-        found = int4_recipe.score_folder(_form(), job, run, folder, samples, steps)
-        said = require_contract(job, samples, found, "the tokenizer beside the weights")
-        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
-        return found.distributions
-    from packager.checkpoint.checkpoint import open_checkpoint
-    from packager.core.store import cache_root
-    from packager.fidelity.source import source_scores
-
-    halved = open_checkpoint(str(folder.path), progress=job.progress, cache=cache_root(), name=job.checkpoint.name)
-    rows, step = source_scores(replace(job, checkpoint=halved), samples)
-    steps.append(step)
-    return rows
-
-
-def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
-    from packager.formats.tokenizer_files import tokenizer_paths
-
+def _run(job: Job, options: Options, files: Mapping[str, Path]) -> Run:
     weights = sorted(name for name in files if name.endswith(".safetensors"))
-    return {
-        "engine": "edgellm",
-        "model": f"model/{weights[0]}",
-        **tokenizer_paths(job.checkpoint),
-        **job.checkpoint.tokenizer.as_run(),
-        "context": options.context,
-        "slots": options.slots,
-        "threads": 0,
-        "read_per_token_bytes": estimate(job.checkpoint, job.target, options).read_per_token_bytes,
-        "model_bytes": sum(files[name].stat().st_size for name in weights),
-        "settings": {"edgellm": VERSION, "reasoning": _reasoning(job.checkpoint)},
-    }
+    return Run.of(
+        job.checkpoint,
+        "edgellm",
+        f"model/{weights[0]}",
+        options,
+        read_per_token_bytes=estimate(job.checkpoint, job.target, options).read_per_token_bytes,
+        model_bytes=sum(files[name].stat().st_size for name in weights),
+        settings={"edgellm": VERSION, "reasoning": _reasoning(job.checkpoint)},
+    )
 
 
 def _reasoning(checkpoint: Checkpoint) -> str:
-    """Which of its parsers takes the thought apart from the answer; "none" where the template knows no thought."""
+    """Edge-LLM's parser that separates the thought from the answer; "none" when the template has no thought."""
     template = checkpoint.tokenizer.chat_template or ""
     return "deepseek_r1" if "<think>" in template or "</think>" in template else "none"

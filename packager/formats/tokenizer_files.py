@@ -1,4 +1,4 @@
-"""The tokenizer's files as an artifact carries them: one step for every recipe."""
+"""The tokenizer's files of an artifact, in one step for every recipe."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from packager.checkpoint.tokenizer import read_json
 from packager.core.store import RECORD
+from packager.recipe import TEMPLATE
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost
     from packager.recipe import Job
 
-BOX = ("tokenizer.json", "tokenizer_config.json")  # what our own server and its tools read
+BOX = ("tokenizer.json", "tokenizer_config.json")  # the files that our server and its tools read
 GENERATION = "generation_config.json"
-TRANSFORMERS = (*BOX, GENERATION, "special_tokens_map.json")  # what a transformers folder has beside them
-TEMPLATE = "chat_template.jinja"
+TRANSFORMERS = (*BOX, GENERATION, "special_tokens_map.json")  # those of a transformers folder
 
 
 def tokenizer_files(job: Job, names: tuple[str, ...] = BOX) -> dict[str, Path]:
-    """Name -> path of those of ``names`` that the checkpoint has, and of its chat template, wherever it keeps that."""
+    """Name -> path of those of ``names`` that the checkpoint has, and of its chat template."""
     checkpoint = job.checkpoint
     template = checkpoint.tokenizer.chat_template
 
@@ -42,25 +42,19 @@ def tokenizer_files(job: Job, names: tuple[str, ...] = BOX) -> dict[str, Path]:
         "ends": list(checkpoint.tokenizer.stop_ids),
     }
     step = job.store.step("tokenizer-files", inputs, make, progress=job.progress)
-    found = {path.name: path for path in sorted(step.path.iterdir()) if path.name != RECORD}
-    return {name: path for name, path in found.items() if name in (*names, TEMPLATE)}
+    files = {path.name: path for path in sorted(step.path.iterdir()) if path.name != RECORD}
+    return {name: path for name, path in files.items() if name in (*names, TEMPLATE)}
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The checkpoint's generation_config.json with every token that ends an answer; None where it has them already.
+    """The checkpoint's generation_config.json with every token that ends an answer; None when it has them already.
 
-    vLLM and transformers stop at this file's and the tokenizer's EOS alone: a template that ends turns with another
-    token would let them go on after every answer.
+    vLLM and transformers stop only at the EOS of this file and of the tokenizer. Without the template's own end token
+    they would generate past the end of every answer.
     """
     path = checkpoint.path / GENERATION
-    found = read_json(path) if path.is_file() else {}
-    said = found.get("eos_token_id", [])
-    named = [said] if isinstance(said, int) else list(said or [])
+    generation = read_json(path) if path.is_file() else {}
+    eos = generation.get("eos_token_id", [])
+    named = [eos] if isinstance(eos, int) else list(eos or [])
     missing = [token for token in checkpoint.tokenizer.stop_ids if token not in (*named, checkpoint.tokenizer.eos_id)]
-    return {**found, "eos_token_id": [*named, *missing]} if missing else None
-
-
-def tokenizer_paths(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """The manifest's ``run.tokenizer`` and ``run.chat_template``."""
-    template = None if checkpoint.tokenizer.chat_template is None else f"model/{TEMPLATE}"
-    return {"tokenizer": "model/tokenizer.json", "chat_template": template}
+    return {**generation, "eos_token_id": [*named, *missing]} if missing else None

@@ -1,8 +1,8 @@
-"""How near an artifact's next-token distributions are to its source's, whatever the format.
+"""The distance between an artifact's and its source's next-token distributions, the same for every format.
 
-Both sides give, at the same positions of the same token ids, their best k tokens with log-probabilities. KL divergence
-is taken over the source's best k tokens and one bucket for all the rest (Kullback & Leibler 1951; merging outcomes
-makes it a lower bound of the full divergence).
+Both sides give their k most likely tokens with log-probabilities, at the same positions of the same token ids. KL
+divergence is computed over the source's best k tokens and one bucket for all the rest (Kullback & Leibler 1951; merging
+outcomes makes it a lower bound of the full divergence).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 from packager.core.errors import GateFailed
 
 DRAWS = 1000
-FEW_GROUPS = 5  # texts; with fewer, resampling texts says nothing
-TIE = 0.02  # nats: two best tokens of the source nearer than this are a tie, which float32 itself settles by chance
+FEW_GROUPS = 5  # texts; with fewer, positions are resampled instead of texts
+TIE = 0.02  # nats: when the source's two best tokens are nearer than this, float32 rounding decides between them
 
 
 @dataclass(frozen=True)
 class Score:
     """kl_*: nats. top1: share of positions whose best token is the source's best (or tied with it within TIE).
 
-    k: tokens compared a position, the rest is one bucket. positions: how many. *_ci: 95 % bootstrap interval.
+    k: tokens compared at a position, the rest is one bucket. positions: their number. *_ci: 95 % bootstrap interval.
     """
 
     positions: int
@@ -40,15 +40,16 @@ class Score:
     perplexity_ratio_ci: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """The form that stands in the manifest."""
+        """The form stored in the manifest."""
         return asdict(self)
 
 
 def divergence(source: Mapping[int, float], artifact: Mapping[int, float]) -> float:
     """KL(source ‖ artifact) in nats over the source's tokens and one bucket for the rest; inputs are log-probabilities.
 
-    A source token that is not among the artifact's best has there at most the probability of the last one that is: that
-    is what it is given, so the result stays a lower bound, and an artifact that has lost the token is still seen.
+    A source token that is missing from the artifact's best k is at most as likely there as the k-th. It gets that
+    probability, or an equal share of the artifact's remaining mass if that is less: the result stays a lower bound, and
+    an artifact that lost the token still has a large divergence.
     """
     absent = sum(token not in artifact for token in source)
     leftover = max(1.0 - math.fsum(math.exp(value) for value in artifact.values()), 1e-12)
@@ -67,14 +68,14 @@ def divergence(source: Mapping[int, float], artifact: Mapping[int, float]) -> fl
 
 def interval(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """95 % percentile bootstrap interval of sum(a) / sum(b) over (a, b) parts (Efron & Tibshirani 1993), fixed seed."""
-    draw, found = random.Random(0), []  # noqa: S311 - a fixed seed, nothing secret
+    draw, ratios = random.Random(0), []  # noqa: S311 - a fixed seed, nothing secret
     for _ in range(DRAWS):
         picked = draw.choices(parts, k=len(parts))
         weight = math.fsum(b for _, b in picked)
         if weight:
-            found.append(math.fsum(a for a, _ in picked) / weight)
-    found.sort()
-    return (found[int(0.025 * len(found))], found[math.ceil(0.975 * len(found)) - 1]) if found else (0.0, 0.0)
+            ratios.append(math.fsum(a for a, _ in picked) / weight)
+    ratios.sort()
+    return (ratios[int(0.025 * len(ratios))], ratios[math.ceil(0.975 * len(ratios)) - 1]) if ratios else (0.0, 0.0)
 
 
 def compare(
@@ -85,9 +86,10 @@ def compare(
 ) -> Score:
     """Score an artifact against its source at the same positions.
 
-    source, artifact: one mapping token -> log-probability a position, best first. targets: the token that really
-    follows (None where there is none), for the perplexity ratio over positions where both sides know it. groups: the
-    text each position belongs to; whole texts are resampled, because neighbours in one are not independent.
+    source, artifact: for each position a mapping token -> log-probability, best first. targets: the token that follows
+    in the text (None where there is none), for the perplexity ratio over positions where both sides list it. groups:
+    the text that each position belongs to; whole texts are resampled, because positions of one are not independent.
+    Raises ValueError when the lengths differ or are 0.
     """
     if not source or len(source) != len(artifact) or len(source) != len(targets):
         raise ValueError(
@@ -137,9 +139,9 @@ def _rounded(pair: tuple[float, float], digits: int) -> tuple[float, float]:
 
 
 def require_equal(score: Score, what: str, max_kl: float = 0.001, min_top1: float = 0.995) -> None:
-    """Raise GateFailed when an unquantized form is not its source: a conversion fault, not a loss of precision."""
+    """Raise GateFailed when an unquantized form differs from its source: a conversion fault, not rounding."""
     failed = []
-    # written so that a score which is not a number fails
+    # "not <=" also fails a NaN
     if not score.kl_mean <= max_kl:
         failed.append(f"mean KL divergence is {score.kl_mean:.4g}, at most {max_kl} is allowed")
     if not score.top1 >= min_top1:
@@ -154,7 +156,7 @@ def require_equal(score: Score, what: str, max_kl: float = 0.001, min_top1: floa
 
 
 def positions_of(scored: Mapping[str, Any]) -> list[dict[int, float]]:
-    """The distributions in a ``score`` output of the runtime, one mapping a position, in order."""
+    """The distributions in a runtime's ``score`` output: a mapping token -> log-probability for each position."""
     return [
         dict(zip(ids, logprobs, strict=True))
         for sequence in scored["sequences"]

@@ -1,9 +1,8 @@
-"""How near an encoder's vectors or labels are to its source's, and the thresholds that stop a build.
+"""The distance between an encoder's vectors or labels and its source's, and the thresholds that stop a build.
 
 Embedders: the cosine between the two vectors of each text, and Spearman's rank correlation between the similarities of
-all pairs of texts on either side (a search sorts by them). Classifiers: whether the best label is the same, and the
-accuracy where the texts have labels. Each with a 95 % percentile bootstrap interval over whole texts (Efron &
-Tibshirani 1993).
+all pairs of texts (a search ranks by them). Classifiers: the agreement of the best labels, and the accuracy on texts
+with known labels. Each with a 95 % percentile bootstrap interval over whole texts (Efron & Tibshirani 1993).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from packager.core.errors import GateFailed, UsageError
 from packager.metrics.distributions import DRAWS, interval
@@ -19,8 +18,8 @@ from packager.metrics.distributions import DRAWS, interval
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TIE = 0.02  # logits nearer than this are a tie, as for the decoders' best tokens
-EXACT_COSINE, EXACT_ERROR = 0.9999, 1e-3  # what an unquantized form must keep: float32 sums in another order
+TIE = 0.02  # two logits nearer than this are a tie, as for the decoders' best tokens
+EXACT_COSINE, EXACT_ERROR = 0.9999, 1e-3  # limits for an unquantized form: float32 sums in another order
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class EncoderThresholds:
     max_accuracy_loss: float = 0.01
 
     def changed(self, limits: Mapping[str, float], *, task: str, labelled: bool) -> EncoderThresholds:
-        """With the user's own values. labelled: the user's texts have labels. Raises UsageError for a limit that says
-        nothing of this model.
+        """With the user's own values. labelled: the user's texts have labels. Raises UsageError for a limit that does
+        not apply to this model.
         """
         ours = LIMITS[task]
         for name in limits:
             if name not in ours:
                 raise UsageError(
-                    f"{_flag(name)} says nothing of {'an embedder' if task == 'embed' else 'a classifier'}.",
+                    f"{_flag(name)} does not apply to {'an embedder' if task == 'embed' else 'a classifier'}.",
                     fix=f"Its limits are {' and '.join(map(_flag, ours))}.",
                 )
         if "max_accuracy_loss" in limits and not labelled:
@@ -106,7 +105,7 @@ Score = VectorScore | LabelScore
 
 
 def compare_vectors(source: Sequence[Sequence[float]], artifact: Sequence[Sequence[float]]) -> VectorScore:
-    """Score vectors [texts, dimensions] against the source's of the same texts."""
+    """Score vectors [texts, dimensions] against the source's. Raises ValueError when the shapes differ."""
     import numpy as np
 
     first, second = np.asarray(source, np.float64), np.asarray(artifact, np.float64)
@@ -133,26 +132,26 @@ def compare_vectors(source: Sequence[Sequence[float]], artifact: Sequence[Sequen
 def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
-    found: NDArray[Any] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return found
+    unit: NDArray[Any] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def _rank_correlation(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, tuple[float, float]]:
-    """Spearman's correlation of two similarity matrices over pairs of different texts, and its interval: texts are
-    drawn again, since the pairs that share one are not independent.
+    """Spearman's correlation of two similarity matrices over pairs of different texts, and its bootstrap interval:
+    texts are resampled, not pairs, because pairs that share a text are not independent.
     """
     import numpy as np
 
     def spearman(texts: NDArray[Any]) -> float:
         rows, columns = np.triu_indices(len(texts), 1)
         left, right = texts[rows], texts[columns]
-        different = left != right  # a text drawn twice is no pair
+        different = left != right  # a text drawn twice makes no pair with itself
         return _spearman(one[left, right][different], other[left, right][different])
 
     draw = np.random.default_rng(0)
     count = len(one)
-    found = sorted(spearman(draw.integers(0, count, count)) for _ in range(DRAWS))
-    ends = found[int(0.025 * DRAWS)], found[math.ceil(0.975 * DRAWS) - 1]
+    correlations = sorted(spearman(draw.integers(0, count, count)) for _ in range(DRAWS))
+    ends = correlations[int(0.025 * DRAWS)], correlations[math.ceil(0.975 * DRAWS) - 1]
     return round(spearman(np.arange(count)), 6), (round(ends[0], 6), round(ends[1], 6))
 
 
@@ -160,10 +159,10 @@ def _spearman(one: NDArray[Any], other: NDArray[Any]) -> float:
     import numpy as np
 
     if len(one) < 2:
-        return 0.0  # nothing is ranked
+        return 0.0  # one value has no rank order
     ranks = [_ranks(values) for values in (one, other)]
     if any(rank.std() == 0 for rank in ranks):
-        return 0.0  # all alike: nothing is ranked either
+        return 0.0  # equal values have no rank order
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
@@ -173,8 +172,8 @@ def _ranks(values: NDArray[Any]) -> NDArray[Any]:
 
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
-    found: NDArray[Any] = (ends - (counts + 1) / 2)[place]
-    return found
+    ranks: NDArray[Any] = (ends - (counts + 1) / 2)[place]
+    return ranks
 
 
 def compare_labels(
@@ -184,8 +183,9 @@ def compare_labels(
     *,
     several: bool,
 ) -> LabelScore:
-    """Score logits [texts, labels] against the source's. truth: each text's label id where it is known. several: a text
-    may have any number of labels, those with a positive logit (a probability above one half).
+    """Score logits [texts, labels] against the source's. truth: each text's label id, None where it is not known.
+    several: a text may have any number of labels, those with a positive logit (a probability above one half). Raises
+    ValueError when shapes differ.
     """
     import numpy as np
 
@@ -221,7 +221,7 @@ def _share(hits: Sequence[bool]) -> float | None:
 def require_exact(score: Score, what: str) -> None:
     """Raise GateFailed when an unquantized form is not its source: a conversion fault, not a loss of precision."""
     failed = []
-    # written so that a score which is not a number fails
+    # "not >=" also fails a NaN
     if isinstance(score, VectorScore) and not score.cosine_min >= EXACT_COSINE:
         failed.append(f"the smallest cosine is {score.cosine_min:.6f}, at least {EXACT_COSINE} is needed")
     if not score.max_error <= EXACT_ERROR:
@@ -235,13 +235,21 @@ def require_exact(score: Score, what: str) -> None:
         )
 
 
-def shortfalls(scores: Mapping[str, Score | None], thresholds: EncoderThresholds) -> list[dict[str, Any]]:
-    """Everything that misses its threshold: {"measure", "found", "allowed"}. scores: by the name of the texts."""
-    lines: list[dict[str, Any]] = []
+class Shortfall(TypedDict):
+    """A score that misses its threshold. measure: the figure and its texts. found: its value."""
 
-    def check(measure: str, name: str, found: float | None, allowed: float, *, most: bool = False) -> None:
-        if found is not None and not (found <= allowed if most else found >= allowed):
-            lines.append({"measure": f"{measure}, {name} texts", "found": found, "allowed": allowed})
+    measure: str
+    found: float
+    allowed: float
+
+
+def shortfalls(scores: Mapping[str, Score | None], thresholds: EncoderThresholds) -> list[Shortfall]:
+    """All scores that miss their threshold. scores: by the name of the texts."""
+    lines: list[Shortfall] = []
+
+    def check(measure: str, name: str, value: float | None, allowed: float, *, most: bool = False) -> None:
+        if value is not None and not (value <= allowed if most else value >= allowed):
+            lines.append({"measure": f"{measure}, {name} texts", "found": value, "allowed": allowed})
 
     for name, score in scores.items():
         if isinstance(score, VectorScore):
@@ -260,9 +268,9 @@ def require_kept(scores: Mapping[str, Score | None], thresholds: EncoderThreshol
     lines = shortfalls(scores, thresholds)
     if not lines:
         return
-    said = "; ".join(f"{line['measure']} {line['found']:.4f} ({line['allowed']:.4f} allowed)" for line in lines)
+    table = "; ".join(f"{line['measure']} {line['found']:.4f} ({line['allowed']:.4f} allowed)" for line in lines)
     error = GateFailed(
-        f"{what} is too far from its checkpoint: {said}.",
+        f"{what} is too far from its checkpoint: {table}.",
         why="Every figure comes from the runtime that ships, on the same texts.",
         fix=f"{fix} Or allow it: --min-cosine, --min-rank, --min-agreement, --max-accuracy-loss.",
     )
@@ -271,20 +279,20 @@ def require_kept(scores: Mapping[str, Score | None], thresholds: EncoderThreshol
 
 
 def as_dict(scores: Mapping[str, Score | None], thresholds: EncoderThresholds) -> dict[str, Any]:
-    """The form that stands in the manifest."""
-    found = {name: asdict(score) if score is not None else None for name, score in scores.items()}
-    return {**found, "thresholds": asdict(thresholds)}
+    """The form stored in the manifest."""
+    by_name = {name: asdict(score) if score is not None else None for name, score in scores.items()}
+    return {**by_name, "thresholds": asdict(thresholds)}
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
-    """An encoder's fidelity in words, as it stands in the manifest."""
-    said = []
+def lines(fidelity: Mapping[str, Any]) -> list[str]:
+    """The lines of text for an encoder's fidelity. fidelity: the manifest's entry (``as_dict``)."""
+    texts = []
     for name in ("general", "tuning"):
-        score = found.get(name)
+        score = fidelity.get(name)
         if score and "cosine_mean" in score:
             rank = "" if score["rank"] is None else f", rank correlation {score['rank']:.4f}"
             low, high = score["cosine_mean_ci"]
-            said.append(
+            texts.append(
                 f"fidelity, {name} texts: cosine {score['cosine_mean']:.4f} ({low:.4f} to {high:.4f}), p5 "
                 f"{score['cosine_p5']:.4f}, min {score['cosine_min']:.4f}{rank}; {score['texts']} texts"
             )
@@ -292,8 +300,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             accuracy = ""
             if score["accuracy"] is not None:
                 accuracy = f", accuracy {score['accuracy']:.1%} (source {score['accuracy_source']:.1%})"
-            said.append(
+            texts.append(
                 f"fidelity, {name} texts: the source's label for {score['agreement']:.1%} of {score['texts']} texts"
                 f"{accuracy}"
             )
-    return said
+    return texts

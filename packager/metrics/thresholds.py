@@ -1,9 +1,9 @@
-"""What an artifact must keep of its source to be shipped: thresholds, and one table of what fell short.
+"""The thresholds that an artifact must reach to be shipped, and the table of those that it misses.
 
-Every format is measured alike, by what its own runtime answers: distributions on conversations the package carries
-("general") and on the fine-tuning pairs' own answers ("tuning"), and behaviour kept: the pairs that the source answers
-word for word and the artifact too. Decoding greedily gives a text exactly when each of its tokens is the likeliest
-after those before it, so behaviour is read from the same distributions and no answer is sampled.
+Every format is measured in its own runtime: distributions on conversations included in the package ("general") and on
+the fine-tuning pairs' answers ("tuning"), and behaviour kept, the share of the pairs answered word for word by the
+source that the artifact also answers so. Greedy decoding gives a text exactly when each of its tokens is the most
+likely after those before it, so behaviour is read from the same distributions and no answer is sampled.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ class Thresholds:
     min_behaviour: float = 0.8
 
     def changed(self, limits: Mapping[str, float]) -> Thresholds:
-        """With the user's own values (--max-kl and its like) where there are any."""
+        """With the user's own values (--max-kl, --min-top1, --min-behaviour) in place of the defaults."""
         return replace(self, **limits)
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """pairs: how many were asked. source: how many of them the source answers word for word. kept: how many of those
-    the artifact answers so too.
+    """given: pairs in the user's file. pairs: the number of them that were scored. source: the number of those that the
+    source answers word for word. kept: the number of these that the artifact answers so too.
     """
 
+    given: int
     pairs: int
     source: int
     kept: int
 
     @property
     def share(self) -> float | None:
-        """kept over source; None when the source answers none as it was trained to: then nothing can be lost."""
+        """kept / source; None when the source answers no pair word for word, so none can be lost."""
         return self.kept / self.source if self.source else None
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One artifact against its source. tuning and behaviour: None without fine-tuning pairs. held_out: whether those
-    pairs were kept out of the calibration.
+    """One artifact against its source. tuning and behaviour: None without fine-tuning pairs. held_out: whether the
+    pairs of ``tuning`` were kept out of the calibration.
     """
 
     general: Score
@@ -59,7 +60,7 @@ class Fidelity:
     held_out: bool
 
     def as_dict(self, thresholds: Thresholds) -> dict[str, Any]:
-        """The form that stands in the manifest."""
+        """The form stored in the manifest."""
         return {
             "general": self.general.as_dict(),
             "tuning": self.tuning.as_dict() if self.tuning else None,
@@ -71,7 +72,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """One line of the table: what was measured, on what, found and allowed."""
+    """One line of the table. measure: the figure and its texts. found: its value. allowed: its threshold."""
 
     measure: str
     found: float
@@ -83,25 +84,25 @@ class Shortfall:
         return f"{self.measure} {self.found:.1%} (at least {self.allowed:.1%})"
 
 
-def shortfalls(found: Fidelity, thresholds: Thresholds) -> list[Shortfall]:
-    """Everything that misses its threshold. Written so that a score which is not a number misses it."""
+def shortfalls(fidelity: Fidelity, thresholds: Thresholds) -> list[Shortfall]:
+    """All scores that miss their threshold; a NaN misses it."""
     lines: list[Shortfall] = []
-    for name, score in (("general", found.general), ("tuning", found.tuning)):
+    for name, score in (("general", fidelity.general), ("tuning", fidelity.tuning)):
         if score is None:
             continue
         if not score.kl_mean <= thresholds.max_kl:
             lines.append(Shortfall(f"mean KL divergence, {name} text:", score.kl_mean, thresholds.max_kl))
         if not score.top1 >= thresholds.min_top1:
             lines.append(Shortfall(f"top-1 agreement, {name} text:", score.top1, thresholds.min_top1))
-    share = found.behaviour.share if found.behaviour else None
+    share = fidelity.behaviour.share if fidelity.behaviour else None
     if share is not None and not share >= thresholds.min_behaviour:
         lines.append(Shortfall("behaviour kept:", share, thresholds.min_behaviour))
     return lines
 
 
-def require_kept(found: Fidelity, thresholds: Thresholds, what: str, fix: str) -> None:
+def require_kept(fidelity: Fidelity, thresholds: Thresholds, what: str, fix: str) -> None:
     """Raise GateFailed, with the whole table, when the artifact misses a threshold."""
-    lines = shortfalls(found, thresholds)
+    lines = shortfalls(fidelity, thresholds)
     if not lines:
         return
     error = GateFailed(
@@ -109,5 +110,5 @@ def require_kept(found: Fidelity, thresholds: Thresholds, what: str, fix: str) -
         why="Every figure comes from the runtime that ships, at the same positions of the same tokens.",
         fix=f"{fix} Or allow it: --max-kl, --min-top1, --min-behaviour.",
     )
-    error.details = {"fidelity": found.as_dict(thresholds), "shortfalls": [asdict(line) for line in lines]}
+    error.details = {"fidelity": fidelity.as_dict(thresholds), "shortfalls": [asdict(line) for line in lines]}
     raise error

@@ -1,1 +1,1 @@
-"""The plan: which recipe and target, which options, how large, how long, and why not."""
+"""The plan: recipe, target and options, sizes and speed, and the reasons for a refusal."""

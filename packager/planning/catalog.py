@@ -1,8 +1,7 @@
-"""Where recipes, runtimes and targets lie, and how one is found by name or by path: the only file that knows.
+"""Finds recipes and targets by name or by path.
 
-In a checkout the three folders lie beside ``packager/``; in a wheel they lie inside it (setup.cfg maps them). Names
-come from file names, so listing reads folders and imports nothing. A recipe is loaded by its path, never by an import
-name, so that no other package's ``recipes`` can stand in for ours, and a user's own file takes the same road.
+Names are file names, so listing them reads folders and imports nothing. A recipe is loaded by its path, not by an
+import name, so that another package's ``recipes`` cannot shadow ours; a user's own file is loaded in the same way.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def targets_folder() -> Path:
 
 
 def _names(place: Path, suffix: str) -> tuple[str, ...]:
-    """File names without suffix, sorted; those with a leading "_" or "." are not for users."""
+    """File names without suffix, sorted, without those that begin with "_" or "."."""
     return tuple(sorted(file.stem for file in place.glob(f"*{suffix}") if not file.name.startswith(("_", "."))))
 
 
@@ -47,7 +46,10 @@ def target_names() -> tuple[str, ...]:
 
 
 def _find(kind: str, wanted: str, names: tuple[str, ...], place: Path, suffix: str) -> Path:
-    """The file for a name, or a user's own file when ``wanted`` ends in the suffix or has a path separator in it."""
+    """The file for a name, or a user's own file when ``wanted`` ends in the suffix or contains a path separator.
+
+    Raises UsageError for an unknown name, a missing file or another suffix.
+    """
     if wanted.endswith(suffix) or "/" in wanted or "\\" in wanted:
         path = Path(wanted).expanduser()
         if not path.is_file():
@@ -79,7 +81,7 @@ def _recipe_from(path: Path) -> Recipe[Any]:
     from packager.recipe import Recipe
 
     file = path.resolve()
-    # One import name for each file, so that the same file is one module and two files of the same name are two.
+    # One import name for each path: two files of the same name are two modules.
     module_name = f"packager_recipe_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     module = sys.modules.get(module_name)
     if module is None:
@@ -87,7 +89,7 @@ def _recipe_from(path: Path) -> Recipe[Any]:
         if spec is None or spec.loader is None:
             raise UsageError(f"The recipe file {path} cannot be loaded as Python.")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # dataclasses look their module up while the file still runs
+        sys.modules[module_name] = module  # dataclasses look their module up while the file is executed
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -104,7 +106,7 @@ def _recipe_from(path: Path) -> Recipe[Any]:
         )
     if recipe.name != path.stem:
         raise UsageError(
-            f'The recipe in {path} calls itself "{recipe.name}".',
+            f'The recipe in {path} has the name "{recipe.name}".',
             fix=f'The file name is the identifier: name="{path.stem}".',
         )
     return recipe

@@ -1,4 +1,4 @@
-"""A recipe's options: read from the target and from ``--set key=value``, and described for the reference."""
+"""A recipe's options: parsed from the target and from ``--set key=value``, and listed for the reference."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from packager.core.errors import UsageError, closest
 
 if TYPE_CHECKING:
-    from packager.recipe import Recipe
+    from packager.recipe import Options, Recipe
     from packager.target import Target
 
 _MISSING = dataclasses.MISSING
 
 
-def parse_options(recipe: Recipe[Any], target: Target, sets: Sequence[str]) -> Any:
+def parse_options(recipe: Recipe[Options], target: Target, sets: Sequence[str]) -> Options:
     """An instance of ``recipe.options``: its defaults, then the target's, then ``key=value`` texts; the last wins.
 
     Raises UsageError for an unknown key (with the nearest one), a value of the wrong type or a missing value.
@@ -50,7 +50,7 @@ def parse_options(recipe: Recipe[Any], target: Target, sets: Sequence[str]) -> A
 
 
 def options_keys(recipe: Recipe[Any]) -> list[tuple[str, str, Any, str]]:
-    """Key, type, default and meaning of every option, for ``recipes show`` and the reference."""
+    """(key, type, default, meaning) of every option, for ``recipes show`` and the reference."""
     hints = typing.get_type_hints(recipe.options)
     rows = []
     for field in dataclasses.fields(recipe.options):

@@ -1,4 +1,4 @@
-"""What will be built, how big, how fast, whether it fits, and if not: why, and what would. Pure: it writes nothing."""
+"""The plan of a build: size, speed, whether it fits, and if not, why and which settings would. It writes nothing."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import dataclasses
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from packager.core.errors import UsageError
 from packager.planning.options import parse_options
-from packager.recipe import Estimate, Need, Recipe
+from packager.recipe import Estimate, Need, Options, Recipe
 from packager.target import GIB, Target
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
 
-# runtimes/ is written for this and newer; xllamacpp's wheels begin there too.
+# The oldest Python of runtimes/ and of xllamacpp's wheels.
 RUNTIME_PYTHON = (3, 10)
-# Above this share of the free memory a plan says that it is tight.
+# Above this share of the free memory the plan has a note.
 TIGHT = 0.9
 SMALLEST_CONTEXT = 512
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer to "what would this build". Sizes in bytes; refusals and notes are sentences; no refusals: it works.
+    """The plan of one build. Sizes in bytes; refusals and notes are sentences; without refusals it can be built.
 
-    box_bytes: weights, KV cache of all slots and the runtime together. budget_bytes: what the target has free for them.
-    tokens_per_second_ceiling: bandwidth ÷ bytes read per token, at batch 1; no engine is faster.
+    box_bytes: weights, KV cache of all slots and the runtime together. budget_bytes: the target's free memory for them.
+    tokens_per_second_ceiling: bandwidth ÷ bytes read per token, at batch 1; an upper bound for every engine.
     """
 
     checkpoint: str
@@ -56,16 +56,16 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any, said: Sequence[str] = ()
+    checkpoint: Checkpoint, target: Target, recipe: Recipe[Options], options: Options, notes: Sequence[str] = ()
 ) -> Plan:
-    """The plan for one build. ``options`` is an instance of ``recipe.options`` (see parse_options); said: what settling
-    them had to say.
+    """The plan of one build. options: an instance of ``recipe.options`` (see parse_options). notes: sentences from
+    ``recipe.resolve_auto``, put first among the plan's notes.
 
-    Raises UsageError for options that mean nothing, such as a context of 0; what does not fit or work is a refusal.
+    Raises UsageError for invalid options, such as a context of 0; a build that cannot fit or work has refusals instead.
     """
     for key in ("context", "slots"):
-        if (asked := getattr(options, key, 1)) is not None and asked < 1:
-            raise UsageError(f"{key}={asked} means nothing.", fix=f"Set {key} to 1 or more.")
+        if (value := getattr(options, key, 1)) is not None and value < 1:
+            raise UsageError(f"{key}={value} is not valid.", fix=f"Set {key} to 1 or more.")
     estimate = recipe.estimate(checkpoint, target, options)
     box = _box(estimate)
     budget = target.budget(recipe.name, estimate.gpu)
@@ -88,15 +88,25 @@ def make_plan(
         budget_bytes=budget,
         tokens_per_second_ceiling=round(bandwidth / max(1, estimate.read_per_token_bytes), 1),
         refusals=tuple(refusals),
-        notes=(*said, *_notes(target, recipe, estimate, box, budget), *estimate.notes),
+        notes=(*notes, *_notes(target, recipe, estimate, box, budget), *estimate.notes),
     )
 
 
-def fit_all(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """For every target, whether the checkpoint fits with its default recipe: target, title, recipe, fits, line."""
+class TargetFit(TypedDict):
+    """Whether a checkpoint fits a target with its default recipe. line: the sizes, or the first refusal."""
+
+    target: str
+    title: str
+    recipe: str
+    fits: bool
+    line: str
+
+
+def fit_all(checkpoint: Checkpoint) -> list[TargetFit]:
+    """Whether the checkpoint fits each known target."""
     from packager.planning import catalog
 
-    rows = []
+    rows: list[TargetFit] = []
     for name in catalog.target_names():
         target = catalog.load_target(name)
         recipe = catalog.load_recipe(target.recipe)
@@ -145,7 +155,7 @@ def _gib(size: float) -> str:
 def _unsupported(target: Target, recipe: Recipe[Any]) -> Iterator[str]:
     from packager.planning.catalog import recipe_names
 
-    # A recipe of the user's own is in no target's list; whether it works there is its own why_not to say.
+    # No target lists a user's own recipe; its why_not decides whether it works there.
     if recipe.name not in target.recipes.supported and recipe.name in recipe_names():
         supported = ", ".join(target.recipes.supported)
         yield f"{target.title} does not run what the {recipe.name} recipe makes; it supports {supported}."
@@ -165,7 +175,7 @@ def _python(target: Target) -> Iterator[str]:
         )
 
 
-def _missing(needs: Sequence[Need], options: Any) -> Iterator[str]:
+def _missing(needs: Sequence[Need], options: object) -> Iterator[str]:
     """Needs whose module is not installed. ``when`` is "" or "option=value|value"."""
     from importlib.util import find_spec
 
@@ -196,8 +206,10 @@ def _notes(target: Target, recipe: Recipe[Any], estimate: Estimate, box: int, bu
 # -- what would fit ---------------------------------------------------------------------------------------------------
 
 
-def _too_big(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], options: Any, box: int, budget: int) -> str:
-    """One sentence: how much it needs, and what would fit."""
+def _too_big(
+    checkpoint: Checkpoint, target: Target, recipe: Recipe[Options], options: Options, box: int, budget: int
+) -> str:
+    """One sentence: the memory it needs, and the settings that would fit."""
 
     def fits(changes: Mapping[str, Any]) -> bool:
         changed = dataclasses.replace(options, **changes)
@@ -205,10 +217,10 @@ def _too_big(checkpoint: Checkpoint, target: Target, recipe: Recipe[Any], option
             checkpoint, target, changed
         )
 
-    found = _first_of_each(_singles(recipe, options), fits)
-    if not found:
-        found = [next((changes for changes in _pairs(recipe, options) if fits(changes)), {})]
-    ways = [_sets(changes) for changes in found if changes]
+    fitting = _first_of_each(_singles(recipe, options), fits)
+    if not fitting:
+        fitting = [next((changes for changes in _pairs(recipe, options) if fits(changes)), {})]
+    ways = [_sets(changes) for changes in fitting if changes]
     need = f"it needs {_gib(box)} GiB on the box and {target.title} has {_gib(budget)} GiB free for it; "
     if ways:
         return f"{need}{' or '.join(ways)} would fit."
@@ -230,37 +242,37 @@ def _first_of_each(
     variants: Iterator[dict[str, Any]], fits: Callable[[Mapping[str, Any]], bool]
 ) -> list[dict[str, Any]]:
     """The first that fits for each option: fewer slots, or a shorter context, or a smaller type."""
-    found: dict[str, dict[str, Any]] = {}
+    fitting: dict[str, dict[str, Any]] = {}
     for changes in variants:
         key = next(iter(changes))
-        if key not in found and fits(changes):
-            found[key] = changes
-    return list(found.values())
+        if key not in fitting and fits(changes):
+            fitting[key] = changes
+    return list(fitting.values())
 
 
-def _smaller(recipe: Recipe[Any], options: Any) -> dict[str, list[Any]]:
-    """Per option the values that need less memory than now, best first: a quant's choices are declared best first, and
-    other options say in their metadata which values are ``smaller``.
+def _smaller(recipe: Recipe[Options], options: Options) -> dict[str, list[Any]]:
+    """For each option the values that need less memory than its own, best first: a quant's choices are declared best
+    first, and other options list them in their metadata as ``smaller``.
     """
     hints = typing.get_type_hints(recipe.options)
     slots, context = getattr(options, "slots", 1), getattr(options, "context", None) or SMALLEST_CONTEXT
-    found: dict[str, list[Any]] = {
+    smaller: dict[str, list[Any]] = {
         "slots": [n for n in (slots // 2, slots // 4, 1) if 1 <= n < slots],
         "context": [n for n in (context // 2, context // 4, context // 8) if n >= SMALLEST_CONTEXT],
     }
     for field in dataclasses.fields(recipe.options):
         choices = typing.get_args(hints["quant"]) if field.name == "quant" else field.metadata.get("smaller", ())
         if values := [other for other in choices if other != getattr(options, field.name)]:
-            found[field.name] = values
-    return found
+            smaller[field.name] = values
+    return smaller
 
 
-def _singles(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
+def _singles(recipe: Recipe[Options], options: Options) -> Iterator[dict[str, Any]]:
     for key, values in _smaller(recipe, options).items():
         yield from ({key: value} for value in values)
 
 
-def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
+def _pairs(recipe: Recipe[Options], options: Options) -> Iterator[dict[str, Any]]:
     smaller = _smaller(recipe, options)
     slots, contexts = smaller.pop("slots")[-1:] or [None], smaller.pop("context")
     weights = [{key: value} for key, values in smaller.items() for value in values] or [{}]
@@ -269,6 +281,3 @@ def _pairs(recipe: Recipe[Any], options: Any) -> Iterator[dict[str, Any]]:
             for slot in slots:
                 changes = {**weight, "context": context, "slots": slot}
                 yield {key: value for key, value in changes.items() if value is not None}
-
-
-# -- options ----------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What a model is asked, and how its chat template renders it."""
+"""Prompts: calibration data, training templates, chat templates, and the prompt contract between them."""

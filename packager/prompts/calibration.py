@@ -1,4 +1,4 @@
-"""Calibration data: text and fine-tuning pairs, and the token samples that come of them.
+"""Calibration data: text and fine-tuning pairs, and how they are cut into token samples.
 
 Pairs are rendered with the checkpoint's own chat template, as training did (workers/samples.py). Formats read: alpaca
 JSON or JSONL (instruction, input, output, system, history), messages or ShareGPT conversations, and plain text. Texts
@@ -26,7 +26,7 @@ Conversation = tuple[Message, ...]
 @dataclass(frozen=True)
 class Calibration:
     """conversations: whole dialogues with their answers. texts: plain text. digest: SHA-256 of the file's bytes. name:
-    its name. labels: of each text, for a classifier; None where the file gives none, empty where it never does.
+    its name. labels: one for each text, for a classifier; None for a text without one, empty when no text has one.
     """
 
     conversations: tuple[Conversation, ...]
@@ -37,7 +37,7 @@ class Calibration:
 
 
 def load(path: Path) -> Calibration:
-    """Read a calibration file. Raises InputError naming the record that is wrong."""
+    """Read a calibration file. Raises InputError with the record that is wrong."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -86,17 +86,17 @@ def _table(path: Path, text: str, digest: str) -> Calibration:
                 why=f"Its columns are: {', '.join(rows.fieldnames or ())}.",
                 fix='Write the header "text,label" (or "text" alone) into its first line.',
             )
-        found = [(row["text"], row.get("label") or None) for row in rows if row["text"]]
+        records = [(row["text"], row.get("label") or None) for row in rows if row["text"]]
     except csv.Error as error:
         raise InputError(f"the calibration file {path} is no table (line {rows.line_num}): {error}.") from error
-    if not found:
+    if not records:
         raise InputError(f"the calibration file {path} holds no record.", fix="Give some fine-tuning pairs or a text.")
-    labels = tuple(label for _, label in found)
-    return Calibration((), tuple(row for row, _ in found), digest, path.name, labels if any(labels) else ())
+    labels = tuple(label for _, label in records)
+    return Calibration((), tuple(row for row, _ in records), digest, path.name, labels if any(labels) else ())
 
 
 def general() -> Calibration:
-    """The text and conversations that the package carries, for a build without calibration data."""
+    """The text and conversations included in the package, for a build without calibration data."""
     text = (DATA / "general.txt").read_text(encoding="utf-8")
     talks = (DATA / "conversations.json").read_text(encoding="utf-8")
     digest = hashlib.sha256((text + talks).encode()).hexdigest()
@@ -111,7 +111,7 @@ def _records(path: Path, text: str) -> Sequence[Any]:
     except json.JSONDecodeError as error:
         raise InputError(
             f"the calibration file {path} is not valid JSON: {error.msg} (line {error.lineno}).",
-            fix="Mend that line; a file with one record a line must be called .jsonl.",
+            fix="Correct that line; a file with one record on each line must end in .jsonl.",
         ) from error
     if not isinstance(loaded, list):
         raise InputError(
@@ -165,16 +165,15 @@ def _talk(where: str, talk: Any, system: Any) -> Conversation:
 
 
 def split(tokens: Sequence[int], length: int) -> list[list[int]]:
-    """Pieces of ``length`` tokens; a last piece under an eighth of that is dropped."""
+    """Pieces of ``length`` tokens; a last piece shorter than an eighth of that is dropped."""
     pieces = [list(tokens[start : start + length]) for start in range(0, len(tokens), length)]
     return [piece for piece in pieces if len(piece) * 8 >= length] or pieces[:1]
 
 
 def spread(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Evenly spaced positions (1 … length - 1) for each sequence, about ``budget`` of them in all, fixed by the
-    lengths.
+    """Evenly spaced positions (1 … length - 1) for each sequence, about ``budget`` in total, determined by the lengths.
 
-    Position p stands for the prediction of token p from the p tokens before it.
+    Position p is the prediction of token p from the p tokens before it.
     """
     total = sum(max(length - 1, 0) for length in lengths)
     if total == 0:

@@ -1,7 +1,7 @@
-"""The prompt contract: what training saw, what the tokenizer renders, what the artifact carries and what the box sends.
+"""The prompt contract: training, the checkpoint's tokenizer, the artifact and the box render the same token ids.
 
-All of them must be the same token ids, with one BOS and the right end, or the build stops and names the first token
-that differs, with its text, the two sources and what to do.
+They also have one BOS and the right end token. Otherwise the build stops with the first token that differs, its text,
+the two sources and what to do.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 from packager.core.errors import GateFailed
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.prompts.training_template import Training
 
 Naming = Callable[[int], str]
 
-# Where LLaMA-Factory and Ollama have habits that a chat template need not share, and training data hardly tells: both
-# take an empty system message for none, strip earlier thoughts in their own way or not at all, and never trim. A
-# difference there is told, not refused.
+# Kinds of conversations in which LLaMA-Factory and Ollama may differ from a chat template, and which training data
+# rarely has: both treat an empty system message as none, strip earlier thoughts in their own way or not at all, and
+# never trim. A difference in these is reported as a note; the build continues.
 EDGES = ("empty system", "earlier thoughts", "outer spaces")
 TYPED = "typed special tokens"
 SHOWN = 4  # tokens of each side in a diff
@@ -35,10 +37,10 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
 
 
 def token_names(checkpoint: Checkpoint) -> Naming:
-    """Texts of token ids, read only when a difference is to be shown."""
+    """A function from token id to text; it loads the tokenizer at the first call."""
 
     @cache
-    def tokenizer() -> Any:
+    def tokenizer() -> Tokenizer:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
@@ -47,7 +49,7 @@ def token_names(checkpoint: Checkpoint) -> Naming:
 
 
 def shown(ids: Sequence[int], name: Naming | None) -> str:
-    """The first tokens of a side: ids alone, or ids with their texts."""
+    """The first tokens of one side: ids, with their texts when ``name`` is given."""
     if not ids:
         return "nothing"
     part = list(ids[:SHOWN])
@@ -61,42 +63,40 @@ def require_same(
     fix: str,
     name: Naming | None = None,
 ) -> None:
-    """Raise GateFailed at the first prompt whose ``ids`` from ``who`` are not those of the checkpoint's own tokenizer.
+    """Raise GateFailed at the first prompt whose ids from ``who`` differ from those of the checkpoint's own tokenizer.
 
     prompts: {"ids", "text", "messages"} as transformers rendered them. name: the text of a token, for the message.
     """
-    for number, (prompt, found) in enumerate(zip(prompts, ids, strict=True), 1):
-        at = first_difference(prompt["ids"], found)
+    for number, (prompt, actual) in enumerate(zip(prompts, ids, strict=True), 1):
+        at = first_difference(prompt["ids"], actual)
         if at is not None:
-            raise _difference(who, prompt, number, at, found, fix, name)
+            raise _difference(who, prompt, number, at, actual, fix, name)
 
 
 def _difference(
-    who: str, prompt: Mapping[str, Any], number: int, at: int, found: Sequence[int], fix: str, name: Naming | None
+    who: str, prompt: Mapping[str, Any], number: int, at: int, actual: Sequence[int], fix: str, name: Naming | None
 ) -> GateFailed:
     expected = prompt["ids"][at:]
-    asked = next((m["content"] for m in reversed(prompt["messages"]) if m["role"] == "user"), "")[:60]
+    question = next((m["content"] for m in reversed(prompt["messages"]) if m["role"] == "user"), "")[:60]
     kind = f", {prompt['kind']}" if prompt.get("kind") else ""
     error = GateFailed(
-        f"the prompt of {who} differs from the checkpoint's at token {at}: {shown(found[at:], name)} instead of "
+        f"the prompt of {who} differs from the checkpoint's at token {at}: {shown(actual[at:], name)} instead of "
         f"{shown(expected, name)}.",
-        why=f"Conversation {number}{kind} ({asked!r}); the checkpoint's own tokenizer and chat template are the truth.",
+        why=f"Conversation {number}{kind} ({question!r}), compared with the checkpoint's own tokenizer and template.",
         fix=fix,
     )
     error.details = {
         "source": who,
         "conversation": number,
         "token": at,
-        "found": list(found[at : at + SHOWN]),
+        "found": list(actual[at : at + SHOWN]),
         "expected": list(expected[:SHOWN]),
     }
     return error
 
 
 def require_one_bos(prompts: Sequence[Mapping[str, Any]], bos: int | None) -> None:
-    """Raise GateFailed when a rendered prompt begins with BOS twice: the template writes it and the tokenizer adds
-    it.
-    """
+    """Raise GateFailed when a rendered prompt begins with BOS twice: from the template and from the tokenizer."""
     for number, prompt in enumerate(prompts, 1):
         if bos is not None and list(prompt["ids"][:2]) == [bos, bos]:
             raise GateFailed(
@@ -109,11 +109,11 @@ def require_one_bos(prompts: Sequence[Mapping[str, Any]], bos: int | None) -> No
 def require_training(
     checkpoint: Checkpoint, training: Training, prompts: Sequence[Mapping[str, Any]], rendered: Mapping[str, Any]
 ) -> list[str]:
-    """Raise GateFailed when the checkpoint's tokenizer renders a prompt otherwise than training did, or training ended
-    answers with a token that does not end them on the box. Gives notes for what is allowed to differ.
+    """Raise GateFailed when the checkpoint's tokenizer and training render a prompt differently, or when training ended
+    answers with a token that is no stop token of the checkpoint. Returns notes on the differences that are allowed.
 
-    prompts: {"ids", "trained", "kind", "messages"}; trained may be None. rendered: workers/samples.py's answer, for
-    the ids of a thought's opening and of an answer's end.
+    prompts: {"ids", "trained", "kind", "messages"}; trained may be None. rendered: the output of workers/samples.py,
+    with the ids of a thought's opening and of an answer's end.
     """
     who = f"the training template {training.name}"
     carry = (
@@ -140,13 +140,13 @@ def require_training(
         if at is None:
             continue
         if ids[: len(trained)] == trained and ids[len(trained) :] == list(rendered["opening"]):
-            told = f"the chat template opens the thought itself, which {who} left to the answer"
+            note = f"the chat template opens the thought itself, which {who} left to the answer"
         elif prompt.get("kind") in EDGES:
-            told = f"{who} renders conversations of the kind {prompt['kind']!r} otherwise than the checkpoint"
+            note = f"{who} renders conversations of the kind {prompt['kind']!r} differently from the checkpoint"
         else:
             raise _difference(who, prompt, number, at, trained, fix, token_names(checkpoint))
-        if told not in notes:
-            notes.append(told)
+        if note not in notes:
+            notes.append(note)
     if not compared:
         raise GateFailed(f"{who} renders none of the {len(prompts)} conversations.", fix=fix)
     end = rendered["end"]

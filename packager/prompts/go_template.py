@@ -1,9 +1,9 @@
-"""Renders the Go templates of Ollama's Modelfiles, as far as packager and LLaMA-Factory write them.
+"""Renders the subset of Go templates that packager and LLaMA-Factory write into Ollama's Modelfiles.
 
-Ollama is not run here. This evaluates the few constructs that both emit (range over .Messages, if / else if / else on a
+Ollama is not run. The module evaluates the constructs that both write (range over .Messages, if / else if / else on a
 role or a value, .Content, .Role, .System, quoted text) as Go's text/template and Ollama's template package define them,
-and refuses everything else, so that a text it gives is the text that Ollama gives. Ollama first joins neighbours of one
-role with a blank line and all system messages into .System (template/template.go, collate).
+and refuses all others, so that its text equals Ollama's. Ollama first joins adjacent messages of one role with a blank
+line and all system messages into .System (template/template.go, collate).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ACTION = re.compile(r"\{\{(-?)\s*(.*?)\s*(-?)\}\}", re.DOTALL)
 
 
 class NotUnderstood(ValueError):
-    """The template uses a construct that is not evaluated here; the text names it."""
+    """The template uses a construct that is not evaluated here; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,20 @@ def render(template: str, messages: Sequence[Mapping[str, str]], system: str = "
 
 
 def _tokens(template: str) -> Iterator[tuple[bool, str]]:
-    """(is an action, its text); trim markers take the white space beside them."""
+    """(is an action, its text) for each part; trim markers remove the white space beside them."""
     place, trim = 0, False
-    for found in ACTION.finditer(template):
-        text = template[place : found.start()]
+    for match in ACTION.finditer(template):
+        text = template[place : match.start()]
         text = text.lstrip() if trim else text
-        yield False, text.rstrip() if found[1] else text
-        yield True, found[2]
-        place, trim = found.end(), bool(found[3])
+        yield False, text.rstrip() if match[1] else text
+        yield True, match[2]
+        place, trim = match.end(), bool(match[3])
     rest = template[place:]
     yield False, rest.lstrip() if trim else rest
 
 
 def _parse(tokens: list[tuple[bool, str]]) -> tuple[tuple[_Node, ...], str | None]:
-    """Nodes up to the action that ends this level, which is given too; tokens are taken off the list's front."""
+    """(nodes up to the action that ends this level, that action); removes the parsed tokens from the list."""
     nodes: list[_Node] = []
     while tokens:
         action, text = tokens.pop(0)
@@ -124,9 +124,9 @@ def _value(text: str, system: str, message: Mapping[str, str] | None) -> str:
 
 
 def _holds(condition: str, system: str, message: Mapping[str, str] | None) -> bool:
-    if found := re.fullmatch(r"(eq|ne) (\S+) (\"[^\"]*\")", condition):
-        same = _value(found[2], system, message) == json.loads(found[3])
-        return bool(same) == (found[1] == "eq")
+    if match := re.fullmatch(r"(eq|ne) (\S+) (\"[^\"]*\")", condition):
+        same = _value(match[2], system, message) == json.loads(match[3])
+        return bool(same) == (match[1] == "eq")
     if condition.startswith("not "):
         return not _value(condition.removeprefix("not ").strip(), system, message)
     return bool(_value(condition, system, message))

@@ -1,7 +1,7 @@
-"""The Modelfile that LLaMA-Factory leaves in an export: what it says of the prompt, against what the tokenizer says.
+"""Compares the prompts of the Modelfile that LLaMA-Factory writes into an export with those of the tokenizer.
 
-It is no input of a build, but it is a second witness of how the model was trained: exports whose Modelfile and
-tokenizer disagree are what "right in training, wrong after the export" is made of (LLaMA-Factory issues 7238 and 6987).
+The Modelfile is no input of a build, but it is a second source on how the model was trained. When it disagrees with the
+tokenizer, the model is right in training and wrong after the export (LLaMA-Factory issues 7238 and 6987).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ BLOCK = r'(?im)^{}\s+(?:"""(.*?)"""|"(.*?)"|(\S.*?)$)'
 
 def instruction(text: str, name: str) -> str | None:
     """The argument of the last TEMPLATE or SYSTEM instruction; None where there is none."""
-    found = list(re.finditer(BLOCK.format(name), text, re.DOTALL))
-    return next((part for part in found[-1].groups() if part is not None), "") if found else None
+    matches = list(re.finditer(BLOCK.format(name), text, re.DOTALL))
+    return next((part for part in matches[-1].groups() if part is not None), "") if matches else None
 
 
 def require_agreement(checkpoint: Checkpoint, prompts: Sequence[Mapping[str, Any]], sure: str | None) -> list[str]:
-    """Raise GateFailed when the folder's Modelfile renders a prompt otherwise than its tokenizer; give notes.
+    """Raise GateFailed when the folder's Modelfile and its tokenizer render a prompt differently; return notes.
 
-    sure: the training template that the tokenizer was found to agree with; then the Modelfile is known to be the wrong
-    one, which is told and not refused.
+    sure: the training template with which the tokenizer agrees; then the Modelfile is the wrong one, and the difference
+    is a note instead of an error.
     """
     path: Path = checkpoint.path / NAME
     try:
@@ -47,20 +47,20 @@ def require_agreement(checkpoint: Checkpoint, prompts: Sequence[Mapping[str, Any
     tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
     bos = checkpoint.tokenizer.bos or ""
 
-    def ids(rendered: str) -> list[int]:  # BOS may be Ollama's to put: one at the beginning is the same as none
-        found: list[int] = tokenizer.encode(rendered.removeprefix(bos), add_special_tokens=False).ids
-        return found
+    def ids(rendered: str) -> list[int]:  # without a leading BOS, which Ollama may add itself
+        tokens: list[int] = tokenizer.encode(rendered.removeprefix(bos), add_special_tokens=False).ids
+        return tokens
 
-    asked = [prompt for prompt in prompts if prompt.get("kind") not in EDGES]
+    compared = [prompt for prompt in prompts if prompt.get("kind") not in EDGES]
     try:
-        found = [ids(render(template, prompt["messages"], instruction(text, "SYSTEM") or "")) for prompt in asked]
+        actual = [ids(render(template, prompt["messages"], instruction(text, "SYSTEM") or "")) for prompt in compared]
     except NotUnderstood as error:
         return [f"the checkpoint's Modelfile is not compared: its template has {error}"]
-    expected = [{**prompt, "ids": ids(prompt["text"])} for prompt in asked]
+    expected = [{**prompt, "ids": ids(prompt["text"])} for prompt in compared]
     try:
         require_same(
             expected,
-            found,
+            actual,
             f"the checkpoint's own {NAME}",
             "Say which is right with --template and the name that training used (packager templates lists them), or "
             f"remove the {NAME}: the bundle does not use it.",
@@ -69,5 +69,5 @@ def require_agreement(checkpoint: Checkpoint, prompts: Sequence[Mapping[str, Any
     except GateFailed:
         if sure is None:
             raise
-        return [f"the checkpoint's {NAME} renders prompts otherwise than {sure} and its tokenizer, which agree"]
+        return [f"the checkpoint's {NAME} renders prompts differently from {sure} and its tokenizer, which agree"]
     return []

@@ -1,8 +1,8 @@
-"""The training template: how conversations were rendered when the model was fine-tuned, as far as that is known.
+"""The training template: how conversations were rendered when the model was fine-tuned.
 
 LLaMA-Factory's formats are data (data/training_templates.toml, with their source). It encodes a conversation piece by
-piece and joins the ids, so that is what happens here too: a tokenizer may merge over a border that training kept apart.
-A Jinja file is rendered by transformers' own apply_chat_template (workers/samples.py). Sole owner of yaml.
+piece and joins the ids; this module does the same, because a tokenizer could merge across a border between pieces. A
+Jinja file is rendered by transformers' apply_chat_template (workers/samples.py). The only owner of yaml.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Piece = tuple[Literal["text", "bos", "eos"], str]
 
 @dataclass(frozen=True)
 class Slots:
-    """A LLaMA-Factory format; data/training_templates.toml says what each field means.
+    """A LLaMA-Factory format; data/training_templates.toml documents each field.
 
-    thinking: its ``enable_thinking``; unless it is true, an empty thought belongs to the prompt.
+    thinking: its ``enable_thinking``; unless it is true, an empty thought is part of the prompt.
     """
 
     user: str = "{content}"
@@ -47,45 +47,45 @@ class Slots:
     thinking: bool | None = True
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[Piece] | None:
-        """What the model is fed before its answer; None for an order of roles that LLaMA-Factory cannot train on."""
+        """The prompt before the answer; None for an order of roles that LLaMA-Factory cannot train on."""
         system, talk = self._split(messages)
         if len(talk) % 2 == 0 or not _alternates(talk):
             return None
-        found: list[Piece] = []
+        parts: list[Piece] = []
         for number, message in enumerate(talk):
             content = message["content"]
             if message["role"] == "assistant" and self.reasoning:
                 content = without_thought(content)
-            found += self._turn(number, message["role"], content, system)
-        return found + ([("text", "".join(THOUGHT))] if self.reasoning and not self.thinking else [])
+            parts += self._turn(number, message["role"], content, system)
+        return parts + ([("text", "".join(THOUGHT))] if self.reasoning and not self.thinking else [])
 
     def answer(self, content: str) -> list[Piece]:
         """The answer that training expects after ``prompt``, its end included."""
-        found: list[Piece] = []
+        parts: list[Piece] = []
         if self.reasoning and self.thinking is False:
             content = without_thought(content)
         if self.reasoning and self.thinking and not _thinks(content):
-            found.append(("text", "".join(THOUGHT)))
-        return [*found, *pieces(self.assistant, content), *pieces(self.last)]
+            parts.append(("text", "".join(THOUGHT)))
+        return [*parts, *pieces(self.assistant, content), *pieces(self.last)]
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[Piece] | None:
-        """A whole conversation as a training sample: every answer with its thought, earlier ones too."""
+        """A whole conversation as a training sample: every answer with its thought; None as for ``prompt``."""
         system, talk = self._split(messages)
         if len(talk) % 2 or not _alternates(talk):
             return None
-        found: list[Piece] = []
+        parts: list[Piece] = []
         for number, message in enumerate(talk):
             content = message["content"]
             if message["role"] == "assistant" and self.reasoning:
                 if self.thinking is False:
                     content = without_thought(content)
                 if not _thinks(content):
-                    found.append(("text", "".join(THOUGHT)))
-            found += self._turn(number, message["role"], content, system)
-        return found + pieces(self.last)
+                    parts.append(("text", "".join(THOUGHT)))
+            parts += self._turn(number, message["role"], content, system)
+        return parts + pieces(self.last)
 
     def ends(self) -> list[Piece]:
-        """What follows an answer's own text: the end that training taught."""
+        """The pieces after an answer's text: the end that the model learned."""
         return pieces(self.assistant.partition("{content}")[2]) + pieces(self.last)
 
     def _split(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[Mapping[str, str]]]:
@@ -94,20 +94,20 @@ class Slots:
         return self.default_system, messages
 
     def _turn(self, number: int, role: str, content: str, system: str) -> list[Piece]:
-        found: list[Piece] = []
+        parts: list[Piece] = []
         if number == 0:
-            found += pieces(self.prefix)
+            parts += pieces(self.prefix)
             if system and self.merged:
                 content = "".join(text for _, text in pieces(self.system, system)) + content
             elif system:
-                found += pieces(self.system, system)
-        return found + pieces(self.user if role == "user" else self.assistant, content)
+                parts += pieces(self.system, system)
+        return parts + pieces(self.user if role == "user" else self.assistant, content)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training template. name: what the user gave, without folders. slots: LLaMA-Factory's; or jinja: a chat
-    template's text.
+    """A training template. name: the user's name or file name. slots: LLaMA-Factory's; or jinja: the text of a chat
+    template.
     """
 
     name: str
@@ -116,11 +116,11 @@ class Training:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the ids."""
+        """SHA-256 over everything that determines the ids."""
         return hashlib.sha256(json.dumps(self.as_job(), sort_keys=True).encode()).hexdigest()
 
     def as_job(self) -> dict[str, Any]:
-        """The form that workers/samples.py reads back with ``from_job``."""
+        """The JSON form that workers/samples.py reads with ``from_job``."""
         slots = None if self.slots is None else {**self.slots.__dict__, "stops": list(self.slots.stops)}
         return {"name": self.name, "slots": slots, "jinja": self.jinja}
 
@@ -141,7 +141,7 @@ def known() -> dict[str, Slots]:
 def load(ref: str) -> Training:
     """A LLaMA-Factory name, a YAML file of a training run (its ``template:``), or a file with a Jinja chat template.
 
-    Raises UsageError for a name that is not known, InputError for a file that says nothing.
+    Raises UsageError for a name that is not known, InputError for a file that cannot be read or holds no template.
     """
     if ref in known():
         return Training(ref, known()[ref])
@@ -168,7 +168,7 @@ def load(ref: str) -> Training:
 
 
 def _of_run(path: Path, text: str) -> Training:
-    """The template that a LLaMA-Factory run was started with, with its own default system prompt and thinking."""
+    """The template of a LLaMA-Factory run's YAML file, with the run's own default system prompt and thinking."""
     import yaml
 
     try:
@@ -181,7 +181,7 @@ def _of_run(path: Path, text: str) -> Training:
     if not isinstance(name, str):
         raise InputError(
             f"{path} names no template.",
-            why="LLaMA-Factory then takes the tokenizer's own, which is what is checked without --template.",
+            why="LLaMA-Factory then uses the tokenizer's own, which is also checked without --template.",
             fix="Leave --template out, or give the name.",
         )
     if name not in known():
@@ -198,29 +198,29 @@ def _of_run(path: Path, text: str) -> Training:
 
 
 def pieces(format: str, content: str = "") -> list[Piece]:
-    """A format as what is encoded apart: texts with the content in them, BOS, EOS. Empty texts are left out."""
-    found: list[Piece] = []
-    room = True  # only the first {content} is the message: what a user types stays as it is
+    """A format as the pieces that are encoded separately: texts with the content in them, BOS, EOS; no empty texts."""
+    parts: list[Piece] = []
+    room = True  # only the first {content} is replaced: the same text inside a message stays as it is
     for part in MARKS.split(format):
         if part == "{bos}":
-            found.append(("bos", ""))
+            parts.append(("bos", ""))
         elif part == "{eos}":
-            found.append(("eos", ""))
+            parts.append(("eos", ""))
         else:
             text = part.replace("{content}", content, 1) if room else part
             room = room and "{content}" not in part
             if text:
-                found.append(("text", text))
-    return found
+                parts.append(("text", text))
+    return parts
 
 
 def encode(
-    found: Sequence[Piece], tokenize: Callable[[str], Sequence[int]], bos: int | None, eos: int | None
+    parts: Sequence[Piece], tokenize: Callable[[str], Sequence[int]], bos: int | None, eos: int | None
 ) -> list[int]:
-    """Token ids: every text by itself, without special tokens of the tokenizer's own."""
+    """Token ids: every text encoded separately, without the special tokens that the tokenizer would add."""
     ids: list[int] = []
     special = {"bos": bos, "eos": eos}
-    for kind, text in found:
+    for kind, text in parts:
         if kind == "text":
             ids += tokenize(text)
         elif (token := special[kind]) is not None:
@@ -229,7 +229,7 @@ def encode(
 
 
 def without_thought(content: str) -> str:
-    """An answer as it stands in a later prompt."""
+    """An answer as it is rendered in a later prompt: without its thought."""
     return re.sub(f"{re.escape(THOUGHT[0])}.*?{re.escape(THOUGHT[1])}", "", content, flags=re.DOTALL).lstrip("\n")
 
 
@@ -242,9 +242,9 @@ def _alternates(talk: Sequence[Mapping[str, str]]) -> bool:
 
 
 def as_jinja(slots: Slots) -> str:
-    """A chat template that renders prompts as these slots do: what a checkpoint trained with them should carry."""
+    """A chat template that renders prompts as these slots do, for a checkpoint that was trained with them."""
 
-    def said(format: str, content: str) -> str:
+    def expression(format: str, content: str) -> str:
         parts = []
         for part in re.split(r"(\{bos\}|\{eos\}|\{content\})", format):
             name = {"{bos}": "bos_token", "{eos}": "eos_token", "{content}": content}.get(part)
@@ -253,7 +253,7 @@ def as_jinja(slots: Slots) -> str:
         return " ~ ".join(parts) or '""'
 
     def written(format: str, content: str) -> str:
-        return f"{{{{ {said(format, content)} }}}}" if format else ""
+        return f"{{{{ {expression(format, content)} }}}}" if format else ""
 
     default = json.dumps(slots.default_system, ensure_ascii=False)
     head = (
@@ -266,7 +266,7 @@ def as_jinja(slots: Slots) -> str:
     content = 'message["content"]'
     user = written(slots.user, content)
     if slots.merged:
-        merged = f"({said(slots.system, 'ns.system')} ~ {content} if ns.system else {content})"
+        merged = f"({expression(slots.system, 'ns.system')} ~ {content} if ns.system else {content})"
         user = written(slots.user, merged) + '{% set ns.system = "" %}'
     answer = written(slots.assistant, "content")
     kept = (

@@ -1,4 +1,4 @@
-"""Read a GGUF file's own header and say what is wrong with it: bounded reads, no tensor is loaded, nothing is trusted.
+"""Read and check a GGUF file's header with bounded reads; no tensor is loaded, and no value is trusted unchecked.
 
 Layout as in ggml's docs/gguf.md: magic, version, counts, key-value pairs, tensor infos, then aligned tensor data.
 """
@@ -19,12 +19,12 @@ MOST_PAIRS, MOST_TENSORS, MOST_DIMS = 100_000, 1_000_000, 4
 
 
 class BadHeader(ValueError):
-    """The header cannot be read; the message says where and why."""
+    """The header cannot be read; the message gives the place and the reason."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """offset: from the start of the tensor data, bytes. shape: ggml order, fastest first."""
+    """offset: from the start of the tensor data, bytes. shape: ggml order, the fastest dimension first."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,8 +35,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """version: of the format. data_start: file offset of the tensor data. size: of the file, bytes. spans: where each
-    key-value pair stands in the file, from the first byte to the one after its last.
+    """version: of the format. data_start: file offset of the tensor data. size: of the file, bytes. spans: the file
+    offsets [begin, end) of each key-value pair.
     """
 
     version: int
@@ -51,24 +51,24 @@ class Header:
 
     def problems(self) -> list[str]:
         """Tensors that overlap, are not aligned, or lie outside the file (a truncated copy)."""
-        found, end = [], 0
+        problems, end = [], 0
         for tensor in sorted(self.tensors, key=lambda item: item.offset):
             if tensor.offset % self.alignment:
-                found.append(f"tensor {tensor.name} is not aligned to {self.alignment} bytes")
+                problems.append(f"tensor {tensor.name} is not aligned to {self.alignment} bytes")
             if tensor.offset < end:
-                found.append(f"tensor {tensor.name} overlaps the one before it")
+                problems.append(f"tensor {tensor.name} overlaps the one before it")
             end = tensor.offset + tensor.nbytes
             if self.data_start + end > self.size:
-                found.append(
+                problems.append(
                     f"tensor {tensor.name} ends at byte {self.data_start + end}, "
                     f"but the file has only {self.size} bytes: it is cut off"
                 )
         if not self.tensors:
-            found.append("it holds no tensor")
+            problems.append("it holds no tensor")
         names = [tensor.name for tensor in self.tensors]
         if len(set(names)) != len(names):
-            found.append("a tensor name is there twice")
-        return found
+            problems.append("a tensor name is there twice")
+        return problems
 
     def type_counts(self) -> dict[str, int]:
         """Tensor type -> number of tensors."""
@@ -102,7 +102,7 @@ class _Reader:
             raise BadHeader(f"a name at byte {self.stream.tell()} is not UTF-8") from error
 
     def value(self, kind: int) -> object:
-        """A scalar or a string; arrays are walked over and give their length."""
+        """A scalar or a string; an array is skipped and gives its length."""
         if kind in SCALARS:
             return struct.unpack(f"<{SCALARS[kind]}", self.take(struct.calcsize(f"<{SCALARS[kind]}")))[0]
         if kind == STRING:
@@ -121,7 +121,7 @@ class _Reader:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header. Raises BadHeader (a sentence without subject) and OSError."""
+    """Read the header. Raises OSError, and BadHeader, whose message is a sentence that continues the file's name."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         reader = _Reader(stream, size)

@@ -10,19 +10,19 @@ if TYPE_CHECKING:
 
 
 def half(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
-    """float16, rounded to nearest. Raises ValueError for what float16 cannot hold."""
+    """float16, rounded to nearest. Raises ValueError for a value beyond float16's range."""
     import numpy as np
 
     with np.errstate(over="ignore"):
-        found = values.astype(np.float16)
-    if not np.isfinite(found).all():
+        rounded = values.astype(np.float16)
+    if not np.isfinite(rounded).all():
         raise ValueError(f"{name} has a value that float16 cannot hold (65504 is its largest)")
-    return found
+    return rounded
 
 
 def by_row(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """int8 (rows, inputs) and a scale for each row: its largest magnitude / 127, rounded to float16 before the integers
-    are chosen by it. Raises ValueError as half().
+    """int8 (rows, inputs) and a float16 scale for each row (rows,): its largest magnitude / 127, rounded to float16
+    before the integers are computed from it. Raises ValueError when a scale is beyond float16's range.
     """
     import numpy as np
 
@@ -30,15 +30,15 @@ def by_row(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
     if not np.isfinite(scales).all():
         raise ValueError("a weight is too large for a float16 scale")
     wide = scales.astype(np.float32)
-    wide[wide == 0] = 1  # all of them are zero, or too small to tell
+    wide[wide == 0] = 1  # all weights are zero or vanish in float16
     return np.clip(np.rint(values / wide[:, None]), -127, 127).astype(np.int8), scales
 
 
 def eight_bits(values: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Rows rounded to nearest: integers 1…255 around 128, (rows, inputs), and scales (rows, inputs / block).
 
-    The scale is a block's largest magnitude / 127, rounded to float16 before the integers are chosen by it. Raises
-    ValueError for a weight that is no number or beyond what float16 scales reach.
+    The scale is a block's largest magnitude / 127, rounded to float16 before the integers are computed from it. Raises
+    ValueError for a weight that is not finite or too large for a float16 scale.
     """
     import numpy as np
 
@@ -48,6 +48,6 @@ def eight_bits(values: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint
     if not np.isfinite(scales).all():
         raise ValueError("a weight is too large for a float16 scale")
     wide = scales.astype(np.float32)
-    wide[wide == 0] = 1  # all of them are zero, or too small to tell
+    wide[wide == 0] = 1  # all weights are zero or vanish in float16
     integers = np.clip(np.rint(blocks / wide[:, :, None]), -127, 127) + 128
     return integers.astype(np.uint8).reshape(rows, inputs), scales

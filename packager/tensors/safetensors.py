@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Bytes per element. The eight-bit floats and the rest are known so that a header can be read and refused by name.
+# Bytes per element. The types that this package cannot convert are listed so that an error can name them.
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-# The dtypes whose values this package reads; bf16 has no numpy type and travels as its 16-bit pattern.
+# The dtypes whose values this package reads; numpy has no bf16, so it is kept as its 16-bit pattern.
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 FLOAT_DTYPES = tuple(_NUMPY)
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
-CHUNK_ELEMENTS = 1 << 22  # what is held at once when a tensor is streamed: 16 MiB as float32
+CHUNK_ELEMENTS = 1 << 22  # elements in memory at once when a tensor is streamed: 16 MiB as float32
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _broken(path: Path, why: str) -> InputError:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file in file order, from its header alone.
 
-    Raises InputError when the file is cut off (naming the first tensor that is), or the header is not valid.
+    Raises InputError when the file is cut off (it names the first incomplete tensor) or the header is not valid.
     """
     size = path.stat().st_size
     if size < 8:
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise _broken(path, f"Its first 8 bytes ask for a header of {length} bytes: this is another kind of file.")
+            raise _broken(path, f"Its first 8 bytes give a header of {length} bytes: this is another kind of file.")
         raw = file.read(length)
     if len(raw) < length:
         raise _broken(path, f"It is cut off inside its header: {size} bytes of at least {8 + length}.")
@@ -83,23 +83,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise _broken(path, "Its header is not a JSON object.")
     header.pop("__metadata__", None)
-    found = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
-    found.sort(key=lambda tensor: (tensor.start, tensor.start + tensor.nbytes))
+    tensors = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.start + tensor.nbytes))
     end = 8 + length
-    for tensor in found:
+    for tensor in tensors:
         if tensor.start != end:
             raise _broken(path, f"Tensor {tensor.name} starts at byte {tensor.start}, the one before it ends at {end}.")
         end += tensor.nbytes
         if end > size:
             raise InputError(
-                f"{path.name} is cut off: the header describes {8 + length + _data_bytes(found)} bytes, the file "
+                f"{path.name} is cut off: the header describes {8 + length + _data_bytes(tensors)} bytes, the file "
                 f"has {size}.",
                 why=f"Tensor {tensor.name} is the first that is not complete.",
                 fix=f"Copy or download {path} again.",
             )
     if end != size:
         raise _broken(path, f"The header describes {end} bytes, the file has {size}: {size - end} are unaccounted for.")
-    return {tensor.name: tensor for tensor in found}
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _data_bytes(tensors: Iterable[TensorInfo]) -> int:
@@ -190,7 +190,7 @@ class Spec:
 
 
 def header_bytes(specs: Sequence[Spec]) -> bytes:
-    """What a safetensors file of these tensors, in this order, begins with."""
+    """The length field and header of a safetensors file of these tensors, in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     offset = 0
     for spec in specs:
@@ -203,7 +203,7 @@ def header_bytes(specs: Sequence[Spec]) -> bytes:
 
 
 def write_file(path: Path, specs: Sequence[Spec], data: Iterable[Iterator[bytes | memoryview]]) -> None:
-    """Write one safetensors file: the header first, then each tensor's chunks as they come, then fsync.
+    """Write one safetensors file: the header, then each tensor's chunks in order, then fsync.
 
     specs: the tensors in file order. data: for each spec an iterator of byte chunks. Raises ValueError when a
     tensor yields another number of bytes than its spec says.
@@ -221,7 +221,7 @@ def write_file(path: Path, specs: Sequence[Spec], data: Iterable[Iterator[bytes 
 
 
 def plan_shards(specs: Sequence[Spec], limit: int) -> list[list[Spec]]:
-    """Cut specs, in their order, into shards of at most ``limit`` bytes (a larger tensor gets its own)."""
+    """Split specs, in their order, into shards of at most ``limit`` bytes (a larger tensor gets its own)."""
     shards: list[list[Spec]] = [[]]
     room = limit
     for spec in specs:

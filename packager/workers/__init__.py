@@ -1,1 +1,1 @@
-"""Programs that run in a child process, so that their libraries and memory end with the step."""
+"""Programs that run in a child process, so that their libraries and memory are freed with the step."""

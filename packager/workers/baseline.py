@@ -1,7 +1,7 @@
-"""The row to beat: the source checkpoint in transformers, float32, one stream: ``baseline.py JOB.json``.
+"""The benchmark's baseline: the source checkpoint in transformers, float32, one stream: ``baseline.py JOB.json``.
 
 JOB.json: {"checkpoint", "prompt": ids, "new_tokens": int, "repeats": int, "threads": int, "output"}. Writes memory
-(peak resident bytes), ttft and inter_token (seconds, one list a repeat) of greedy decoding with a KV cache.
+(peak resident bytes), ttft and inter_token (seconds, one list for each repeat) of greedy decoding with a KV cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 @torch.inference_mode()
 def once(model: Any, prompt: list[int], new_tokens: int) -> tuple[float, list[float]]:
-    """Seconds to the first token, and between each token and the next."""
+    """(seconds to the first token, seconds between each token and the next)."""
     start = time.perf_counter()
     result = model(torch.tensor([prompt]), use_cache=True)
     token = result.logits[:, -1:].argmax(-1)
@@ -38,7 +38,7 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.float32, local_files_only=True)
     model.eval()
-    once(model, job["prompt"], 4)  # warm up, as the server is
+    once(model, job["prompt"], 4)  # warm up, as the server does
     ttft, gaps = [], []
     for number in range(job["repeats"]):
         first, between = once(model, job["prompt"], job["new_tokens"])

@@ -1,8 +1,8 @@
-"""The row to beat: the source encoder in transformers, float32: ``baseline_encoder.py JOB.json``.
+"""The benchmark's baseline: the source encoder in transformers, float32: ``baseline_encoder.py JOB.json``.
 
 JOB.json: {"checkpoint", "classify": bool, "cases": [{"texts", "tokens"}, …], "requests": int, "threads", "output"}.
-Writes memory (peak resident bytes) and for each case the seconds of every call. The model's call alone is timed: no
-tokenizer and no HTTP, which the served figures include.
+Writes memory (peak resident bytes) and for each case the seconds of every call. Only the model's call is timed, without
+tokenizer and HTTP, which the served figures include.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(job: dict[str, Any]) -> None:
     kind = AutoModelForSequenceClassification if job["classify"] else AutoModel
     model = kind.from_pretrained(job["checkpoint"], dtype=torch.float32, local_files_only=True).eval()
     draw = torch.Generator().manual_seed(0)
-    found = []
+    measured = []
     for number, case in enumerate(job["cases"], 1):
         shape = (case["texts"], case["tokens"])
         seconds = []
@@ -32,13 +32,13 @@ def main(job: dict[str, Any]) -> None:
             ids = torch.randint(min(100, model.config.vocab_size - 1), model.config.vocab_size, shape, generator=draw)
             begun = time.perf_counter()
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            if call >= 3:  # the first ones warm up, as the server is
+            if call >= 3:  # the first three warm up, as the server's do
                 seconds.append(time.perf_counter() - begun)
-        found.append({**case, "seconds": seconds})
+        measured.append({**case, "seconds": seconds})
         print(json.dumps({"done": number, "total": len(job["cases"])}), flush=True)
     unit = 1 if sys.platform == "darwin" else 1024
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    Path(job["output"]).write_text(json.dumps({"memory": memory, "cases": found}), encoding="utf-8")
+    Path(job["output"]).write_text(json.dumps({"memory": memory, "cases": measured}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Runs llama.cpp's converter with one function of its gguf-py replaced: ``convert.py TREE ARGUMENTS``; TREE is the
 folder of the pinned sources.
 
-gguf-py converts a tensor in groups of 16 rows, keeps them all in a list and joins them: the result is held twice beside
-the float32 source, 2.2 GB for the embedding of a 1.5B Qwen2. Here every group goes to its place at once. The arithmetic
-is gguf-py's own and works row by row, so the bytes are the same (tests/real/test_quantizers.py).
+gguf-py converts a tensor in groups of 16 rows, keeps all groups in a list and joins them: it holds the result twice in
+addition to the float32 source, 2.2 GB for the embedding of a 1.5B Qwen2. This function writes every group to its place
+directly. The arithmetic is gguf-py's own and works row by row, so the bytes are the same
+(tests/real/test_quantizers.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 Rows = Callable[[Array], Array]
-ELEMENTS = 1 << 18  # of a group: few calls, and what they leave stays small
+ELEMENTS = 1 << 18  # of a group: few calls, and small temporary arrays
 
 
 def apply_by_rows(func: Rows, arr: Array, otype: Any, oshape: tuple[int, ...]) -> Array:

@@ -1,8 +1,8 @@
-"""The source's side of an encoder's comparison, in transformers and float32: ``encode.py JOB.json``.
+"""Computes an encoder's outputs in transformers and float32: ``encode.py JOB.json``.
 
 JOB.json: {"checkpoint", "texts": [str, …], "classify": bool, "max_length": int, "pooling", "normalize", "lower_case",
-"prompt", "threads", "output"}. Writes {"ids": [ids, …], "outputs": [[float, …], …]}: logits of a classifier, vectors
-of an embedder pooled as sentence-transformers' Pooling module does. One text at a time, so no padding takes part.
+"prompt", "threads", "output"}. Writes {"ids": [ids, …], "outputs": [[float, …], …]}: logits of a classifier, vectors of
+an embedder pooled as sentence-transformers' Pooling module does. One text at a time, so there is no padding.
 """
 
 from __future__ import annotations

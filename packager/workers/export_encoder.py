@@ -1,8 +1,8 @@
 """An encoder's graph as ONNX without its weights: ``export_encoder.py JOB.json``.
 
 JOB.json: {"checkpoint", "classify": bool, "token_types": bool, "opset": int, "output"}. Writes the graph; every
-parameter is one of its inputs, by the name it has in transformers' state dict. All parameters are one zero each, seen
-in their full shape, so that neither the model nor the exporter ever holds the weights.
+parameter is one of its inputs, by its name in transformers' state dict. Each parameter is one zero, expanded to its
+full shape, so that neither the model nor the exporter holds the weights.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ PREFIX = "model."
 
 
 class Encoder(torch.nn.Module):
-    """token states [batch, length, hidden] of an embedder, or logits [batch, labels] of a classifier."""
+    """Returns token states [batch, length, hidden] of an embedder, or logits [batch, labels] of a classifier."""
 
     def __init__(self, model: torch.nn.Module, *, classify: bool) -> None:
         super().__init__()
         self.model, self.classify = model, classify
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        found = self.model(**dict(zip(INPUTS, values, strict=False)))
-        result: torch.Tensor = found.logits if self.classify else found.last_hidden_state
+        output = self.model(**dict(zip(INPUTS, values, strict=False)))
+        result: torch.Tensor = output.logits if self.classify else output.last_hidden_state
         return result
 
 
 def hollow(checkpoint: str, *, classify: bool) -> torch.nn.Module:
-    """The model with real buffers, and for each parameter one zero in the parameter's shape."""
+    """The model with real buffers, and one zero expanded to the shape of each parameter."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     register = torch.nn.Module.register_parameter
 
@@ -46,7 +46,7 @@ def hollow(checkpoint: str, *, classify: bool) -> torch.nn.Module:
             module._parameters[name] = torch.nn.Parameter(value.to("meta"), requires_grad=False)
 
     kind = AutoModelForSequenceClassification if classify else AutoModel
-    # BERT's pooler is a layer for classifiers: where only token states are asked for it would be dead weight
+    # BERT's pooler is a layer for classifiers; an embedder's token states do not depend on it
     more = {} if classify or "pooling" not in _arguments(kind, config) else {"add_pooling_layer": False}
     torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
@@ -62,11 +62,11 @@ def hollow(checkpoint: str, *, classify: bool) -> torch.nn.Module:
 
 
 def _arguments(kind: Any, config: Any) -> str:
-    """ "pooling" where the model's class can be made without its pooler."""
+    """ "pooling" when the model's class can be made without its pooler, else ""."""
     import inspect
 
-    found = kind._model_mapping[type(config)]
-    return "pooling" if "add_pooling_layer" in inspect.signature(found.__init__).parameters else ""
+    model_class = kind._model_mapping[type(config)]
+    return "pooling" if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters else ""
 
 
 def main(job: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def main(job: dict[str, Any]) -> None:
         input_names=names,
         output_names=["logits" if job["classify"] else "last_hidden_state"],
         dynamic_shapes=(tuple({0: batch, 1: length} for _ in names),),
-        optimize=False,  # it would merge equal constants, and here all parameters are equal
+        optimize=False,  # it merges equal constants, and all parameters are equal here
         verbose=False,
     )
     assert program is not None
@@ -94,7 +94,7 @@ def main(job: dict[str, Any]) -> None:
         value.const_value = None
         value.name = name.removeprefix(PREFIX)
         graph.inputs.append(value)
-    optimizer.optimize_ir(program.model)  # inputs have no values that it could fold
+    optimizer.optimize_ir(program.model)  # parameters are inputs now, so they are not folded
     ir.save(program.model, job["output"])
 
 

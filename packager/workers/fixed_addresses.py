@@ -1,14 +1,14 @@
-"""Calls a library whose output hangs on where its objects lie, so that they lie at the same addresses each time.
+"""Fixes heap addresses so that TensorRT-RTX output is reproducible.
 
-TensorRT-RTX 1.7.1 keeps symbolic lengths in an order that comes from their addresses, and numbers them in that order:
-its engine hung on the kernel's random addresses and on all that had been allocated before. glibc gives every thread an
-arena of its own, at a multiple of 64 MiB. So all address space above a fixed address is reserved first (nothing is ever
-stored in it), holes between libraries as well; what is mapped afterwards lies below it, one after the other. One thread
-loads the library and another, whose arena is still empty, calls it. The library has threads of its own, which take
-memory of their own and give back some of the caller's: small pieces stay with the thread that gives them back
-(packager/formats/tensorrt/compiler.py's ENVIRONMENT), and on one processor, where a thread that wakes does not take it
-from the one that runs (SCHED_BATCH), the rest has an order. This takes no right and no outside program, unlike a
-process without random addresses (personality(2)), which a container may not start.
+TensorRT-RTX 1.7.1 numbers symbolic lengths in the order of their addresses, so its engine depended on the kernel's
+random addresses and on all earlier allocations. glibc gives every thread its own arena, at a multiple of 64 MiB. This
+module first reserves all address space above a fixed address, holes between libraries included, without storing
+anything there; later mappings are below it, one after the other. One thread loads the library and another, whose arena
+is still empty, calls it. The library's own threads allocate memory and free some of the caller's: small blocks stay
+with the thread that frees them (packager/formats/tensorrt/compiler.py's ENVIRONMENT), and on one processor, where a
+waking thread does not preempt the running one (SCHED_BATCH), the other allocations have a fixed order. This needs no
+privilege and no outside program, unlike a process without random addresses (personality(2)), which a container may not
+start.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ BELOW = 0x7E00_0000_0000
 PAGE, LARGEST = 4096, 64 << 20  # bytes; LARGEST: a thread's stack, and more than any hole between libraries
 PRIVATE, ANONYMOUS, NO_RESERVE = 0x02, 0x20, 0x4000  # mmap's, on Linux
 SCHED_SETATTR, ATTRIBUTES = 314, "IIQiIQQQII"  # a system call's number on x86-64, and its struct sched_attr
-SLICE = 100_000_000  # nanoseconds, the most that Linux takes (from 6.12): what a thread runs before another's turn
-ARENA, EMPTY = 64 << 20, 64 << 10  # bytes: an arena begins at a multiple of the one, and less than the other is used
+SLICE = 100_000_000  # nanoseconds a thread runs before another's turn; the most that Linux accepts (from 6.12)
+ARENA, EMPTY = 64 << 20, 64 << 10  # bytes: an arena's alignment, and the most that an empty one uses
 
 
 def keeps_small_pieces(name: str, version: str) -> bool:
-    """Whether this C library takes ENVIRONMENT's number of pieces that a thread keeps: glibc from 2.30 on."""
+    """Whether this C library accepts ENVIRONMENT's tcache_count: glibc from 2.30 on."""
     return name == "glibc" and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= (2, 30)
 
 
 def reserve() -> bool:
-    """Take the address space above BELOW; False where the system does not let us, or is not one that this is for."""
+    """Reserve the address space above BELOW; False on another system than Linux x86-64 with glibc, or when refused."""
     if platform.system() != "Linux" or platform.machine() != "x86_64" or not keeps_small_pieces(*platform.libc_ver()):
         return False
     libc = ctypes.CDLL(None)
@@ -68,28 +68,28 @@ def reserve() -> bool:
 
 
 def in_new_arena() -> bool:
-    """Whether this thread's memory comes from an arena under BELOW that nothing was taken from before."""
+    """Whether this thread allocates from an arena under BELOW that was not used before."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     libc.free.argtypes = (ctypes.c_void_p,)
-    place = int(libc.malloc(4 * PAGE))  # larger than what a thread keeps for itself
+    place = int(libc.malloc(4 * PAGE))  # larger than a block that a thread keeps in its cache
     libc.free(place)
     return place < BELOW and place % ARENA < EMPTY
 
 
 def take_turns() -> bool:
-    """From here on, a thread of this one's that wakes does not take the processor from one that runs, for a while."""
+    """Set SCHED_BATCH for this thread and its children: a waking thread does not preempt the running one for SLICE."""
     size = struct.calcsize(ATTRIBUTES)
-    asked = struct.pack(ATTRIBUTES, size, os.SCHED_BATCH, 0, os.nice(0), 0, SLICE, 0, 0, 0, 0)
-    return int(ctypes.CDLL(None).syscall(SCHED_SETATTR, 0, ctypes.create_string_buffer(asked, size), 0)) == 0
+    attributes = struct.pack(ATTRIBUTES, size, os.SCHED_BATCH, 0, os.nice(0), 0, SLICE, 0, 0, 0, 0)
+    return int(ctypes.CDLL(None).syscall(SCHED_SETATTR, 0, ctypes.create_string_buffer(attributes, size), 0)) == 0
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, a library that asks the C library for the number of processors is told one, and opens no file.
+    """Inside, the C library reports one processor and the process opens no file.
 
-    Threads that run at once allocate in an order that hangs on their luck. glibc reads the number from /sys and /proc,
-    and where it can open neither counts the processors that the process may run on (getsysstats.c).
+    Threads that run at once allocate in a random order. glibc reads the number of processors from /sys and /proc, and
+    counts those that the process may run on when it can open neither (getsysstats.c).
     """
     if platform.system() != "Linux":
         yield
@@ -107,10 +107,10 @@ def one_thread() -> Iterator[None]:
 
 
 def call(load: Callable[[], Library], work: Callable[[Library], Result]) -> tuple[Result, bool]:
-    """What ``work`` gives for what ``load`` gives, and whether addresses were settled for it. Raises what they raise.
+    """(result of ``work`` on the result of ``load``, whether addresses were fixed). Raises their errors.
 
-    ``work`` must not name a path whose length is another on another machine: names are allocated like all else. The
-    process began with packager/formats/tensorrt/compiler.py's ENVIRONMENT.
+    ``work`` must not use a path whose length differs between machines, because names are allocated too. The process
+    must have packager/formats/tensorrt/compiler.py's ENVIRONMENT.
     """
     reserved = reserve()
     if reserved:
@@ -124,10 +124,10 @@ def call(load: Callable[[], Library], work: Callable[[Library], Result]) -> tupl
     def first() -> None:
         try:
             library.append(load())
-        except BaseException as fault:  # raised below, by the thread that asked
+        except BaseException as fault:  # raised again in the calling thread
             faults.append(fault)
         loaded.set()
-        finished.wait()  # an arena whose thread ended is given to the next one
+        finished.wait()  # the arena of a thread that ended would be reused by the next one
 
     def second() -> None:
         settled.append(reserved and in_new_arena() and take_turns())

@@ -4,11 +4,11 @@ JOB.json: {"checkpoint", "sequences": [{"ids", "positions"}, …], "top": k, "ca
 "threads": int, "scores": path or null, "imatrix": path or null}.
 
 Every decoder layer's weights are read from the safetensors files when its forward begins and dropped when it ends
-(float32 arithmetic on the stored weights), so memory follows a layer. Sequences go through in batches, padded on the
-right: with causal attention no real token sees the padding. The head is applied in slices of the vocabulary.
+(float32 arithmetic on the stored weights), so memory depends on one layer. Sequences are batched and padded on the
+right: with causal attention no real token attends to the padding. The head is applied in slices of the vocabulary.
 
-scores (.npz): ids and logprobs, both (positions, k), natural logarithms, best first. imatrix (.npz): GGUF-independent,
-by module name: mean of the squared inputs per channel over the calibration tokens (llama.cpp's importance matrix).
+scores (.npz): ids and logprobs, both (positions, k), natural logarithms, best first. imatrix (.npz): by module name,
+the mean squared input of each channel over the calibration tokens (llama.cpp's importance matrix, not in its format).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB_SLICE = 4096
-BATCH_TOKENS = 2048  # through a layer at once, padding counted: what bounds memory beside the layer's own weights
+BATCH_TOKENS = 2048  # tokens of a batch, padding counted: bounds the memory besides a layer's weights
 
 
 class Weights:
-    """Tensors by name out of one or many safetensors files.
+    """Tensors by name from one or many safetensors files.
 
-    A file is mapped only while something is read from it: pages of a map that stays count as this process's memory,
-    and after the last layer that would be the whole checkpoint.
+    A file is mapped only while it is read: pages of a lasting map count as this process's memory, and after the last
+    layer that would be the whole checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +66,7 @@ class Weights:
 
 
 class RowEmbedding(nn.Module):
-    """An embedding that reads only the rows it is asked for."""
+    """An embedding that reads only the rows of the given ids."""
 
     def __init__(self, weights: Weights, name: str, scale: float) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class RowEmbedding(nn.Module):
 
 
 def free_memory_back() -> None:
-    """Return freed memory to the system. glibc keeps what layer after layer leaves behind: 2.8 GB against 0.9 GB for
-    1.5 B parameters.
+    """Return freed memory to the system. Without it glibc keeps every layer's freed memory: 2.8 GB instead of 0.9 GB
+    for 1.5 B parameters.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)
@@ -94,16 +94,16 @@ def place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class Streamed:
-    """The decoder of a checkpoint with its layers on the meta device until their turn comes.
+    """The decoder of a checkpoint; a layer is on the meta device except while it runs.
 
-    on_layer: called with the index of every layer that is done; None when the caller loads and drops the layers itself.
+    on_layer: called with the index of every finished layer; None when the caller loads and drops the layers itself.
     """
 
-    def __init__(self, folder: Path, on_layer: Any) -> None:
+    def __init__(self, folder: Path, on_layer: Callable[[int], None] | None) -> None:
         self.weights = Weights(folder)
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)  # sdpa where the family has it
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)  # with sdpa if the family has it
         self.body = model.model.eval()
         self.head = "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
         embedding = self.body.embed_tokens
@@ -130,12 +130,12 @@ class Streamed:
         for name, _ in list(layer.named_parameters()):
             place(layer, name, self.weights.read(f"model.layers.{index}.{name}"))
 
-    def _done(self, layer: nn.Module, index: int, on_layer: Any) -> None:
+    def _done(self, layer: nn.Module, index: int, on_layer: Callable[[int], None]) -> None:
         self.drop(layer)
         on_layer(index)
 
     def drop(self, layer: nn.Module) -> None:
-        """Give a layer's weights back to the system."""
+        """Free a layer's weights."""
         for name, parameter in list(layer.named_parameters()):
             place(layer, name, torch.empty_like(parameter, device="meta"))
         free_memory_back()
@@ -168,7 +168,7 @@ class Streamed:
 
 
 def row_by_row(mlp: nn.Module) -> None:
-    """Make a token-wise module work on one sequence at a time: its inner width is several times the hidden size."""
+    """Make a token-wise module run one sequence at a time: its inner width is several times the hidden size."""
     whole = mlp.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ def row_by_row(mlp: nn.Module) -> None:
 
 
 class InputSquares:
-    """Sums the squared inputs of every linear layer over the tokens that are real."""
+    """Sums the squared inputs of every linear layer over the real tokens."""
 
     def __init__(self, body: nn.Module) -> None:
         self.sums: dict[str, torch.Tensor] = {}
@@ -190,14 +190,14 @@ class InputSquares:
                 module.register_forward_pre_hook(lambda _m, args, n=f"model.{name}": self._saw(n, args[0]))
 
     def begin(self, keep: torch.Tensor) -> None:
-        """Take the mask of the next batch, (sequences, tokens): true where a token is real."""
+        """Set the mask of the next batch, (sequences, tokens): true where a token is real."""
         self.keep, self.row = keep, {}
 
     def _saw(self, name: str, x: torch.Tensor) -> None:
         if self.keep is None:
             return
         row = self.row.get(name, 0)
-        keep = self.keep[row : row + len(x)]  # the MLP comes one sequence at a time
+        keep = self.keep[row : row + len(x)]  # the MLP runs one sequence at a time
         self.row[name] = row + len(x)
         real = x[keep]
         squares = real.square().sum(dim=0)
@@ -216,7 +216,7 @@ def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batches(lengths: list[int], most: int = BATCH_TOKENS) -> list[list[int]]:
-    """Indices of sequences that go through together: longest first, so that little is padding and memory is bounded.
+    """Indices of the sequences of each batch, longest first, so that there is little padding and memory is bounded.
 
     most: tokens of one batch, padding counted.
     """

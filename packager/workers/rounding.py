@@ -1,4 +1,4 @@
-"""int4 rounding that can be tuned: the search for a scale, SignRound's shifts and factors, and what a layer becomes.
+"""int4 rounding that can be tuned: the search for a scale, SignRound's shifts and factors, and the packed result.
 
 Cheng et al. 2023, arXiv 2309.05516. Used by tune.py.
 """
@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 LOW, HIGH = -8, 7
-SMALLEST = 2.0**-24  # of the float16 numbers above zero
-STEPS = 0.7, 1.1, 9  # what the extreme over 8 is multiplied by in the search for a scale: from, to, how many
+SMALLEST = 2.0**-24  # float16's smallest number above zero
+STEPS = 0.7, 1.1, 9  # factors of the group's extreme / 8 in the search for a scale: first, last, count
 
 
 def as_half(scale: torch.Tensor) -> torch.Tensor:
-    """The nearest float16 number, never zero, as float32."""
+    """The nearest float16 number as float32; zero becomes SMALLEST."""
     half = scale.to(torch.float16).to(torch.float32)
     return torch.where(half == 0, torch.full_like(half, SMALLEST), half)
 
@@ -28,13 +28,13 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | fl
 
 
 def plain_scale(weight: torch.Tensor) -> torch.Tensor:
-    """The scale that puts each group's extreme, with its sign, on -8: all sixteen values are used."""
+    """The scale that maps each group's extreme, with its sign, to -8, so that all sixteen values are used."""
     place = weight.abs().argmax(dim=-1, keepdim=True)
     return as_half(weight.gather(-1, place) / LOW)
 
 
 def best_scale(weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """The scale with the least squared rounding error, each input weighted; importance: (groups, group)."""
+    """The scale with the least squared rounding error, weighted by input. importance: (groups, group)."""
     start = plain_scale(weight)
     best, least = start, torch.full_like(start, torch.inf)
     first, last, count = STEPS
@@ -48,9 +48,9 @@ def best_scale(weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
 
 
 class Rounding(torch.autograd.Function):
-    """scale · a · round(w / (scale · a) + v), with the gradient of the rounding taken as one (straight through).
+    """scale · a · round(w / (scale · a) + v), with 1 as the gradient of rounding (straight-through estimator).
 
-    Nothing but its inputs is kept for the backward pass: memory is that of the weights.
+    Only its inputs are kept for the backward pass, so memory is that of the weights.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class Rounding(torch.autograd.Function):
 
 
 class Linear:
-    """One linear layer on its way to int4; shapes: weight and shift (rows, groups, group), scale (rows, groups, 1)."""
+    """One linear layer during tuning; shapes: weight and shift (rows, groups, group), scale (rows, groups, 1)."""
 
     def __init__(self, name: str, module: nn.Linear, group: int) -> None:
         rows, inputs = module.weight.shape
@@ -87,22 +87,22 @@ class Linear:
         self.scale = plain_scale(self.weight)
         self.shift: torch.Tensor | None = None
         self.factor: torch.Tensor | None = None
-        self.used: torch.Tensor | None = None  # the weight that the next forward pass takes, (rows, inputs)
+        self.used: torch.Tensor | None = None  # the weight of the next forward pass, (rows, inputs)
 
     def watch(self, keep: torch.Tensor) -> Any:
-        """Sum the squares of the inputs of real tokens, whose mask is ``keep`` (sequences, tokens)."""
+        """Sum the squared inputs of real tokens in forward passes. keep: their mask (sequences, tokens)."""
         row = 0
 
         def saw(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             nonlocal row
             (x,) = args
-            self.squares += x[keep[row : row + len(x)]].square().sum(0)  # the MLP comes one sequence at a time
+            self.squares += x[keep[row : row + len(x)]].square().sum(0)  # the MLP runs one sequence at a time
             row += len(x)
 
         return self.module.register_forward_pre_hook(saw)
 
     def begin(self) -> None:
-        """Search the scale, and make shifts and factors that can be tuned."""
+        """Search the scale, and create the tunable shifts and factors."""
         groups, group = self.weight.shape[1:]
         self.scale = best_scale(self.weight, self.squares.reshape(groups, group))
         self.shift = torch.zeros_like(self.weight, requires_grad=True)
@@ -116,7 +116,7 @@ class Linear:
         module.forward = forward
 
     def round(self, *, tuned: bool) -> None:
-        """Set the weight of the next forward pass: as tuned so far, or as the search left it."""
+        """Set the weight of the next forward pass: tuned so far, or rounded with the searched scale."""
         assert self.shift is not None and self.factor is not None
         if tuned:
             weight: torch.Tensor = Rounding.apply(self.weight, self.scale, self.shift, self.factor)  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""An encoder's source in transformers and float32, for the children that ask it.
+"""An encoder's source model in transformers and float32, for encode.py and tensorrt_layers.py.
 
-Of a child's job it reads {"checkpoint", "classify": bool, "max_length", "pooling", "lower_case", "prompt", "threads"}.
+It reads of a child's job {"checkpoint", "classify": bool, "max_length", "pooling", "lower_case", "prompt", "threads"}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Source:
         ).eval()
 
     def read(self, texts: Sequence[str], most: int | None = None) -> Any:
-        """Texts as one batch, padded to its longest; none has more than ``most`` tokens, nor than the job allows."""
+        """Texts as one batch, padded to its longest, truncated to ``most`` tokens and the job's max_length."""
         whole = [self.job["prompt"] + text for text in texts]
         return self.tokenizer(
             [text.lower() if self.job["lower_case"] else text for text in whole],
@@ -36,12 +36,12 @@ class Source:
         )
 
     def answers(self, batch: Any) -> torch.Tensor:
-        """A classifier's logits [texts, labels], or vectors [texts, hidden] pooled as the job says."""
-        found = self.model(**batch)
+        """A classifier's logits [texts, labels], or vectors [texts, hidden] with the job's pooling."""
+        output = self.model(**batch)
         if self.job["classify"]:
-            logits: torch.Tensor = found.logits
+            logits: torch.Tensor = output.logits
             return logits
-        return pooled(found.last_hidden_state, batch["attention_mask"], self.job["pooling"])
+        return pooled(output.last_hidden_state, batch["attention_mask"], self.job["pooling"])
 
 
 def pooled(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:

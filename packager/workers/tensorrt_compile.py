@@ -1,9 +1,10 @@
 """Compiles an ONNX file with TensorRT-RTX, without a GPU and without a driver: ``tensorrt_compile.py JOB.json``.
 
 JOB.json: {"onnx", "profile": {input: {"min", "opt", "max"}}, "sm": ["7.5", …], "output", "told"}. Writes the engine,
-and into "told" {"settled"}: whether it was compiled where the same file gives the same engine (fixed_addresses.py). The
-module tensorrt_rtx_bindings is on the module search path (packager/formats/tensorrt/compiler.py). A process of its own:
-the library is large, and a library that fails to load must not take the build with it.
+and into the file "told" {"settled"}: whether addresses were fixed, so that the same file gives the same engine again
+(fixed_addresses.py). The module tensorrt_rtx_bindings is on the module search path
+(packager/formats/tensorrt/compiler.py). It runs in a process of its own because the library is large and could crash
+while it loads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def load() -> Any:
 
 
 def compiled(tensorrt: Any, job: dict[str, Any]) -> Any:
-    """The engine, serialized; None where it is refused, with the reasons on standard output."""
+    """The engine, serialized; None when the graph is refused, with the reasons on stdout."""
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)
     builder = tensorrt.Builder(logger)
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -46,13 +47,13 @@ def compiled(tensorrt: Any, job: dict[str, Any]) -> Any:
     with one_thread():
         engine = builder.build_serialized_network(network, config)
     if engine is None:
-        print("the compiler gave no engine; its reasons stand above", flush=True)
+        print("the compiler gave no engine; its messages are above", flush=True)
     return engine
 
 
 def main(job: dict[str, Any]) -> int:
     model = Path(job["onnx"])
-    os.chdir(model.parent)  # so that the compiler is given the same name wherever the store lies
+    os.chdir(model.parent)  # so that the model's name does not depend on the store's path
     engine, settled = call(load, lambda tensorrt: compiled(tensorrt, {**job, "onnx": model.name}))
     if engine is None:
         return 1

@@ -1,20 +1,20 @@
-"""Finds int4 integers and scales for a decoder's linear layers, one decoder layer at a time: ``tune.py JOB.json``.
+"""Computes int4 integers and scales for a decoder's linear layers, one decoder layer at a time: ``tune.py JOB.json``.
 
 JOB.json: {"checkpoint", "calibration": [ids, …], "group": inputs that share a scale, "iterations": int, "seed": int,
 "threads": int, "output": folder}.
 
 A weight w becomes scale · q with q in -8…7 (stored as q + 8). The method is SignRound (Cheng et al. 2023,
 arXiv 2309.05516): each weight's rounding is shifted by v in [-0.5, 0.5] and each scale multiplied by a; v and a follow
-the sign of the gradient of the difference between what the layer gives from the inputs that the layers before it,
-already in int4, leave it, and what the source gives from its own. Ours differs in three things: scales start from a
-search for the least rounding error, inputs weighted by their mean square (as llama.cpp does with an importance
-matrix); the difference of a token counts relative to that token's own size, since the norms after it do the same; and
-every scale is a float16 number in every forward pass, so that each container holds the tuned numbers and no others.
+the sign of the gradient of the loss, the difference between the int4 layer's output, on inputs from the int4 layers
+before it, and the source layer's output on its own inputs. Three things differ from the paper: scales start from a
+search for the least rounding error, inputs weighted by their mean square (as llama.cpp does with an importance matrix);
+a token's difference is relative to the token's own size, as in the norms that follow; and every scale is a float16
+number in every forward pass, so that the containers store exactly the tuned scales.
 iterations 0 is plain rounding to nearest, without calibration.
 
 output: ``layer-00000.safetensors`` … with ``<module>.q`` (uint8, (rows, inputs / 2), element 2j in the low half) and
-``<module>.scales`` (float16, (rows, inputs / group)), and ``tune.json``. After every layer the hidden states are kept
-in ``state.safetensors``: a run that was killed goes on behind the last finished layer, with the same bytes at the end.
+``<module>.scales`` (float16, (rows, inputs / group)), and ``tune.json``. After every layer the hidden states are stored
+in ``state.safetensors``: a killed run resumes after the last finished layer and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,18 @@ from torch import nn
 from packager.workers.reference import Streamed, batches, free_memory_back, pad
 from packager.workers.rounding import Linear
 
-SHRINK = 0.5, 1.25  # bounds of a
-SLOW = 0.15  # a scale's rate, in shifts' rates: its one step moves all weights of its group (at 1: 40 % more error)
+SHRINK = 0.5, 1.25  # bounds of a scale's factor a
+SLOW = 0.15  # rate of a, relative to v's: one step moves all weights of its group (at 1: 40 % more error)
 BATCH = 1024  # tokens of one iteration, padding counted
-RATE = 0.5  # the first step of a shift, in parts of 1 / iterations (the paper's 1 undoes what the search has found)
-FLOOR = 0.01  # of the mean size of tokens, added to each one's: tokens near zero do not rule
+RATE = 0.5  # the first step of v, in units of 1 / iterations (the paper's 1 undoes the search for scales)
+FLOOR = 0.01  # share of the mean token size added to each token's, so that tokens near zero do not dominate
 STATE = "state.safetensors"
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # hidden states (sequences, tokens, hidden) from the source and from int4
 
 
 class Stub(nn.Module):
-    """Stands for a layer while the body runs once, and keeps what it is called with."""
+    """Replaces a layer while the body runs once, and records its keyword arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Stub(nn.Module):
 
 
 class Tuner:
-    """The calibration on its way through the layers."""
+    """The calibration's hidden states, and the layers that they pass through."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.output = job, Path(job["output"])
@@ -69,7 +69,7 @@ class Tuner:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Embed the calibration and learn what each layer is called with (masks, rotary tables)."""
+        """Embed the calibration and record each layer's keyword arguments (masks, rotary tables)."""
         stubs = [Stub() for _ in self.layers]
         self.source.body.layers = nn.ModuleList(stubs)
         norm, self.source.body.norm = self.source.body.norm, nn.Identity()
@@ -84,8 +84,8 @@ class Tuner:
 
     def run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """One layer's output for one batch."""
-        found = self.layers[index](hidden, **self.calls[index][batch])
-        result: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        output = self.layers[index](hidden, **self.calls[index][batch])
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
     def linears(self, index: int) -> list[Linear]:
@@ -101,8 +101,8 @@ class Tuner:
         self.source.load(self.layers[index], index)
         self.write(index, self.linears(index), tuned=False, errors={})
 
-    def tune(self, index: int, on_step: Any) -> None:
-        """Tune a layer and take both streams of hidden states through it."""
+    def tune(self, index: int, on_step: Callable[[], None]) -> None:
+        """Tune a layer and compute both streams of hidden states after it."""
         self.source.load(self.layers[index], index)
         linears = self.linears(index)
         goals = self.goals(index, linears)
@@ -120,24 +120,26 @@ class Tuner:
 
     @torch.no_grad()
     def goals(self, index: int, linears: list[Linear]) -> list[torch.Tensor]:
-        """The source's outputs of a layer; on the way every linear sums the squares of its inputs."""
-        found = []
+        """The source's outputs of a layer; every linear module sums its squared inputs during the pass."""
+        outputs = []
         for batch, (exact, _) in enumerate(self.states):
             hooks = [linear.watch(self.keep[batch]) for linear in linears]
-            found.append(self.run(index, batch, exact))
+            outputs.append(self.run(index, batch, exact))
             for hook in hooks:
                 hook.remove()
-        return found
+        return outputs
 
     def error(self, batch: int, output: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-        """Squared difference over squared size, the mean of the real tokens of a batch."""
+        """Squared difference / squared size, the mean over the real tokens of a batch."""
         keep = self.keep[batch]
         wanted = goal[keep]
         size = wanted.square().mean(-1)
         return ((output[keep] - wanted).square().mean(-1) / (size + FLOOR * size.mean() + 1e-12)).mean()
 
-    def descend(self, index: int, linears: list[Linear], goals: list[torch.Tensor], on_step: Any) -> None:
-        """Sign descent, the rate falling to zero; a gradient is used and forgotten as soon as it is there."""
+    def descend(
+        self, index: int, linears: list[Linear], goals: list[torch.Tensor], on_step: Callable[[], None]
+    ) -> None:
+        """Sign descent with a rate that falls to zero; each gradient is used and freed as soon as it is computed."""
         iterations = self.job["iterations"]
         rate = 0.0
 
@@ -168,7 +170,7 @@ class Tuner:
     def measure(
         self, index: int, linears: list[Linear], goals: list[torch.Tensor], *, tuned: bool
     ) -> tuple[float, list[torch.Tensor]]:
-        """The mean error over all real tokens, and the layer's outputs, in int4."""
+        """(mean error over all real tokens, outputs) of the layer in int4."""
         for linear in linears:
             linear.round(tuned=tuned)
         outputs, total, count = [], 0.0, 0
@@ -180,7 +182,7 @@ class Tuner:
         return total / count, outputs
 
     def write(self, index: int, linears: list[Linear], *, tuned: bool, errors: dict[str, float]) -> None:
-        """Publish a layer's integers and scales, then the hidden states behind it; drop the layer."""
+        """Publish a layer's integers and scales, then the hidden states after it; drop the layer."""
         tensors: dict[str, torch.Tensor] = {}
         for linear in linears:
             packed, scales = linear.result(tuned=tuned)
@@ -197,9 +199,7 @@ class Tuner:
         self.source.drop(self.layers[index])
 
     def resume(self) -> int:
-        """How many layers are done already; their hidden states are taken up. A state that cannot be read counts for
-        nothing.
-        """
+        """Load the stored hidden states and return the number of finished layers; 0 when the state cannot be read."""
         file = self.output / STATE
         if not file.is_file():
             return 0
@@ -218,7 +218,7 @@ class Tuner:
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:
-    """Batch numbers without end: every batch once a round, each round in another order."""
+    """An endless iterator of batch numbers: every batch once in a round, each round in another order."""
     random = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=random).tolist()
@@ -239,8 +239,8 @@ def publish(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str])
 
 def errors_of(path: Path) -> dict[str, float]:
     with safe_open(path, framework="pt") as stored:
-        found: dict[str, float] = json.loads(stored.metadata()["errors"])
-    return found
+        errors: dict[str, float] = json.loads(stored.metadata()["errors"])
+    return errors
 
 
 def main(job: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
-"""Runs a script or module here and ends it when the parent dies: ``with_parent.py PARENT SCRIPT ARGUMENTS``,
+"""Runs a script or module and ends it when the parent dies: ``with_parent.py PARENT SCRIPT ARGUMENTS``,
 ``with_parent.py PARENT -m MODULE ARGUMENTS``; PARENT is the parent's process id.
 
-A build that is killed with SIGKILL cannot end its children itself; an orphan that goes on writing would meet the next
-run.
+A build that is killed with SIGKILL cannot end its children; an orphan that keeps writing would disturb the next run.
 """
 
 from __future__ import annotations
@@ -16,13 +15,15 @@ import time
 
 
 def die_with_parent(parent: int) -> None:
-    """parent: its process id as it told it. Asked here, a parent that died while Python started would be another."""
+    """End this process when the parent dies. parent: its process id, from the parent itself: getppid would already give
+    another process if the parent died while Python started.
+    """
     if platform.system() == "Linux":
         import ctypes
         import signal
 
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the call above
+        if os.getppid() != parent:  # the parent died before the call above
             os._exit(1)
         return
     if sys.platform != "win32":

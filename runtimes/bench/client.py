@@ -1,4 +1,4 @@
-"""Load for a server that speaks the OpenAI completions protocol: streamed requests from threads, timed as they come."""
+"""A load generator for servers with OpenAI's completions API: streamed requests from threads, timed per piece."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-# Words that every tokenizer knows as one or two tokens; a random row of them is a prompt no cache has seen.
+# Words of one or two tokens in every tokenizer; a random sequence of them is in no prefix cache.
 WORDS = (
     "time",
     "water",
@@ -68,7 +68,7 @@ class BenchError(Exception):
 
 @dataclass
 class Answer:
-    """One streamed answer. Times are perf_counter seconds; pieces: when each piece of text came."""
+    """One streamed answer. Times are perf_counter seconds; pieces: the arrival of each piece of text."""
 
     sent: float
     pieces: list[float] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between pieces of text (one piece is one token, except inside a character of several tokens)."""
+        """Seconds between pieces of text (a piece is one token, except for a character of several tokens)."""
         return [after - before for before, after in zip(self.pieces, self.pieces[1:], strict=False)]
 
     @property
@@ -94,8 +94,9 @@ class Answer:
 
 
 class Client:
-    """Requests to one server. avoid: token ids that would end an answer early; they are biased away, so that every
-    run decodes the same number of tokens."""
+    """Requests to one server. avoid: token ids that would end an answer early; a logit bias prevents them, so that
+    every run decodes the same number of tokens. Raises BenchError for a url of another form.
+    """
 
     def __init__(self, url: str, *, avoid: Sequence[int] = (), timeout: float = 600.0) -> None:
         parts = urlsplit(url)
@@ -106,11 +107,11 @@ class Client:
         self.random = random.Random(time.time_ns())  # noqa: S311 - only has to differ from the run before
 
     def words(self, count: int) -> str:
-        """A prompt of that many words that no prefix cache has seen."""
+        """A prompt of ``count`` words that is in no prefix cache."""
         return " ".join(self.random.choice(WORDS) for _ in range(count))
 
     def ready(self) -> bool:
-        """Whether /health says that the model is loaded."""
+        """Whether /health reports that the model is loaded."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=5)
         try:
             connection.request("GET", "/health")
@@ -121,7 +122,7 @@ class Client:
             connection.close()
 
     def ask(self, prompt: str, max_tokens: int) -> Answer:
-        """Stream one completion. Raises BenchError when the server answers anything but a whole stream."""
+        """Stream one completion. Raises BenchError when the server does not send a complete stream."""
         body: dict[str, Any] = {
             "prompt": prompt,
             "max_tokens": max_tokens,
@@ -138,8 +139,8 @@ class Client:
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             if response.status != 200:
-                said = response.read(2000).decode("utf-8", "replace")
-                raise BenchError(f"The server answered {response.status} to a completion: {said[:300]}")
+                text = response.read(2000).decode("utf-8", "replace")
+                raise BenchError(f"The server answered {response.status} to a completion: {text[:300]}")
             while line := response.readline():
                 if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
                     _read(answer, line, time.perf_counter())
@@ -153,7 +154,7 @@ class Client:
         return answer
 
     def together(self, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
-        """One stream for each prompt, all started at the same moment."""
+        """One stream for each prompt, all started at the same moment. Raises BenchError."""
         answers: list[Answer | None] = [None] * len(prompts)
         failures: list[BaseException] = []
         start = threading.Barrier(len(prompts))
@@ -189,7 +190,7 @@ def _read(answer: Answer, line: bytes, now: float) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation (of the sample), least, most and all the values."""
+    """Mean, standard deviation (of the sample), minimum, maximum and all values."""
     return {
         "mean": statistics.fmean(values),
         "sd": statistics.stdev(values) if len(values) > 1 else None,
@@ -200,7 +201,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which that share of the values lies, linear between neighbours."""
+    """The percentile, with linear interpolation. percent: 0 to 100."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     below = int(place)
@@ -209,14 +210,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def percentiles(values: Sequence[float], scale: float = 1000.0) -> dict[str, float]:
-    """p50, p95 and p99 (milliseconds when the values are seconds), and how many values they are of."""
+    """p50, p95 and p99 (in milliseconds when the values are seconds), and the number of values."""
     return {**{f"p{p}": percentile(values, p) * scale for p in (50, 95, 99)}, "count": len(values)}
 
 
 def measure(
     client: Client, streams: int, *, repeats: int, prompt_words: int, prefill_words: int, tokens: int
 ) -> dict[str, Any]:
-    """One row of the report: ``streams`` answers at a time, ``repeats`` times, never with a prompt seen before."""
+    """One row of the report: ``streams`` concurrent answers, ``repeats`` times, each with a new prompt."""
     short: list[list[Answer]] = []
     long: list[list[Answer]] = []
     for _ in range(repeats):
@@ -245,25 +246,25 @@ def measure(
 
 
 def decode_rate(answers: Sequence[Answer]) -> float:
-    """Tokens per second of all streams together, the first token of each left out (it belongs to the prefill)."""
+    """Decoded tokens per second of all streams together, without each first token, which belongs to the prefill."""
     begin = min(answer.pieces[0] for answer in answers)
     end = max(answer.pieces[-1] for answer in answers)
     return sum(answer.tokens - 1 for answer in answers) / max(end - begin, 1e-9)
 
 
 def prefill_rate(answers: Sequence[Answer]) -> float:
-    """Prompt tokens per second of all streams together, cached ones not counted, until the last first token."""
+    """Prefilled tokens per second of all streams together, without cached ones, until the last first token."""
     begin = min(answer.sent for answer in answers)
     end = max(answer.pieces[0] for answer in answers)
     return sum(answer.prompt_tokens - answer.cached_tokens for answer in answers) / max(end - begin, 1e-9)
 
 
 def roofline(decode: float, read_per_token: int, bytes_per_second: float, *, gpu: bool = False) -> dict[str, Any]:
-    """How near one stream's decoding comes to the memory's own speed.
+    """One stream's decode speed as a percentage of the memory's bandwidth.
 
-    decode: tokens/s of one stream (several share each read of the weights, so the bound is for one). Above 100 % the
-    figures contradict each other; below 30 % something other than memory holds it back. gpu: the weights are read by a
-    GPU, and the bytes per second are what the processor's threads read.
+    decode: tokens/s of one stream (several streams share each read of the weights, so the bound is for one). Above
+    100 % the figures contradict each other; below 30 % something other than memory is the limit. gpu: a GPU reads the
+    weights, while bytes_per_second is the CPU's.
     """
     if gpu:
         return {
@@ -301,7 +302,7 @@ def roofline(decode: float, read_per_token: int, bytes_per_second: float, *, gpu
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The figures for people."""
+    """The figures as a text table."""
     head = ("streams", "TTFT ms", "p50 ms", "p95 ms", "p99 ms", "decode tok/s", "prefill tok/s")
     lines = [head]
     for row in report["streams"]:

@@ -1,7 +1,7 @@
-"""The benchmark of an embedder or classifier: latency and texts per second, one text and several a request.
+"""The benchmark of an embedder or classifier: latency and texts per second, for one and for several texts per request.
 
-Requests go through HTTP to the bundle's own server, never the same text twice. Figures are of at least five repeats.
-There is no roofline: an encoder multiplies all tokens of a text at once, so arithmetic bounds it and not the memory.
+Requests go through HTTP to the bundle's own server, never with the same text twice. Figures are of at least five
+repeats. There is no roofline: an encoder computes all tokens of a text at once, so it is bound by compute, not memory.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 
 from runtimes.bench import machine as box
 from runtimes.bench.client import BenchError, Client, percentiles, spread
-from runtimes.bench.server import busy, head, load_since, say, server
+from runtimes.bench.server import busy, head, load_since, server
+from runtimes.files import say
 from runtimes.preflight.check import read_manifest, size
 
 PATHS = {"embed": "/v1/embeddings", "classify": "/classify"}
-TEXTS = (1, 8)  # of one request
+TEXTS = (1, 8)  # texts per request
 
 
 @dataclass(frozen=True)
 class Plan:
-    """requests: in each repeat. words: lengths of the texts (a word is one token or two)."""
+    """requests: per repeat. words: lengths of the texts in words (one or two tokens each)."""
 
     repeats: int
     requests: int
@@ -35,13 +36,13 @@ class Plan:
 
     @classmethod
     def of(cls, quick: bool, repeats: int, context: int) -> Plan:
-        """Texts leave room in the model's length."""
+        """A plan whose texts are shorter than the model's context."""
         words = (24,) if quick else (24, 96)
         return cls(max(5, repeats), 10 if quick else 40, tuple(max(1, min(count, context // 4)) for count in words))
 
 
 def ask(client: Client, path: str, texts: Sequence[str]) -> tuple[float, int]:
-    """Seconds of one request, and its tokens. Raises BenchError."""
+    """Send one request; its seconds and its tokens. Raises BenchError."""
     connection = http.client.HTTPConnection(client.host, client.port, timeout=client.timeout)
     body = json.dumps({"input": list(texts), "truncate": True})
     try:
@@ -49,24 +50,24 @@ def ask(client: Client, path: str, texts: Sequence[str]) -> tuple[float, int]:
         begun = time.perf_counter()
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
-        said = response.read()
+        answer = response.read()
         seconds = time.perf_counter() - begun
     except (OSError, http.client.HTTPException) as error:
         raise BenchError(f"The server broke off a request: {error!r}") from error
     finally:
         connection.close()
     if response.status != 200:
-        raise BenchError(f"The server answered {response.status}: {said[:300].decode('utf-8', 'replace')}")
-    return seconds, int(json.loads(said)["usage"]["prompt_tokens"])
+        raise BenchError(f"The server answered {response.status}: {answer[:300].decode('utf-8', 'replace')}")
+    return seconds, int(json.loads(answer)["usage"]["prompt_tokens"])
 
 
 def engine_details(client: Client) -> dict[str, str] | None:
-    """What /health tells of an engine that was made for a device; None of one that runs anywhere."""
+    """The engine's details in /health; None for an engine that is not built for one device. Raises BenchError."""
     connection = http.client.HTTPConnection(client.host, client.port, timeout=client.timeout)
     try:
         connection.request("GET", "/health")
-        found: dict[str, str] | None = json.loads(connection.getresponse().read()).get("engine")
-        return found
+        details: dict[str, str] | None = json.loads(connection.getresponse().read()).get("engine")
+        return details
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise BenchError(f"The server broke off a request: {error!r}") from error
     finally:
@@ -74,7 +75,7 @@ def engine_details(client: Client) -> dict[str, str] | None:
 
 
 def measure(client: Client, path: str, plan: Plan) -> list[dict[str, Any]]:
-    """One row for each number and length of texts, after some requests that warm the server up."""
+    """One row for each number and length of texts, after five requests as warm-up."""
     for _ in range(5):
         ask(client, path, [client.words(plan.words[0])])
     rows = []
@@ -84,10 +85,10 @@ def measure(client: Client, path: str, plan: Plan) -> list[dict[str, Any]]:
             every: list[float] = []
             rates, tokens, p99 = [], 0, []
             for _ in range(plan.repeats):
-                asked = [ask(client, path, [client.words(words) for _ in range(texts)]) for _ in range(plan.requests)]
-                seconds = [one for one, _ in asked]
+                answers = [ask(client, path, [client.words(words) for _ in range(texts)]) for _ in range(plan.requests)]
+                seconds = [one for one, _ in answers]
                 every += seconds
-                tokens += sum(count for _, count in asked)
+                tokens += sum(count for _, count in answers)
                 rates.append(texts * len(seconds) / sum(seconds))
                 p99.append(percentiles(seconds)["p99"])
             latency = percentiles(every) | {"p99_repeats": spread(p99), "mean": statistics.fmean(every) * 1000}
@@ -104,7 +105,7 @@ def measure(client: Client, path: str, plan: Plan) -> list[dict[str, Any]]:
 
 
 def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, Any]:
-    """The whole report. url: measure a server that already runs (no cold start, no memory)."""
+    """The report. url: measure a server that already runs (without cold start and memory)."""
     manifest = read_manifest(bundle)
     facts = manifest["run"]
     path = PATHS[facts["task"]]
@@ -137,7 +138,7 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The figures for people."""
+    """The figures as a text table."""
     lines: list[tuple[str, ...]] = [("texts", "tokens each", "p50 ms", "p95 ms", "p99 ms", "texts/s")]
     for row in report["batches"]:
         latency, rate = row["latency_ms"], row["texts_per_second"]
@@ -169,6 +170,6 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """The report that bench's own options ask for."""
+    """The report for the options of ``bench``."""
     context = int(read_manifest(given.bundle)["run"].get("context") or 128)
     return run(given.bundle, Plan.of(given.quick, given.repeats, context), url=given.url, wait=given.wait)

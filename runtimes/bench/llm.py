@@ -1,4 +1,4 @@
-"""The benchmark: start the bundle's own server, load it, and put every figure beside the memory's own speed.
+"""The benchmark: start the bundle's own server, put load on it, and compare its speed with the memory's bandwidth.
 
 ``bin/bench [--quick] [--output report.json] [--json]``. Progress and the table go to standard error; the report is
 JSON, written in one step. Figures are means of at least five repeats with their standard deviation.
@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any
 
 from runtimes.bench import machine as box
 from runtimes.bench.client import BenchError, Client, measure, roofline, spread, table
-from runtimes.bench.server import busy, head, load_since, say, server
+from runtimes.bench.server import busy, head, load_since, server
+from runtimes.files import say, write_atomically
 from runtimes.preflight.check import read_manifest, size
 
 FAILED = 9
@@ -29,7 +28,7 @@ STREAMS = (1, 4, 8)
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured. tokens: decoded in every answer. prompt, prefill: words of the short and long prompt."""
+    """How much is measured. tokens: decoded per answer. prompt, prefill: words of the short and the long prompt."""
 
     repeats: int
     tokens: int
@@ -39,13 +38,13 @@ class Plan:
 
     @classmethod
     def of(cls, quick: bool, repeats: int, context: int, streams: tuple[int, ...] = STREAMS) -> Plan:
-        """The long prompt leaves room in the context: a word is at most about two tokens."""
+        """A plan whose long prompt fits the context: a word is at most about two tokens."""
         tokens, prefill = (24, 64) if quick else (96, 384)
         return cls(max(5, repeats), tokens, 24, max(16, min(prefill, context // 4)), streams)
 
 
 def cold_start(bundle: Path, wait: float) -> tuple[float, float]:
-    """Seconds from starting the process until it is ready, and until the first token of a first answer."""
+    """Seconds from the start of the process until it is ready, and until the first token of the first answer."""
     with server(bundle, wait) as (_, client, started):
         ready = time.perf_counter() - started
         answer = client.ask(client.words(8), 1)
@@ -53,7 +52,7 @@ def cold_start(bundle: Path, wait: float) -> tuple[float, float]:
 
 
 def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, Any]:
-    """The whole report as a dictionary. url: measure a server that already runs (no cold start, no memory)."""
+    """The report as a dictionary. url: measure a server that already runs (without cold start and memory)."""
     manifest = read_manifest(bundle)
     run_facts = manifest["run"]
     used = int(run_facts.get("threads") or 0) or box.physical_cores()
@@ -86,11 +85,11 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
         if not client.ready():
             raise BenchError(f"No server is ready at {url}: its /health does not answer 200.")
         report["streams"] = rows(client, plan)
-    again = box.bandwidth(used)  # a moment of foreign load at the first try must not lower the roof
+    again = box.bandwidth(used)  # other load during the first measurement must not lower the ceiling
     speed |= max(speed, again, key=lambda one: float(one["bytes_per_second"]))
     report["load"] = load_since(before)
-    one = report["streams"][0]["decode_tokens_per_second"]["mean"]  # of 1 stream: Plan always begins with it
-    gpu = bool(manifest["needs"].get("gpu"))  # read_manifest has seen to it that there are needs
+    one = report["streams"][0]["decode_tokens_per_second"]["mean"]  # with 1 stream, which is always the first row
+    gpu = bool(manifest["needs"].get("gpu"))  # read_manifest requires needs
     bound = roofline(one, report["read_per_token_bytes"], speed["bytes_per_second"], gpu=gpu)
     report["roofline"] = bound | {"streams": 1}
     report["notes"] = notes(report)
@@ -98,12 +97,12 @@ def run(bundle: Path, plan: Plan, *, url: str | None, wait: float) -> dict[str, 
 
 
 def rows(client: Client, plan: Plan) -> list[dict[str, Any]]:
-    """One row of figures for each number of streams, after one answer that warms the server up."""
+    """One row of figures for each number of streams, after one answer as warm-up."""
     client.ask(client.words(plan.prompt), 8)
-    found = []
+    table_rows = []
     for streams in plan.streams:
         say(f"{streams} stream(s), {plan.repeats} repeats …")
-        found.append(
+        table_rows.append(
             measure(
                 client,
                 streams,
@@ -113,40 +112,30 @@ def rows(client: Client, plan: Plan) -> list[dict[str, Any]]:
                 tokens=plan.tokens,
             )
         )
-    return found
+    return table_rows
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What a reader of the figures has to know."""
-    found = []
+    """Notes on the figures."""
+    lines = []
     if report["roofline"]["note"]:
-        found.append(f"Roofline {report['roofline']['verdict']}: {report['roofline']['note']}")
-    found += busy(report["load"])
+        lines.append(f"Roofline {report['roofline']['verdict']}: {report['roofline']['note']}")
+    lines += busy(report["load"])
     slots = report["settings"]["slots"] or 0
     waiting = [row["streams"] for row in report["streams"] if slots and row["streams"] > slots]
     if waiting:
-        found.append(
+        lines.append(
             f"With {slots} slots, {', '.join(map(str, waiting))} streams wait for each other: their TTFT "
             "includes the wait."
         )
     if any(row["cached_prompt_tokens"] > 4 for row in report["streams"]):
-        found.append("Some prompt tokens came from a cache; they are not counted as prefilled.")
-    return found
+        lines.append("Some prompt tokens came from a cache; they are not counted as prefilled.")
+    return lines
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Write the report beside its place, then give it its name."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the report atomically. Raises OSError."""
+    write_atomically(path, (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -174,7 +163,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def stream_counts(text: str) -> tuple[int, ...]:
-    """The text "4,8" as (1, 4, 8): the roofline is of one stream, so 1 is always there. Raises ValueError."""
+    """The text "4,8" as (1, 4, 8): 1 is always included, because the roofline is for one stream. Raises ValueError."""
     counts = {int(part) for part in text.split(",")}
     if min(counts) < 1 or max(counts) > 64:
         raise ValueError
@@ -182,7 +171,7 @@ def stream_counts(text: str) -> tuple[int, ...]:
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """The report that the options ask for."""
+    """The report for the options of ``bench``."""
     context = int(read_manifest(given.bundle)["run"].get("context") or 2048)
     plan = Plan.of(given.quick, given.repeats, context, given.streams)
     return run(given.bundle, plan, url=given.url, wait=given.wait)
@@ -210,13 +199,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_argument("--wait", type=float, default=600.0, help="seconds the server may take to load the model")
     given = options.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is ended, no report is written
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: end the server, write no report
     try:
         if read_manifest(given.bundle)["run"].get("task", "generate") != "generate":
             encoders = importlib.import_module("runtimes.bench.encoder")
-            report, said = encoders.measured(given), encoders.summary
+            report, summarize = encoders.measured(given), encoders.summary
         else:
-            report, said = measured(given), summary
+            report, summarize = measured(given), summary
         if not given.json:
             write(given.output, report)
     except (BenchError, ValueError, OSError) as error:
@@ -225,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; no report was written")
         return 130
-    say(said(report))
+    say(summarize(report))
     sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if given.json else f"{given.output}\n")
     return 0
 

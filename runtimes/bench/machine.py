@@ -1,4 +1,4 @@
-"""What the benchmark reads of the machine: memory bandwidth, a process tree's memory, load, versions. Stdlib only."""
+"""Facts of the machine for the benchmark: memory bandwidth, memory of a process tree, load, versions. Stdlib only."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ METHOD = (
 
 
 def physical_cores() -> int:
-    """Physical cores this process may use; the logical ones where the system does not tell."""
+    """Physical cores that this process may use; logical cores where that is unknown."""
     allowed = getattr(os, "sched_getaffinity", lambda _pid: set(range(os.cpu_count() or 1)))(0)
-    found = set()
+    cores = set()
     for cpu in allowed:
         try:
             siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
         except OSError:
             return len(allowed)
-        found.add(siblings.strip())
-    return len(found)
+        cores.add(siblings.strip())
+    return len(cores)
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache of the first processor; None when the system does not tell."""
+    """Bytes of the largest cache of the first processor; None when unknown."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         if match := re.fullmatch(r"(\d+)([KMG]?)", file.read_text("ascii").strip()):
@@ -47,8 +47,8 @@ def last_level_cache() -> int | None:
 def bandwidth(threads: int, *, total_bytes: int | None = None, passes: int = 7) -> dict[str, Any]:
     """Bytes per second that ``threads`` threads read from memory together.
 
-    Reading is what decoding does (weights stream through once a token). The buffers are several times the caches, and
-    written first: untouched pages would all be the same page of zeros.
+    Decoding is bound by reading: it reads all weights once per token. The buffers are several times the caches, and are
+    written first, because untouched pages are all the same page of zeros.
     """
     threads = max(1, threads)
     if total_bytes is None:
@@ -67,7 +67,7 @@ def bandwidth(threads: int, *, total_bytes: int | None = None, passes: int = 7) 
         ctypes.memset(buffer, 1, size)
         for _ in range(passes):
             start.wait()
-            library.memchr(buffer, 2, size)  # ctypes gives up the global lock meanwhile
+            library.memchr(buffer, 2, size)  # ctypes releases the GIL meanwhile
             end.wait()
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
@@ -103,7 +103,7 @@ def tree(pid: int) -> Iterator[int]:
 
 def process_memory(pid: int) -> dict[str, int | None]:
     """Memory of a process tree in bytes. peak_rss: the sum of each process's highest resident memory (VmHWM).
-    pss: what it holds now with shared pages divided among their users. None where the system does not tell."""
+    pss: its memory now, with shared pages divided among their users. None where unknown."""
     peak = pss = 0
     known_peak = known_pss = False
     for one in tree(pid):
@@ -124,7 +124,7 @@ def _field(file: Path, name: str) -> int | None:
 
 
 def load_average() -> list[float] | None:
-    """Runnable processes over the last 1, 5 and 15 minutes; None where the system does not tell."""
+    """Runnable processes over the last 1, 5 and 15 minutes; None where unknown."""
     try:
         return [round(value, 2) for value in os.getloadavg()]
     except (AttributeError, OSError):
@@ -132,7 +132,7 @@ def load_average() -> list[float] | None:
 
 
 def machine() -> dict[str, Any]:
-    """Facts that a figure is worth nothing without. No host name, no user."""
+    """The facts of the machine that figures depend on. No host name, no user."""
     facts = read_facts()
     return {
         "system": facts["system"],
@@ -157,6 +157,6 @@ def _processor() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python and every package beside this one."""
-    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
-    return {"python": platform.python_version(), **dict(sorted(found.items(), key=lambda item: item[0].lower()))}
+    """The versions of Python and of every installed package."""
+    packages = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return {"python": platform.python_version(), **dict(sorted(packages.items(), key=lambda item: item[0].lower()))}

@@ -1,4 +1,4 @@
-"""What every benchmark begins with: the bundle's own server as a child, and the report's head and load."""
+"""Shared by the benchmarks: the bundle's own server as a child, and the report's head and load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,11 @@ from runtimes.preflight.check import read_manifest
 from runtimes.process import die_with_parent
 
 SCHEMA_VERSION = 1
-LOAD_PER_CORE = 0.5  # a machine that was busier than this before the run is named in the notes
-
-
-def say(text: str) -> None:
-    """One line of progress on standard error."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+LOAD_PER_CORE = 0.5  # load average per core before the run, above which a note is added
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on now."""
+    """A port of the loopback address that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -38,13 +32,14 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes], Client, float]]:
-    """The bundle's server as a child: its process, a client, and the perf_counter time at which it was started.
+    """The bundle's server as a child: its process, a client, and its start in perf_counter seconds.
 
-    Yields when /health says that the model is loaded. Raises BenchError with the server's last words when it ends.
+    Yields once /health reports that the model is loaded. wait: seconds to wait for that. Raises BenchError with the
+    last line of the server's log when it ends or is late.
     """
     port = free_port()
     command = [sys.executable, "-m", "runtimes", "serve", "--bundle", str(bundle.absolute()), "--port", str(port)]
-    runtime = str(Path(__file__).resolve().parent.parent.parent)  # also where it runs: -m looks there first
+    runtime = str(Path(__file__).resolve().parent.parent.parent)  # also the working directory, which -m searches first
     env = {**os.environ, "PYTHONPATH": runtime, "PYTHONDONTWRITEBYTECODE": "1"}
     avoid = read_manifest(bundle)["run"].get("stop_ids") or ()
     with tempfile.TemporaryFile() as log:
@@ -65,7 +60,7 @@ def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes],
                     log.seek(0)
                     words = log.read().decode("utf-8", "replace").strip().splitlines()
                     state = "ended" if child.poll() is not None else f"was not ready after {wait:.0f} s"
-                    raise BenchError(f"The server {state}: {words[-1][:300] if words else 'it said nothing'}")
+                    raise BenchError(f"The server {state}: {words[-1][:300] if words else 'its log is empty'}")
                 time.sleep(0.01)
             yield child, client, started
         finally:
@@ -78,7 +73,7 @@ def server(bundle: Path, wait: float) -> Iterator[tuple[subprocess.Popen[bytes],
 
 
 def head(manifest: Mapping[str, Any], url: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What every report begins with. url: a server that already runs, instead of the bundle's own."""
+    """The first fields of every report. url: of a server that already runs, instead of the bundle's own."""
     facts = manifest["run"]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -98,13 +93,13 @@ def head(manifest: Mapping[str, Any], url: str | None, settings: Mapping[str, An
     }
 
 
-def load_since(before: Any) -> dict[str, Any]:
+def load_since(before: Sequence[float] | None) -> dict[str, Any]:
     """The machine's load before the run and now."""
     return {"before": before, "after": box.load_average(), "logical_cores": os.cpu_count()}
 
 
 def busy(load: Mapping[str, Any]) -> list[str]:
-    """A sentence when the machine had other work before the run."""
+    """A note when the machine had other load before the run."""
     before, cores = load["before"], load["logical_cores"] or 1
     if not before or before[0] <= LOAD_PER_CORE * cores:
         return []

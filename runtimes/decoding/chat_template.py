@@ -1,8 +1,7 @@
 """Conversations to token ids, exactly as transformers' ``apply_chat_template(tokenize=True)`` makes them.
 
-The template is rendered once and the text tokenized once, without special tokens of the tokenizer's own, so the only
-BOS is the one that the template writes. Templates come from strangers: they run in jinja's immutable sandbox and see
-plain JSON values only.
+The template is rendered once and the text is tokenized once, without the tokenizer's own special tokens, so the only
+BOS is the template's. Templates are not trusted: they run in jinja's immutable sandbox and get plain JSON values only.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runtimes.decoding.tokenizer import open_tokenizer
 from runtimes.manifest import ManifestError, Run
 
 Message = Mapping[str, Any]
 
 
 class TemplateRefused(Exception):
-    """The template will not render this conversation; the text is the template's own words."""
+    """The template refuses this conversation; the text is the template's own message."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's words for training; when serving it is transparent."""
+    """``{% generation %}`` marks the assistant's text for training; here it renders its body only."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own interface
 
@@ -41,7 +41,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """The ``dict`` that templates see: it builds dictionaries and gives away no class to climb from."""
+    """The ``dict`` of templates: it builds dictionaries; a class would be a way out of the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -51,7 +51,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """The ``namespace`` that templates see: no underscore names, so nothing of Python's insides is within reach."""
+    """The ``namespace`` of templates: without underscore names, so that Python's internals cannot be reached."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         # jinja's own trick: ``namespace(self=…)`` must work too
@@ -61,7 +61,7 @@ class _Namespace(jinja2.utils.Namespace):
             _Namespace._check(name)
         jinja2.utils.Namespace.__init__(self, attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _Namespace._check(name)
         super().__setitem__(name, value)
 
@@ -76,15 +76,19 @@ def _raise_exception(message: str) -> None:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
-    # jinja's own filter escapes HTML characters, which training never saw
+    # jinja's own filter escapes HTML characters, which the training data does not
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def compile_template(source: str, now: Callable[[], datetime] = datetime.now) -> jinja2.Template:
-    """The template set up as transformers sets it up (utils/chat_template_utils.py, 5.x). now: what the date is taken
-    from. Raises ManifestError.
+    """The template in the environment of transformers (utils/chat_template_utils.py, 5.x). now: gives the date.
+    Raises ManifestError.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
@@ -103,17 +107,10 @@ def compile_template(source: str, now: Callable[[], datetime] = datetime.now) ->
 
 
 class Prompts:
-    """Renders and tokenizes. Safe to use from several threads. now: the date of templates that write one."""
+    """Renders and tokenizes; thread-safe. now: gives the date to templates that write one. Raises ManifestError."""
 
     def __init__(self, run: Run, now: Callable[[], datetime] = datetime.now) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer = Tokenizer.from_file(str(run.tokenizer))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ManifestError(f"{run.tokenizer.name} cannot be read: {error}.") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = open_tokenizer(run.tokenizer)  # the engine's own, where it has one: 25 MB for 49,000 words
         self._template = None
         if run.chat_template is not None:
             self._template = compile_template(_read(run.chat_template), now)
@@ -128,7 +125,7 @@ class Prompts:
         """The text of a conversation with the assistant's turn opened. Raises TemplateRefused."""
         if self._template is None:
             raise TemplateRefused("this model has no chat template; use /v1/completions")
-        # as in transformers: keys that hold None are dropped, templates trip over them
+        # as in transformers: drop keys that hold None, which templates do not expect
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             return self._template.render(
@@ -148,7 +145,7 @@ class Prompts:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of a text to continue: as transformers' ``tokenizer(text)``, with BOS where it adds one."""
+        """Token ids of a text to continue, as transformers' ``tokenizer(text)``: with BOS where it adds one."""
         ids = self.encode(text)
         return ids if self._bos is None else [self._bos, *ids]
 

@@ -1,4 +1,4 @@
-"""Holds an answer to a JSON Schema: llguidance says after every token which ones may follow."""
+"""Constrains an answer to a JSON Schema: llguidance gives the allowed next tokens after every token."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Guides:
-    """Makes a Guide for a request; the tokenizer's tables are built at the first one and kept."""
+class ConstraintFactory:
+    """Makes a Constraint for each request; the tokenizer's tables are built for the first one and kept."""
 
     def __init__(self, tokenizer: Path, vocabulary: int, stop_ids: Sequence[int]) -> None:
         self._path, self._vocabulary, self._stops = tokenizer, vocabulary, sorted(stop_ids)
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
-    def make(self, schema: str) -> Guide:
-        """A guide for one answer. Raises RequestRefused for what llguidance cannot follow."""
+    def make(self, schema: str) -> Constraint:
+        """A constraint for one answer. Raises RequestRefused for a schema that llguidance does not support."""
         from llguidance import LLMatcher, LLTokenizer
 
         with self._lock:
@@ -41,31 +41,31 @@ class Guides:
         if reason:
             first = reason.strip().partition("\n")[0]
             raise RequestRefused(f"The JSON Schema cannot be followed: {first}", param="response_format")
-        return Guide(matcher, self._vocabulary)
+        return Constraint(matcher, self._vocabulary)
 
 
-class Guide:
-    """Where one answer stands in its grammar."""
+class Constraint:
+    """The grammar state of one answer."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
 
     def forbidden(self) -> NDArray[np.bool_]:
-        """Which tokens may not come next, (vocabulary,)."""
+        """Mask of the tokens that may not come next, (vocabulary,)."""
         import numpy as np
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
         mask = allocate_token_bitmask(1, self._vocabulary)
         fill_next_token_bitmask(self._matcher, mask)
         bits = np.unpackbits(mask[0].view(np.uint8), bitorder="little", count=self._vocabulary)
-        found: NDArray[np.bool_] = bits == 0
-        return found
+        forbidden: NDArray[np.bool_] = bits == 0
+        return forbidden
 
     def take(self, token: int) -> None:
-        """The token that was chosen."""
+        """Advance by the chosen token."""
         self._matcher.consume_token(token)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but an end can follow."""
+        """Whether only an end token can follow."""
         return bool(self._matcher.is_stopped())

@@ -1,13 +1,13 @@
-"""The choice of the next token from logits, for engines whose library leaves that to us (numpy only).
+"""Samples the next token from logits, for engines whose library does not sample (numpy only).
 
-Order and meaning are those of transformers' generate: bias, penalties, temperature, then top_k, top_p and min_p, each
-on what the one before it left.
+Order and meaning as in transformers' generate: bias, penalties, temperature, then top_k, top_p and min_p, each applied
+to the tokens that the previous filter kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Chooses the tokens of one answer. prompt: what repetition_penalty counts beside the answer itself."""
+    """Chooses the tokens of one answer. prompt: repetition_penalty counts its tokens too."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
@@ -27,7 +27,7 @@ class Sampler:
         self.counts: dict[int, int] = {}
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token from the model's logits (vocabulary,), which stay as they are."""
+        """The next token from the model's logits (vocabulary,), which are not modified."""
         values = logits.astype(np.float64)
         self._bias(values)
         token = int(values.argmax()) if self.sampling.temperature <= 0 else self._draw(values)
@@ -42,9 +42,9 @@ class Sampler:
             if 0 <= token < len(values):
                 values[token] += bias
         if self.seen:
-            places = np.fromiter((token for token in self.seen if 0 <= token < len(values)), dtype=np.int64)
-            found, penalty = values[places], wanted.repetition_penalty
-            values[places] = np.where(found > 0, found / penalty, found * penalty)
+            seen_ids = np.fromiter((token for token in self.seen if 0 <= token < len(values)), dtype=np.int64)
+            seen, penalty = values[seen_ids], wanted.repetition_penalty
+            values[seen_ids] = np.where(seen > 0, seen / penalty, seen * penalty)
         if wanted.presence_penalty or wanted.frequency_penalty:
             for token, count in self.counts.items():
                 values[token] -= wanted.presence_penalty + wanted.frequency_penalty * count
@@ -53,7 +53,7 @@ class Sampler:
         wanted = self.sampling
         kept = np.argsort(-values, kind="stable")[: wanted.top_k if wanted.top_k > 0 else len(values)]
         shares = _softmax(values[kept] / wanted.temperature)
-        if wanted.top_p < 1.0:  # the likeliest until their sum reaches top_p, never none
+        if wanted.top_p < 1.0:  # the likeliest tokens until their sum reaches top_p, at least one
             count = max(1, int(np.searchsorted(shares.cumsum(), wanted.top_p)) + 1)
             kept, shares = kept[:count], shares[:count] / shares[:count].sum()
         if wanted.min_p > 0.0:
@@ -63,9 +63,10 @@ class Sampler:
         return int(kept[min(place, len(kept) - 1)])
 
 
-def _softmax(values: NDArray[np.float64]) -> Any:
-    powers = np.exp(values - values.max())
-    return powers / powers.sum()
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    powers: NDArray[np.float64] = np.exp(values - values.max())
+    shares: NDArray[np.float64] = powers / powers.sum()
+    return shares
 
 
 def top_logprobs(logits: NDArray[np.float32], top: int) -> dict[int, float]:
@@ -89,6 +90,6 @@ def logprob(logits: NDArray[np.float32], token: int) -> float:
 
 
 def _total(values: NDArray[np.float64]) -> float:
-    """The logarithm of the sum of all powers."""
+    """The log-sum-exp of the logits."""
     highest = values.max()
     return float(highest + np.log(np.exp(values - highest).sum()))

@@ -1,8 +1,8 @@
-"""A model that decodes all slots in one run: requests take slots, prompts are read between, tokens chosen one by one.
+"""The scheduler of models that decode all slots in one run: continuous batching with chunked prefill.
 
-One thread runs the model. In turn it reads a piece of one waiting prompt and decodes a token for every slot that is
-answering, so a long prompt holds the others up for no longer than its piece takes. Shared by the engines whose model
-keeps a row of keys and values for each slot (ort.py, tensorrt_decoder.py).
+One thread runs the model. It alternates: prefill one chunk of one prompt, then decode one token for every slot that
+answers. So a long prompt delays the other answers by one chunk at most. Used by the engines whose model has a row of
+the KV cache for each slot (engines/onnxruntime/cpu.py and cuda.py, engines/tensorrt/decoder.py).
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from runtimes.decoding.detokenize import Detokenizer
-from runtimes.decoding.stream import Stream, check_prompt, pieces_to_score
+from runtimes.decoding.stream import Stream, check_prompt, chunks_to_score
 from runtimes.engine import Emit, EngineError, Piece, Sampling, iterate
 from runtimes.manifest import Run
-from runtimes.process import give_back, resident_bytes
+from runtimes.process import release_freed_memory, resident_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from runtimes.decoding.json_schema import Guide
+    from runtimes.decoding.json_schema import Constraint
     from runtimes.decoding.sampling import Sampler
 
-PIECE = 128  # prompt tokens read at once: between two chances to cancel, and between two tokens of the others
-SCORE_PIECE = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
+# Prompt tokens per prefill chunk: between two checks for a cancel, and between two tokens of the other answers.
+PREFILL_CHUNK = 128
+SCORE_CHUNK = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
 
 
 class Model(Protocol):
-    """What decodes. Rows of keys and values for each slot; not for two threads at once."""
+    """A model with a row of the KV cache for each slot. Not thread-safe."""
 
     @property
     def version(self) -> str: ...
@@ -42,12 +43,12 @@ class Model(Protocol):
         self, ids: NDArray[np.int64], lengths: Sequence[int], *, slot: int = 0, kept: int = 1
     ) -> NDArray[np.float32]:
         """Compute tokens (rows, tokens) for the slots from ``slot`` on; the logits of the last ``kept``, (rows, kept,
-        vocabulary). lengths: tokens that each row holds before. Raises EngineError.
+        vocabulary). lengths: tokens in each row's cache before. Raises EngineError.
         """
         ...
 
     def memory(self) -> int:
-        """Bytes that it holds outside this process's memory."""
+        """Bytes held outside this process's memory."""
         ...
 
     def close(self) -> None: ...
@@ -55,8 +56,8 @@ class Model(Protocol):
 
 @dataclass
 class _Request:
-    """One answer under way. read: tokens whose keys and values are in the slot's cache. last: the token to decode
-    next, -1 while the prompt is read.
+    """One running answer. read: tokens in the slot's KV cache. last: the token to decode next, -1 during prefill.
+    most: largest number of tokens. ends: ids that end the answer.
     """
 
     prompt: Sequence[int]
@@ -64,7 +65,7 @@ class _Request:
     most: int
     sampler: Sampler
     pieces: Stream
-    guide: Guide | None
+    constraint: Constraint | None
     ends: frozenset[int]
     slot: int = -1
     read: int = 0
@@ -73,7 +74,7 @@ class _Request:
     over: threading.Event = field(default_factory=threading.Event)
 
 
-class _Kept:
+class _Collector:
     """Collects an answer's pieces."""
 
     def __init__(self) -> None:
@@ -84,23 +85,23 @@ class _Kept:
         return False
 
 
-class Slots:
-    """One loaded model. Each of ``slots`` requests has ``context`` tokens of its own. Raises EngineError."""
+class Scheduler:
+    """One loaded model. Each of ``slots`` requests has its own ``context`` tokens. Raises EngineError."""
 
     def __init__(self, run: Run, model: Model) -> None:
-        from runtimes.decoding.json_schema import Guides
+        from runtimes.decoding.json_schema import ConstraintFactory
 
         self.context, self.slots = run.context, run.slots
         self._model = model
         self.version = self._model.version
-        self._words = Detokenizer(run.tokenizer)
+        self._detokenizer = Detokenizer(run.tokenizer)
         self._stop_ids = frozenset(run.stop_ids)
-        self._guides = Guides(run.tokenizer, self._model.vocabulary, run.stop_ids)
+        self._constraints = ConstraintFactory(run.tokenizer, self._model.vocabulary, run.stop_ids)
         self._wake = threading.Condition()
         self._waiting: deque[_Request] = deque()
         self._slots: list[_Request | None] = [None] * run.slots
         self._closing = False
-        give_back()
+        release_freed_memory()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
@@ -113,15 +114,15 @@ class Slots:
         check_prompt(prompt, self.context, self._model.vocabulary)
         room = self.context - len(prompt)
         most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        pieces = Stream(self._words, sampling, len(prompt), emit)
+        pieces = Stream(self._detokenizer, sampling, len(prompt), emit)
         if most < 1:
             pieces.finish("length")
             return
-        guide = self._guides.make(sampling.schema) if sampling.schema is not None else None
-        self._run(_Request(prompt, sampling, most, Sampler(sampling, prompt), pieces, guide, self._stop_ids))
+        constraint = self._constraints.make(sampling.schema) if sampling.schema is not None else None
+        self._run(_Request(prompt, sampling, most, Sampler(sampling, prompt), pieces, constraint, self._stop_ids))
 
     def _run(self, request: _Request) -> None:
-        """Hand a request to the model's thread and wait for its end. Raises EngineError."""
+        """Queue a request for the model's thread and wait for its end. Raises EngineError."""
         with self._wake:
             if self._closing:
                 raise EngineError("the engine is closed")
@@ -136,27 +137,25 @@ class Slots:
         return iterate(lambda emit: self.stream(prompt, sampling, emit))
 
     def score(self, tokens: Sequence[int], top: int) -> Iterator[Mapping[int, float]]:
-        """The distribution after every prefix of ``tokens``, cut to the ``top`` likeliest tokens. Each takes a slot
-        as a request does.
-        """
+        """The ``top`` likeliest tokens after every prefix of ``tokens``. Each prefix takes a slot, like a request."""
         from runtimes.decoding.sampling import Sampler
 
         greedy = Sampling(max_tokens=1, temperature=0.0, logprobs=top)
         for end in range(1, len(tokens) + 1):
             prompt = tokens[:end]
             check_prompt(prompt, self.context, self._model.vocabulary)
-            kept = _Kept()
-            pieces = Stream(self._words, greedy, len(prompt), kept.take)
+            collector = _Collector()
+            pieces = Stream(self._detokenizer, greedy, len(prompt), collector.take)
             self._run(_Request(prompt, greedy, 1, Sampler(greedy, prompt), pieces, None, frozenset()))
-            found = next(piece.logprobs[0] for piece in kept.pieces if piece.logprobs)
-            yield {entry.id: entry.logprob for entry in found.top}
+            entry = next(piece.logprobs[0] for piece in collector.pieces if piece.logprobs)
+            yield {other.id: other.logprob for other in entry.top}
 
     def memory(self) -> int:
-        """Resident bytes of this process, in which the model runs, and what it holds on a device."""
+        """Resident bytes of this process, in which the model runs, and its bytes on a device."""
         return resident_bytes() + self._model.memory()
 
     def close(self) -> None:
-        """End what still runs and free the model."""
+        """End running answers and free the model."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -172,14 +171,14 @@ class Slots:
                 if reading:
                     self._read(reading)
                 self._decode()
-            except Exception as error:  # of the library: whoever waits must hear of it, and the next may be served
+            except Exception as error:  # of the library: fail all running requests, keep serving
                 failure = error if isinstance(error, EngineError) else EngineError(f"the engine failed: {error!r}")
                 for request in filter(None, list(self._slots)):
                     request.error = failure
                     self._end(request)
 
     def _admit(self) -> bool:
-        """Give free slots, the lowest first; wait while there is nothing to do. False when the engine closes."""
+        """Assign free slots, the lowest first; wait while there is nothing to do. False when the engine closes."""
         with self._wake:
             while not self._closing and not self._waiting and not any(self._slots):
                 self._wake.wait()
@@ -195,10 +194,10 @@ class Slots:
             return True
 
     def _read(self, request: _Request) -> None:
-        """One piece of a prompt; after the last one the first token is chosen."""
+        """Prefill one chunk of a prompt; after the last chunk choose the first token."""
         import numpy as np
 
-        begin, end = request.read, min(request.read + PIECE, len(request.prompt))
+        begin, end = request.read, min(request.read + PREFILL_CHUNK, len(request.prompt))
         ids = np.array([request.prompt[begin:end]], np.int64)
         logits = self._model.run(ids, [begin], slot=request.slot)
         request.read = end
@@ -208,7 +207,9 @@ class Slots:
             self._end(request)
 
     def _decode(self) -> None:
-        """A token for every slot that answers. Rows between them are computed too, at a place that is written again."""
+        """Decode one token for every slot that answers. Slots between them are computed too; what that writes into
+        their caches is overwritten later.
+        """
         import numpy as np
 
         ready = [one for one in self._slots if one and one.last >= 0]
@@ -224,14 +225,16 @@ class Slots:
             request.read += 1
             self._take(request, logits[request.slot - first, -1])
 
-    def _take(self, request: _Request, logits: Any) -> None:
-        """Choose the next token and tell of it; the answer may be over with it."""
+    def _take(self, request: _Request, logits: NDArray[np.float32]) -> None:
+        """Choose the next token and emit it; end the answer when it is complete."""
         import numpy as np
 
         from runtimes.decoding.sampling import logprob, top_logprobs
 
-        guide = request.guide
-        token = request.sampler.choose(logits if guide is None else np.where(guide.forbidden(), -np.inf, logits))
+        constraint = request.constraint
+        token = request.sampler.choose(
+            logits if constraint is None else np.where(constraint.forbidden(), -np.inf, logits)
+        )
         request.last = token
         if token in request.ends:
             request.pieces.ended(token)
@@ -243,9 +246,9 @@ class Slots:
         if request.pieces.take(token, top):
             self._end(request)
             return
-        if guide is not None:
-            guide.take(token)
-        complete = guide is not None and guide.complete
+        if constraint is not None:
+            constraint.take(token)
+        complete = constraint is not None and constraint.complete
         if complete or request.pieces.tokens == request.most:
             request.pieces.finish("stop" if complete else "length")
             self._end(request)
@@ -259,7 +262,7 @@ class Scorer:
     """A model opened for scoring alone."""
 
     def __init__(self, run: Run, model: Model) -> None:
-        self._model, self._words = model, Detokenizer(run.tokenizer)
+        self._model, self._detokenizer = model, Detokenizer(run.tokenizer)
         self.version = model.version
 
     def top(self, ids: Sequence[int], positions: Sequence[int], top: int) -> Iterator[tuple[int, dict[int, float]]]:
@@ -268,12 +271,12 @@ class Scorer:
 
         from runtimes.decoding.sampling import top_logprobs
 
-        for begin, part, rows in pieces_to_score(ids, positions, self._model.vocabulary, SCORE_PIECE):
-            kept = len(part) - rows[0] if rows else 1
-            logits = self._model.run(np.array([part], np.int64), [begin], kept=kept)[0]
+        for begin, chunk, rows in chunks_to_score(ids, positions, self._model.vocabulary, SCORE_CHUNK):
+            kept = len(chunk) - rows[0] if rows else 1
+            logits = self._model.run(np.array([chunk], np.int64), [begin], kept=kept)[0]
             for row in rows:
-                yield begin + row + 1, top_logprobs(logits[row - len(part)], top)
+                yield begin + row + 1, top_logprobs(logits[row - len(chunk)], top)
 
     def tokenize(self, text: str) -> list[int]:
         """The folder's own tokenizer: special tokens recognised, none added."""
-        return self._words.encode(text)
+        return self._detokenizer.encode(text)

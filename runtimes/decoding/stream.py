@@ -1,4 +1,4 @@
-"""What the engines share that choose tokens themselves: refusals, tokens turned into pieces, positions to score."""
+"""Shared by the engines that sample in Python: prompt checks, pieces from tokens, positions to score."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def check_prompt(prompt: Sequence[int], context: int, vocabulary: int) -> None:
 class Stream:
     """Turns one answer's tokens into pieces: whole characters, stop strings, the last piece's counts."""
 
-    def __init__(self, words: Detokenizer, sampling: Sampling, prompt_tokens: int, emit: Emit) -> None:
-        self.words, self.emit, self.prompt_tokens = words, emit, prompt_tokens
-        self.text, self.stops = words.stream(), StopScanner(sampling.stop)
+    def __init__(self, detokenizer: Detokenizer, sampling: Sampling, prompt_tokens: int, emit: Emit) -> None:
+        self.detokenizer, self.emit, self.prompt_tokens = detokenizer, emit, prompt_tokens
+        self.text, self.stops = detokenizer.stream(), StopScanner(sampling.stop)
         self.tokens = 0
 
     def take(self, token: int, top: tuple[float, Mapping[int, float]] | None) -> bool:
-        """One token more, with its log-probability and the likeliest beside it; True when the answer is over or not
-        wanted any longer.
+        """Add one token. top: its log-probability and the likeliest alternatives. True when the answer ended or was
+        cancelled.
         """
         self.tokens += 1
         logprobs: tuple[Logprob, ...] = ()
@@ -33,41 +33,41 @@ class Stream:
             own, others = top
             near = tuple(self._logprob(other, value) for other, value in others.items())
             logprobs = (self._logprob(token, own, near),)
-        text, stopped = self.stops.feed(self.text.step(self.words.tokenizer, token) or "")
+        text, stopped = self.stops.feed(self.text.step(self.detokenizer.tokenizer, token) or "")
         cancelled = self.emit(Piece(text, (token,), self.tokens, logprobs))
         if stopped and not cancelled:
             self.emit(Piece("", (), self.tokens, (), "stop", self.prompt_tokens))
         return stopped or cancelled
 
     def ended(self, token: int) -> None:
-        """The model's own end."""
+        """End the answer with the model's end token."""
         self.tokens += 1
         if not self.emit(Piece("", (token,), self.tokens)):
             self.finish("stop")
 
     def finish(self, reason: str) -> None:
-        """The last piece, with what a stop string had held back."""
+        """Emit the last piece, with the text that was held back for a stop string."""
         self.emit(Piece(self.stops.rest(), (), self.tokens, (), reason, self.prompt_tokens))
 
     def _logprob(self, token: int, value: float, top: tuple[Logprob, ...] = ()) -> Logprob:
-        raw = self.words.bytes_of(token)
+        raw = self.detokenizer.bytes_of(token)
         return Logprob(token, raw.decode(errors="replace"), tuple(raw), value, top)
 
 
-def pieces_to_score(
+def chunks_to_score(
     ids: Sequence[int], positions: Sequence[int], vocabulary: int, size: int
 ) -> Iterator[tuple[int, Sequence[int], list[int]]]:
-    """Pieces of a sequence as (where it begins, its ids, its rows whose distribution is asked for). A position p asks
-    for the token after ids[:p]. Raises ValueError for positions or ids that do not exist.
+    """Chunks of a sequence: (start, ids, rows whose distribution is wanted). Position p means the token after ids[:p].
+    Raises ValueError for positions or ids that do not exist.
     """
-    wanted = sorted(set(positions))
-    if not wanted:
+    ordered = sorted(set(positions))
+    if not ordered:
         return
-    if wanted[0] < 1 or wanted[-1] > len(ids):
-        raise ValueError(f"positions {wanted[0]} to {wanted[-1]} do not lie in a sequence of {len(ids)} tokens")
+    if ordered[0] < 1 or ordered[-1] > len(ids):
+        raise ValueError(f"positions {ordered[0]} to {ordered[-1]} do not lie in a sequence of {len(ids)} tokens")
     if any(not 0 <= token < vocabulary for token in ids):
         raise ValueError(f"a token id lies outside the vocabulary of {vocabulary}")
-    asked = set(wanted)
-    for begin in range(0, wanted[-1], size):
-        part = ids[begin : min(begin + size, wanted[-1])]
-        yield begin, part, [at for at in range(len(part)) if begin + at + 1 in asked]
+    wanted = set(ordered)
+    for begin in range(0, ordered[-1], size):
+        chunk = ids[begin : min(begin + size, ordered[-1])]
+        yield begin, chunk, [at for at in range(len(chunk)) if begin + at + 1 in wanted]

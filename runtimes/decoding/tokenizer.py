@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runtimes.manifest import ManifestError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 
 @functools.lru_cache(maxsize=1)  # the server and its engine share one: a vocabulary of 49,000 takes 25 MB
-def open_tokenizer(path: Path) -> Any:
-    """A tokenizer.json that neither pads nor cuts. Raises ManifestError."""
+def open_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json without padding and truncation. Raises ManifestError."""
     from tokenizers import Tokenizer
 
     try:

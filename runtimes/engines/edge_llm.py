@@ -1,9 +1,9 @@
-"""Starts TensorRT Edge-LLM's own server on the bundle's folder: one command line, made of the manifest.
+"""Starts TensorRT Edge-LLM's own server on the bundle's folder: one command line, made from the manifest.
 
-The server is a wheel of the bundle (its documents call this frontend experimental). At its first start it builds the
-engine with the box's own TensorRT, straight out of the folder, and keeps it under --cache-dir; later starts reuse it.
-JetPack's Python package of TensorRT lies with the system's Python: a folder of links to that package alone is put on
-the module path, so nothing else of the system gets in. Flags are those of 0.11.0. This process becomes the server.
+The server is a wheel of the bundle (its documentation calls this frontend experimental). At its first start it builds
+the engine from the folder with the box's own TensorRT and keeps it under --cache-dir; later starts reuse it. JetPack
+installs TensorRT's Python package for the system's Python. A folder of links to that package alone is put on the module
+path, so that no other system package is imported. Flags are those of 0.11.0. This process becomes the server (exec).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from runtimes.manifest import ManifestError, Run
 
 REFUSED = 4
 SETTING = "PACKAGER_TENSORRT"  # a folder with the package tensorrt, for one that was installed elsewhere
-KEPT = "edgellm"  # below each of the places where engines may be kept
-CACHE = "PACKAGER_ENGINE_CACHE"  # where engines are kept, for a place other than the install's own
-# what JetPack's packages of TensorRT consist of; tensorrt alone has to be there
+KEPT = "edgellm"  # subfolder of each possible cache folder
+CACHE = "PACKAGER_ENGINE_CACHE"  # a cache folder other than the install's own
+# the Python packages of JetPack's TensorRT; only tensorrt is required
 PARTS = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "tensorrt_libs", "tensorrt_bindings")
 SYSTEM = (
     "/usr/lib/python{0}/dist-packages",
     "/usr/lib/python3/dist-packages",
     "/usr/local/lib/python{0}/dist-packages",
 )
-# its module has no entry of its own, and its script's first line names the place where pip ran
+# the module has no __main__, and the first line of its script names the temporary path of the install
 START = "from experimental.server.cli import main; main()"
 PARSERS = ("auto", "none", "qwen3", "deepseek_r1")
 
 
 def command(run: Run, python: str, host: str, port: int, cache: Path) -> list[str]:
-    """The whole command line. Raises ManifestError for settings that are not those of this engine."""
+    """The server's command line. Raises ManifestError for settings that are not those of this engine."""
     reasoning = run.settings.get("reasoning")
     if reasoning not in PARSERS:
         raise ManifestError(f"The manifest's run.settings.reasoning is {reasoning!r}; {', '.join(PARSERS)} are known.")
@@ -63,12 +63,12 @@ def command(run: Run, python: str, host: str, port: int, cache: Path) -> list[st
         reasoning,
     ]
     if run.slots > 1:
-        words.append("--enable-in-flight-batching")  # else requests take turns
+        words.append("--enable-in-flight-batching")  # else requests run one after the other
     return words
 
 
 def environment(given: Mapping[str, str], tensorrt: Path) -> dict[str, str]:
-    """The environment that the server gets. tensorrt: the folder of links."""
+    """The server's environment variables. tensorrt: the folder of links."""
     return {
         **{key: value for key, value in given.items() if key not in OURS},
         **OFFLINE,
@@ -78,10 +78,12 @@ def environment(given: Mapping[str, str], tensorrt: Path) -> dict[str, str]:
 
 
 def serve(run: Run, options: argparse.Namespace) -> int:
-    """Become the server. Returns 4 with one sentence where the box has no TensorRT for this Python."""
+    """Replace this process by the server. Prints one sentence and returns 4 when the box has no TensorRT for this
+    Python. Raises ManifestError.
+    """
     home = Path(options.bundle).resolve()
-    found = find_tensorrt(os.environ)
-    if found is None:
+    packages = find_tensorrt(os.environ)
+    if packages is None:
         version = sysconfig.get_python_version()
         sys.stderr.write(
             f"TensorRT: expected JetPack's Python package tensorrt for Python {version}, found none; "
@@ -89,12 +91,12 @@ def serve(run: Run, options: argparse.Namespace) -> int:
         )
         return REFUSED
     cache = cache_folder(home, os.environ)
-    links = link_tensorrt(found, cache / "tensorrt")
+    links = link_tensorrt(packages, cache / "tensorrt")
     words = command(run, sys.executable, options.host, free_port(options.host, options.port), cache)
     if options.verbose:
         words += ["--log-level", "debug"]
     if options.log_json:
-        sys.stderr.write("--log-json is our own server's; Edge-LLM writes its own log.\n")
+        sys.stderr.write("--log-json is an option of our own server; Edge-LLM writes its own log.\n")
     shown = f"[{options.host}]" if ":" in options.host else options.host
     sys.stdout.write(
         f"{run.name} by TensorRT Edge-LLM on http://{shown}:{words[words.index('--port') + 1]} (the first "
@@ -115,17 +117,17 @@ def find_tensorrt(given: Mapping[str, str], places: Sequence[str] = SYSTEM) -> P
     return next((Path(folder) for folder in folders if (Path(folder) / "tensorrt" / "__init__.py").is_file()), None)
 
 
-def link_tensorrt(found: Path, links: Path) -> Path:
+def link_tensorrt(packages: Path, links: Path) -> Path:
     """A folder with links to TensorRT's own packages. Raises ManifestError when it cannot be made."""
     try:
         links.mkdir(parents=True, exist_ok=True)
         for part in PARTS:
-            goal, target = links / part, found / part
+            goal, target = links / part, packages / part
             if goal.is_symlink():
                 goal.unlink()
             if target.is_dir():
                 goal.symlink_to(target, target_is_directory=True)
-        for record in found.glob("tensorrt*-info"):  # the version that importlib.metadata tells
+        for record in packages.glob("tensorrt*-info"):  # importlib.metadata reads the version there
             goal = links / record.name
             if not goal.is_symlink():
                 goal.symlink_to(record)
@@ -135,8 +137,8 @@ def link_tensorrt(found: Path, links: Path) -> Path:
 
 
 def cache_folder(home: Path, given: Mapping[str, str]) -> Path:
-    """Where engines are kept: as asked, else where systemd lets a service write, else beside the install where that may
-    be written, else in the user's cache.
+    """The cache folder: PACKAGER_ENGINE_CACHE, else systemd's CacheDirectory, else the install where it is writable,
+    else the user's cache.
     """
     if named := given.get(CACHE):
         return Path(named)

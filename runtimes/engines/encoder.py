@@ -1,6 +1,6 @@
-"""What an encoder does around its matrix products: texts to token ids, states to a vector, logits to scores.
+"""Pre- and post-processing of encoders: texts to token ids, hidden states to a vector, logits to scores.
 
-As sentence-transformers and transformers' pipelines do it; the manifest's ``run.settings`` say which way.
+As in sentence-transformers and transformers' pipelines; the manifest's ``run.settings`` choose the variant.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from runtimes.engine import EngineError, RequestRefused
 from runtimes.manifest import Run
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
@@ -30,7 +31,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Settings:
-    """run.settings, checked. labels and scores: classifiers; the rest but pad_id and token_types: embedders."""
+    """run.settings, checked. labels and scores: of classifiers; pad_id and token_types: of both; the rest: of
+    embedders.
+    """
 
     pad_id: int
     token_types: bool
@@ -43,11 +46,11 @@ class Settings:
 
     @classmethod
     def of(cls, run: Run) -> Settings:
-        """Raises EngineError for settings that this runtime does not know: another pooling is another vector."""
+        """The settings of a run. Raises EngineError for a pooling or scores that this runtime does not know."""
         given = run.settings
         pooling, scores = str(given.get("pooling", "mean")), str(given.get("scores", "softmax"))
         if pooling not in POOLINGS or scores not in ("softmax", "sigmoid", "none"):
-            raise EngineError(f"This runtime knows no pooling {pooling!r} or no scores {scores!r}.")
+            raise EngineError(f"This runtime does not support the pooling {pooling!r} or the scores {scores!r}.")
         return cls(
             pad_id=int(given.get("pad_id", 0)),
             token_types=bool(given.get("token_types", False)),
@@ -61,8 +64,8 @@ class Settings:
 
 
 class Encoder(Protocol):
-    """A loaded embedder or classifier. ``compute`` may be called from one thread at a time. details: what /health and
-    /v1/models tell of the engine beside the model.
+    """A loaded embedder or classifier. ``compute`` may be called from one thread at a time. details: the engine's
+    facts for /health and /v1/models.
     """
 
     task: str
@@ -75,20 +78,20 @@ class Encoder(Protocol):
     @property
     def details(self) -> Mapping[str, str]: ...
 
-    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         ...
 
     def memory(self) -> int:
-        """Bytes resident now, device memory included where the library tells."""
+        """Bytes resident now, device memory included where the library reports it."""
         ...
 
     def close(self) -> None: ...
 
 
 class Reader:
-    """The tokenizer. Its own padding and truncation are switched off: tokenizer.json often carries another limit than
-    the model was trained with.
+    """The tokenizer, with its own padding and truncation off: tokenizer.json often has another limit than the model
+    was trained with. Thread-safe. Raises EngineError.
     """
 
     def __init__(self, run: Run, settings: Settings) -> None:
@@ -100,13 +103,13 @@ class Reader:
             raise EngineError(f"The tokenizer {run.tokenizer} cannot be read: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._lock = threading.Lock()  # truncation is a state of the tokenizer
+        self._lock = threading.Lock()  # truncation is state of the tokenizer
         self.longest, self.settings = run.context, settings
         self.vocabulary = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def read(self, text: str, pair: str | None = None, *, truncate: bool = False, param: str = "input") -> Text:
-        """The text with its special tokens. Raises RequestRefused for an empty one, or a longer one than the model
-        takes unless ``truncate``.
+        """The text with its special tokens. Raises RequestRefused for an empty text, and for one that is longer than
+        the model's limit unless ``truncate``.
         """
         if not text:
             raise RequestRefused("A text is empty.", param=param)
@@ -116,22 +119,24 @@ class Reader:
         try:
             (whole + (pair or "")).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RequestRefused(f"A text has half a character (position {error.start}).", param=param) from None
+            raise RequestRefused(
+                f"A text has half a character, an unpaired surrogate (position {error.start}).", param=param
+            ) from None
         with self._lock:
-            found = self._tokenizer.encode(whole, pair)
-            count = len(found.ids)
+            encoding = self._tokenizer.encode(whole, pair)
+            count = len(encoding.ids)
             if count > self.longest and truncate:
                 self._tokenizer.enable_truncation(self.longest)  # longest_first, as transformers has it
                 try:
-                    found = self._tokenizer.encode(whole, pair)
+                    encoding = self._tokenizer.encode(whole, pair)
                 finally:
                     self._tokenizer.no_truncation()
-        if len(found.ids) > self.longest:
+        if len(encoding.ids) > self.longest:
             raise self._too_long(count, param)
-        return Text(tuple(found.ids), tuple(found.type_ids), count - len(found.ids))
+        return Text(tuple(encoding.ids), tuple(encoding.type_ids), count - len(encoding.ids))
 
     def from_ids(self, ids: Sequence[int], *, truncate: bool = False, param: str = "input") -> Text:
-        """Token ids as they are: the special tokens are the caller's. Raises RequestRefused."""
+        """Token ids, to which no special tokens are added. Raises RequestRefused."""
         if not ids:
             raise RequestRefused("A list of token ids is empty.", param=param)
         if not all(0 <= token < self.vocabulary for token in ids):
@@ -150,18 +155,18 @@ class Reader:
 
 
 def require_encoder(run: Run) -> None:
-    """Raise EngineError for a manifest of another kind of model."""
+    """Raise EngineError unless the manifest is an embedder's or a classifier's."""
     if run.task not in ("embed", "classify"):
         raise EngineError(f"The manifest's run.task is {run.task!r}; this engine embeds or classifies.")
 
 
 def require_inputs(names: Sequence[str], settings: Settings, model: str) -> None:
-    """Raise EngineError unless a model takes what ``padded`` gives."""
+    """Raise EngineError unless a model's inputs are those of ``padded``."""
     if set(names) != {"input_ids", "attention_mask"} | ({"token_type_ids"} if settings.token_types else set()):
         raise EngineError(f"{model} takes {', '.join(sorted(names))}; the manifest says otherwise.")
 
 
-def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[Any]]:
+def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[np.int64]]:
     """The model's inputs [texts, longest text], int64."""
     import numpy as np
 
@@ -171,34 +176,34 @@ def padded(texts: Sequence[Text], settings: Settings) -> dict[str, NDArray[Any]]
     for row, text in enumerate(texts):
         end = len(text.ids)
         ids[row, :end], mask[row, :end], types[row, :end] = text.ids, 1, text.types
-    found = {"input_ids": ids, "attention_mask": mask}
-    return {**found, "token_type_ids": types} if settings.token_types else found
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {**inputs, "token_type_ids": types} if settings.token_types else inputs
 
 
-def rows(found: NDArray[Any], mask: NDArray[Any], task: str, settings: Settings) -> list[NDArray[Any]]:
-    """A vector of float32 for each text of a batch from what its model put out: the embedding, or the logits."""
+def rows(output: NDArray[Any], mask: NDArray[Any], task: str, settings: Settings) -> list[NDArray[np.float32]]:
+    """A float32 vector for each text of a batch, from the model's output: the embedding, or the logits."""
     import numpy as np
 
-    plain = found.astype(np.float32, copy=False)  # sums of 16-bit floats would lose digits
-    return list(plain if task == "classify" else pooled(plain, mask, settings))
+    values = output.astype(np.float32, copy=False)  # sums in float16 would lose digits
+    return list(values if task == "classify" else pooled(values, mask, settings))
 
 
-def pooled(states: NDArray[Any], mask: NDArray[Any], settings: Settings) -> NDArray[Any]:
-    """Vectors [texts, hidden] from token states [texts, length, hidden]; padding has no part in them."""
+def pooled(states: NDArray[Any], mask: NDArray[Any], settings: Settings) -> NDArray[np.float32]:
+    """Vectors [texts, hidden] from token states [texts, length, hidden], padding excluded."""
     import numpy as np
 
     weights = mask[:, :, None].astype(np.float32)
     if settings.pooling == "cls":
-        found = states[:, 0]
+        vectors = states[:, 0]
     elif settings.pooling == "max":
-        found = np.where(weights > 0, states, -np.inf).max(axis=1)
+        vectors = np.where(weights > 0, states, -np.inf).max(axis=1)
     else:
         count = np.maximum(weights.sum(axis=1), 1e-9)
-        found = (states * weights).sum(axis=1) / (np.sqrt(count) if settings.pooling == "mean_sqrt_len" else count)
+        vectors = (states * weights).sum(axis=1) / (np.sqrt(count) if settings.pooling == "mean_sqrt_len" else count)
     if settings.normalize:
-        found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-    vectors: NDArray[Any] = found.astype(np.float32)
-    return vectors
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    result: NDArray[np.float32] = vectors.astype(np.float32)
+    return result
 
 
 def scored(logits: NDArray[Any], settings: Settings) -> list[float]:
@@ -214,8 +219,8 @@ def scored(logits: NDArray[Any], settings: Settings) -> list[float]:
     return [float(value) for value in values]
 
 
-def labelled(logits: NDArray[Any], settings: Settings) -> Mapping[str, Any]:
-    """One text's answer: the best label and its score, and all of them."""
+def labelled(logits: NDArray[Any], settings: Settings) -> Mapping[str, object]:
+    """The answer for one text: the best label with its score, and all scores."""
     scores = scored(logits, settings)
     names = settings.labels or tuple(f"LABEL_{number}" for number in range(len(scores)))
     best = max(range(len(scores)), key=lambda number: scores[number])

@@ -1,9 +1,9 @@
-"""The engine that a manifest names: one module of this folder, of which a bundle carries only its own.
+"""The engines by their names in the manifest: one module each; a bundle carries only its own.
 
-A module that serves in this process offers ``load(run, verbose=...)`` (an Engine) and ``open_scorer(run, ...)`` (a
-Scorer). ``APP`` names the module of runtimes/server/ that serves it, where that is not ``chat_app``: it has
-``open_service`` and ``make_app``. One that starts an outside server instead offers ``serve(run, options)``, which gives
-the exit code.
+A module that serves in this process has ``load(run, verbose=...)`` (an Engine) and ``open_scorer(run, ...)`` (a
+Scorer). ``APP`` names the module of runtimes/server/ that serves it, where that is not ``chat_app``; such a module has
+``open_service`` and ``make_app``. A module that starts another server has ``serve(run, options)`` instead, which
+returns the exit code.
 """
 
 from __future__ import annotations
@@ -46,37 +46,36 @@ class Scorer(Protocol):
 
 
 class OpenScorer(Protocol):
-    """What an engine's module calls ``open_scorer``."""
+    """The type of ``open_scorer`` in an engine's module."""
 
     def __call__(
         self, run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool
     ) -> AbstractContextManager[Scorer]:
-        """longest: tokens of the longest sequence. max_rss_bytes: resident memory to stay near, where the engine can.
-        Raises EngineError when the model does not load.
+        """longest: tokens of the longest sequence. max_rss_bytes: resident memory not to exceed by much, where the
+        engine can. Raises EngineError when the model does not load.
         """
         ...
 
 
 def module(name: str) -> ModuleType:
-    """The module of an engine. Raises ManifestError with one sentence for one that this bundle does not carry."""
+    """The module of an engine. Raises ManifestError with one sentence when this bundle does not carry it."""
     if name in MODULES:
         path = f"runtimes.engines.{MODULES[name]}"
         try:
             return importlib.import_module(path)
         except ModuleNotFoundError as error:
-            # the engine's module or its folder is not in this bundle; anything else that is missing is another fault
+            # only the engine's own module or folder may be missing from a bundle; another missing module is a defect
             if error.name is None or not f"{path}.".startswith(f"{error.name}."):
                 raise
-    raise ManifestError(f"This runtime has no engine {name!r}; it knows {', '.join(MODULES)}.")
+    raise ManifestError(f"This runtime has no engine {name!r}; it has {', '.join(MODULES)}.")
 
 
 def scorer(name: str) -> OpenScorer:
-    """How an engine is opened for scoring. Raises ManifestError."""
-    found = getattr(module(name), "open_scorer", None)
-    if found is None:
+    """The ``open_scorer`` of an engine. Raises ManifestError for an engine without one."""
+    open_scorer: OpenScorer | None = getattr(module(name), "open_scorer", None)
+    if open_scorer is None:
         raise ManifestError(f"The engine {name!r} cannot be scored here.")
-    opened: OpenScorer = found
-    return opened
+    return open_scorer
 
 
-COMPILED = ("tensorrt", "tensorrt_decoder")  # engines that bin/engine tells of and makes again
+COMPILED = ("tensorrt", "tensorrt_decoder")  # engines that the box builds, with bin/engine

@@ -1,8 +1,8 @@
-"""Starts the box's own vLLM on the bundle's folder: one command line, made of the manifest, and nothing else.
+"""Starts the box's own vLLM on the bundle's folder: one command line, made from the manifest.
 
-vLLM pins its own torch, so it lives in an environment of its own and is found as the program ``vllm`` on PATH, or where
-PACKAGER_VLLM says. Flags are those of vLLM 0.33. This process becomes vLLM's (exec), so signals and its exit code are
-its own. What quantized kernel runs (Marlin where the GPU has it) is left to vLLM.
+vLLM pins its own torch, so it is installed in its own environment: the program ``vllm`` on PATH, or the path in
+PACKAGER_VLLM. Flags are those of vLLM 0.33. This process becomes vLLM (exec), which then gets the signals and gives the
+exit code. vLLM chooses the quantized kernel (Marlin where the GPU supports it).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from runtimes.manifest import ManifestError, Run
 from runtimes.preflight.facts import read_facts
-from runtimes.preflight.fit_gpu import lacking, vllm
+from runtimes.preflight.fit_gpu import requirements, vllm
 from runtimes.preflight.vllm import find_vllm
 
 REFUSED = 4
-# Nothing is fetched and nobody is told; Ray counts too.
+# No downloads and no telemetry, Ray's included.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -30,12 +30,12 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-# bin/serve sets these for the bundle's own Python; vLLM's must not see them.
+# bin/serve sets these for the bundle's own Python; vLLM's Python must not inherit them.
 OURS = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 def command(run: Run, program: str, host: str, port: int) -> list[str]:
-    """The whole command line. Raises ManifestError for settings that are not those of this engine."""
+    """vLLM's command line. Raises ManifestError for settings that are not those of this engine."""
     settings, folder = run.settings, run.model.parent
     try:
         parallel, share = int(settings["tensor_parallel"]), float(settings["gpu_share"])
@@ -76,16 +76,18 @@ def command(run: Run, program: str, host: str, port: int) -> list[str]:
 
 
 def environment(given: Mapping[str, str], verbose: bool) -> dict[str, str]:
-    """The environment that vLLM gets."""
+    """vLLM's environment variables."""
     kept = {key: value for key, value in given.items() if key not in OURS}
     return {**kept, **OFFLINE, **({"VLLM_LOGGING_LEVEL": "DEBUG"} if verbose else {})}
 
 
 def serve(run: Run, options: argparse.Namespace) -> int:
-    """Become vLLM. Returns 4 with one sentence where the box cannot run it. Raises ManifestError."""
+    """Replace this process by vLLM. Prints one sentence and returns 4 when the box cannot run it. Raises
+    ManifestError.
+    """
     needs = gpu_needs(options.bundle)
     facts = read_facts()
-    bad = [row for row in [*lacking(needs, facts), vllm(str(needs["vllm"]), facts)] if row[1] is False]
+    bad = [row for row in [*requirements(needs, facts), vllm(str(needs["vllm"]), facts)] if row[1] is False]
     program = find_vllm()
     if bad or program is None:
         name, _, expected, found, fix = bad[0] if bad else ("vLLM", False, "the program vllm", "none", "install it")
@@ -93,7 +95,7 @@ def serve(run: Run, options: argparse.Namespace) -> int:
         return REFUSED
     words = command(run, program, options.host, free_port(options.host, options.port))
     if options.log_json:
-        sys.stderr.write("--log-json is our own server's; vLLM writes its own log.\n")
+        sys.stderr.write("--log-json is an option of our own server; vLLM writes its own log.\n")
     shown = f"[{options.host}]" if ":" in options.host else options.host
     sys.stdout.write(f"{run.name} by vLLM on http://{shown}:{words[words.index('--port') + 1]} (API page: /docs)\n")
     sys.stdout.flush()
@@ -109,17 +111,17 @@ def gpu_needs(bundle: Path) -> Mapping[str, object]:
     try:
         needs = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["needs"]["gpu"]
         if {"capability", "count", "bytes", "vllm"} <= needs.keys():
-            found: Mapping[str, object] = needs
-            return found
+            checked: Mapping[str, object] = needs
+            return checked
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ManifestError("The manifest does not say what vLLM needs of the GPU (needs.gpu); copy the bundle again.")
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, or any free one for 0: told now, where vLLM would take a minute. Raises ManifestError."""
+    """The port, or a free one for 0. Raises ManifestError when it is in use, which vLLM reports after a minute."""
     try:
-        if not 0 <= port < 1 << 16:  # getaddrinfo takes it modulo 65536
+        if not 0 <= port < 1 << 16:  # getaddrinfo takes the port modulo 65536
             raise OverflowError("ports end at 65535")
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -1,28 +1,28 @@
-"""What the build machine asks of a runtime goes through two JSON files: one question in, one answer out."""
+"""The verbs for the build machine read a question from one JSON file and write the answer to another."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes.engine import EngineError
+from runtimes.files import write_atomically
 from runtimes.manifest import ManifestError, Run, parse_run
 
 FAILED, UNUSABLE = 1, 3
 
 
-def exchange(
+def run_json_verb(
     verb: str, about: str, argv: Sequence[str], answer: Callable[[Run, dict[str, Any], bool], dict[str, Any]]
 ) -> int:
-    """Read the question and its ``run``, answer, and write the answer whole or not at all.
+    """Read the question, compute the answer, and write it atomically. Returns the exit code: 0 done, 1 the engine
+    failed, 3 the input is unusable.
 
-    answer: called with the run, the question and whether the engine's own log is wanted. Exit codes: 0 done, 1 the
-    engine failed, 3 the input is unusable.
+    answer: called with the run, the question, and whether to show the engine's log.
     """
     parser = argparse.ArgumentParser(prog=f"python -m runtimes {verb}", description=about)
     parser.add_argument("--input", type=Path, required=True, help="JSON file with the question")
@@ -31,7 +31,8 @@ def exchange(
     options = parser.parse_args(argv)
     try:
         question = json.loads(options.input.read_text(encoding="utf-8"))
-        _write(options.output, answer(parse_run(question.get("run")), question, options.verbose))
+        answered = answer(parse_run(question.get("run")), question, options.verbose)
+        write_atomically(options.output, json.dumps(answered).encode())
     except EngineError as error:
         sys.stderr.write(f"{verb}: {error}\n")
         return FAILED
@@ -42,15 +43,6 @@ def exchange(
 
 
 def progress(done: int, total: int) -> None:
-    """One line of JSON on standard error, which the build machine turns into its progress."""
+    """Write one line of JSON to standard error, which the build machine shows as progress."""
     sys.stderr.write(json.dumps({"done": done, "total": total}) + "\n")
     sys.stderr.flush()
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

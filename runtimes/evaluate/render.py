@@ -1,4 +1,4 @@
-"""``render``: conversations to the ids that the server feeds, for the build machine, through two JSON files."""
+"""``render``: conversations to the server's prompt ids, for the build machine, through two JSON files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from runtimes.evaluate.json_files import exchange
+from runtimes.evaluate.json_files import run_json_verb
 from runtimes.manifest import Run
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit codes: see exchange."""
-    return exchange("render", __doc__, argv, render)
+    """Exit codes: see run_json_verb."""
+    return run_json_verb("render", __doc__, argv, render)
 
 
 def render(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
-    """Each conversation's text and ids, exactly as the server would feed them on the first day of 2026: a template that
-    writes the date must not make two builds differ.
+    """Each conversation's text and ids, exactly as the server makes them on 1 January 2026. The date is fixed, so that
+    a template that writes it gives the same bytes in every build. Raises ValueError when the template refuses.
     """
     from runtimes.decoding.chat_template import Prompts, TemplateRefused
 

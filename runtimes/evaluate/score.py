@@ -1,8 +1,8 @@
-"""``score``: what the build machine asks of the distributions of the runtime that ships, through two JSON files.
+"""``score``: next-token distributions of the shipped runtime, for the build machine, through two JSON files.
 
 The likeliest next tokens after given positions of given token sequences, with their log-probabilities in the model's
-own distribution (no sampling filter touches them). Each sequence is computed once, in pieces of one size, so the same
-input gives the same numbers.
+own distribution, before any sampling filter. Each sequence is computed once, in chunks of one size, so the same input
+gives the same numbers.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtimes.engines.registry import scorer
-from runtimes.evaluate.json_files import exchange, progress
+from runtimes.evaluate.json_files import progress, run_json_verb
 from runtimes.manifest import Run
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit codes: see exchange."""
-    return exchange("score", __doc__.partition("\n\n")[2], argv, score)
+    """Exit codes: see run_json_verb."""
+    return run_json_verb("score", __doc__.partition("\n\n")[2], argv, score)
 
 
 def score(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def score(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str
     scored, done = [], 0
     with scorer(run.engine)(run, longest=longest, max_rss_bytes=ceiling, verbose=verbose) as engine:
         tokenized = [engine.tokenize(text) for text in question.get("tokenize") or []]
-        # an engine that reads tokens out of the artifact itself says what it makes of their ends
+        # an engine with a tokenizer in the artifact reports which of the ids end an answer
         vocabulary = engine.vocabulary(run.stop_ids) if hasattr(engine, "vocabulary") else None
         for sequence in sequences:
             rows: dict[int, Mapping[int, float]] = {}
@@ -38,12 +38,12 @@ def score(run: Run, question: dict[str, Any], verbose: bool = False) -> dict[str
                 done += 1
                 if done == total or done % 16 == 0:
                     progress(done, total)
-            found = [rows[position] for position in sequence["positions"]]
+            likeliest = [rows[position] for position in sequence["positions"]]
             scored.append(
                 {
                     "positions": list(sequence["positions"]),
-                    "ids": [list(row) for row in found],
-                    "logprobs": [list(row.values()) for row in found],
+                    "ids": [list(row) for row in likeliest],
+                    "logprobs": [list(row.values()) for row in likeliest],
                 }
             )
     return {"sequences": scored, "tokenized": tokenized, "vocabulary": vocabulary, "engine": engine.version}

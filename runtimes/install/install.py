@@ -1,17 +1,15 @@
-"""Install a bundle on this box: preflight, then everything in a temporary sibling of the prefix, then one rename.
+"""Installs a bundle on this box: preflight, then the whole install in a temporary sibling of the prefix, then a rename.
 
-Called by install.sh, which has chosen a Python. Standard library only, no network: the wheels lie in the bundle and
-pip itself is one of them (a Debian python3 has no ensurepip). Nothing is written before the preflight has passed; what
-a killed install leaves is a hidden temporary sibling, which the next run removes. Exit codes: 0 installed, 4 the box or
-place does not fit, 5 the bundle is damaged, 9 the machine failed, 130 interrupted.
+install.sh chooses a Python and calls this. Standard library only, no network: the wheels are in the bundle, pip among
+them (a Debian python3 has no ensurepip). Nothing is written before the preflight has passed; a killed install leaves
+only a hidden temporary sibling, which the next run removes. Exit codes: 0 installed, 4 the box or the prefix does not
+fit, 5 the bundle is damaged, 9 the machine failed, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
-import ctypes
-import hashlib
 import json
 import os
 import shutil
@@ -22,32 +20,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runtimes.install.launchers import make_engine, verbs, write_units, write_wrappers
+from runtimes.files import clone, copy, exchange, file_sha256, flush, lock_folder, say
+from runtimes.install.launchers import make_engine, verbs, write_launchers, write_units
 from runtimes.preflight import check
 
 BIN = "Scripts" if os.name == "nt" else "bin"
-EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
-AT_FDCWD = -100
-FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks, copy on write
 
 
 class Refused(Exception):
-    """An install that cannot go on: one sentence, and the exit code."""
+    """The install cannot continue: one sentence, and the exit code."""
 
     def __init__(self, sentence: str, code: int = check.REFUSED) -> None:
         super().__init__(sentence)
         self.code = code
 
 
-def say(text: str) -> None:
-    """One line of progress on standard error."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
 def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, skip_engine: bool = False) -> bool:
-    """Install; False when the same bundle was already there, whole. Raises Refused, before or after cleaning up.
-    skip_engine: a Jetson's engine is built at the first start instead."""
+    """Install; False when the same bundle is already installed and intact. Raises Refused; the prefix is then
+    unchanged. skip_engine: build a Jetson's engine at the first start instead.
+    """
     bundle = bundle.resolve()
     prefix = Path(os.path.realpath(prefix.expanduser()))
     try:
@@ -56,12 +47,12 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
         raise Refused(str(error), check.DAMAGED) from error
     facts = check.read_facts(prefix, gpu=bool(manifest["needs"].get("gpu")))
     findings = check.compare(manifest["needs"], facts, installing=True)
-    ours = look_at_place(bundle, prefix)
+    ours = check_prefix(bundle, prefix)
     say(f"checking this box and the files of {manifest['bundle']} …")
     files = check.check_files(bundle)
-    digest = check.file_sha256(bundle / check.MANIFEST)
-    done = ours and is_whole(prefix, digest, verbs(manifest))
-    if done:  # nothing will be written, so the disk may be full
+    digest = file_sha256(bundle / check.MANIFEST)
+    done = ours and is_intact(prefix, digest, verbs(manifest))
+    if done:  # nothing is written then, so the disk may be full
         findings = [item for item in findings if item.name != "disk"]
     code = check.exit_code(findings, files)
     if code != check.FITS:
@@ -70,7 +61,7 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
         say(f"warning: {sentence}")
     if done:
         if not skip_engine:
-            have_engine(manifest, prefix, None)  # an update of JetPack may ask for another one
+            provide_engine(manifest, prefix, None)  # an update of JetPack may need another engine
         return False
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +77,10 @@ def install(bundle: Path, prefix: Path, *, interpreter: str = sys.executable, sk
     return True
 
 
-def look_at_place(bundle: Path, prefix: Path) -> bool:
-    """Whether an install of ours is at the prefix; Refused when something else is, or the place cannot be written."""
+def check_prefix(bundle: Path, prefix: Path) -> bool:
+    """Whether the prefix has an install of ours. Raises Refused for other files there, or a folder without write
+    access.
+    """
     if prefix == bundle or prefix in bundle.parents or bundle in prefix.parents:
         raise Refused(
             f"Refused: the prefix {prefix} must lie apart from the bundle {bundle}; choose another place with --prefix."
@@ -119,7 +112,7 @@ def look_at_place(bundle: Path, prefix: Path) -> bool:
 
 
 def is_ours(prefix: Path) -> bool:
-    """Whether an install of ours is at the prefix, whole or not; a file of that name alone is not enough."""
+    """Whether the prefix has an install of ours, intact or not: its marker file has our fields."""
     try:
         marker = json.loads((prefix / check.MARKER).read_text("utf-8"))
     except (OSError, ValueError):
@@ -128,12 +121,12 @@ def is_ours(prefix: Path) -> bool:
 
 
 def user() -> str:
-    """Who runs this, for a message."""
+    """The user's name, for a message."""
     return os.environ.get("USER") or os.environ.get("USERNAME") or "this user"
 
 
-def is_whole(prefix: Path, manifest_sha256: str, names: tuple[str, ...]) -> bool:
-    """Whether the install at the prefix is of this very manifest, by this Python, undamaged and able to start."""
+def is_intact(prefix: Path, manifest_sha256: str, names: tuple[str, ...]) -> bool:
+    """Whether the install at the prefix has this manifest and this Python, is undamaged and can start."""
     try:
         marker = json.loads((prefix / check.MARKER).read_text("utf-8"))
         same = marker["manifest_sha256"] == manifest_sha256 and marker["python"] == sys.version.split()[0]
@@ -147,7 +140,7 @@ def is_whole(prefix: Path, manifest_sha256: str, names: tuple[str, ...]) -> bool
 
 
 def starts(home: Path) -> bool:
-    """Whether everything that was installed can be imported (an illegal instruction ends only the child)."""
+    """Whether all installed packages can be imported, in a child (which an illegal instruction may kill)."""
     code = (
         "import importlib, importlib.metadata as m, sys\n"
         "names = [f.parts[0] for d in m.distributions() for f in (d.files or ()) "
@@ -167,53 +160,38 @@ def starts(home: Path) -> bool:
 
 
 def siblings(prefix: Path) -> tuple[str, Path]:
-    """Prefix of the temporary siblings' names, and the name an old install has while two renames replace it."""
+    """The name prefix of temporary siblings, and the path of an old install while two renames replace it."""
     return f".{prefix.name}.installing-", prefix.parent / f".{prefix.name}.previous"
 
 
 def sweep(prefix: Path) -> None:
-    """Remove what killed installs left; an old install that a kill left without its name gets it back."""
+    """Remove the remains of killed installs; rename an old install back that a kill left under its temporary name."""
     start, previous = siblings(prefix)
     if previous.exists() and not prefix.exists():
         previous.rename(prefix)
     for left in [previous, *prefix.parent.glob(f"{start}*")]:
-        if left.is_dir() and (held := hold(left)) is not None:
+        if left.is_dir() and (held := lock_folder(left)) is not None:
             say(f"removing what an earlier install left: {left}")
             remove(left)
             os.close(held)
 
 
-def hold(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; None when another process holds it."""
-    if os.name == "nt":
-        return os.open(os.devnull, os.O_RDONLY)
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
 def remove(folder: Path) -> None:
-    """Delete a tree; what cannot be deleted is named, because it takes disk."""
+    """Delete a tree; report one that cannot be deleted, because it takes disk."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         say(f"could not remove {folder}; delete it by hand")
 
 
-def have_engine(manifest: dict[str, Any], home: Path, old: Path | None) -> None:
-    """Where the model's engine is made by the box, make it. Raises Refused."""
+def provide_engine(manifest: dict[str, Any], home: Path, old: Path | None) -> None:
+    """Build the engine of a bundle whose engine the box builds. old: see make_engine. Raises Refused."""
     if "engine" not in verbs(manifest):
         return
     say("looking for this box's engine …")
-    code, said = make_engine(home, old)
+    code, sentence = make_engine(home, old)
     if code:
         raise Refused(
-            f"{said} To install without it, add --skip-engine.",
+            f"{sentence} To install without it, add --skip-engine.",
             check.REFUSED if code == check.REFUSED else check.MACHINE,
         )
 
@@ -221,16 +199,16 @@ def have_engine(manifest: dict[str, Any], home: Path, old: Path | None) -> None:
 def build_and_publish(
     bundle: Path, prefix: Path, manifest: dict[str, Any], digest: str, interpreter: str, *, skip_engine: bool = False
 ) -> None:
-    """Make the whole install beside the prefix, then give it the prefix's name."""
+    """Make the whole install beside the prefix, then rename it to the prefix. Raises Refused or OSError."""
     work = Path(tempfile.mkdtemp(prefix=siblings(prefix)[0], dir=prefix.parent))
-    held = hold(work)
+    held = lock_folder(work)
     try:
         work.chmod(0o755)
         say("copying the model and the server …")
         copy_files(bundle, work)
         say("installing the Python packages from wheels/ …")
         make_venv(bundle, work, interpreter)
-        write_wrappers(work, verbs(manifest))
+        write_launchers(work, verbs(manifest))
         write_units(bundle, work, prefix)
         if not starts(work):
             raise Refused(
@@ -238,7 +216,7 @@ def build_and_publish(
                 f"nothing was changed at {prefix}, use a bundle for another target or another --python."
             )
         if not skip_engine:
-            have_engine(manifest, work, prefix)
+            provide_engine(manifest, work, prefix)
         marker = {
             "schema_version": 1,
             "bundle": manifest["bundle"],
@@ -246,17 +224,19 @@ def build_and_publish(
             "python": sys.version.split()[0],
         }
         (work / check.MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
-        settle(work)
+        sync(work)
         publish(work, prefix)
     finally:
-        if work.exists():  # the old install after an exchange, or an install that failed
+        if work.exists():  # the old install after the swap, or a failed install
             remove(work)
         if held is not None:
             os.close(held)
 
 
 def copy_files(bundle: Path, work: Path) -> None:
-    """Copy what the box runs; every file is hashed again as it is read, because a stick can fail between two reads."""
+    """Copy the files that the box runs. Each is hashed again during the copy, because a USB stick can fail between two
+    reads. Raises Refused.
+    """
     for path, expected in check.sums(bundle):
         if not check.is_installed(path):
             continue
@@ -271,42 +251,15 @@ def copy_files(bundle: Path, work: Path) -> None:
     compileall.compile_dir(work / "runtime", quiet=2, stripdir=str(work), prependdir=None)
 
 
-def clone(source: Path, goal: Path) -> bool:
-    """Share the file's blocks where the filesystem can (Btrfs, XFS): as safe as a copy, and no second copy on disk.
-    Never a hard link: a later change of the bundle would change the install."""
-    if sys.platform != "linux":
-        return False
-    import fcntl
-
-    with source.open("rb") as reader, goal.open("wb") as writer:
-        try:
-            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
-        except OSError:
-            return False
-    return True
-
-
-def copy(source: Path, goal: Path) -> str:
-    """Copy a file to disk and return the sha256 of what was read."""
-    digest = hashlib.sha256()
-    with source.open("rb") as reader, goal.open("wb") as writer:
-        while block := reader.read(check.CHUNK):
-            digest.update(block)
-            writer.write(block)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return digest.hexdigest()
-
-
 def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
-    """A virtual environment of the bundled wheels, by the bundled pip, with every hash checked and no index asked."""
+    """Make a virtual environment from the bundled wheels with the bundled pip: every hash checked, no package index."""
     wheels = bundle / "wheels"
     pip = sorted(wheels.glob("pip-*.whl"))
     if not pip:
         raise Refused("The bundle has no wheel of pip in wheels/; copy the bundle again.", check.DAMAGED)
     scratch = work / ".tmp"
     scratch.mkdir()
-    # The box's own pip settings (an index, a constraint, a proxy) must not reach in; TMPDIR: /tmp may be small.
+    # The box's own pip settings (an index, a constraint, a proxy) must not apply; TMPDIR: /tmp may be small.
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON", "VIRTUAL_ENV"))}
     clean |= {"PIP_CONFIG_FILE": os.devnull, "TMPDIR": str(scratch), "TEMP": str(scratch)}
     step([interpreter, "-I", "-m", "venv", "--without-pip", str(work / "venv")], clean, "making a virtual environment")
@@ -336,13 +289,14 @@ def make_venv(bundle: Path, work: Path, interpreter: str) -> None:
         "installing the packages",
     )
     shutil.rmtree(scratch, ignore_errors=True)
-    for script in (work / "venv" / BIN).iterdir():  # they hold this temporary path; bin/ is what is used
+    # these scripts contain the temporary path; the launchers in bin/ replace them
+    for script in (work / "venv" / BIN).iterdir():
         if not script.name.lower().startswith("python"):
             script.unlink()
 
 
 def step(command: list[str], env: dict[str, str], what: str) -> None:
-    """Run one child; its last words become the refusal when it fails."""
+    """Run one child. Raises Refused with the last error line of its output when it fails."""
     done = subprocess.run(
         command, env=env, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -356,31 +310,23 @@ def step(command: list[str], env: dict[str, str], what: str) -> None:
         )
 
 
-def settle(work: Path) -> None:
-    """Everything on disk before the name changes; one sync instead of an fsync for each of some thousand files."""
+def sync(work: Path) -> None:
+    """Flush the install to disk before the rename; one sync instead of an fsync for each of several thousand files."""
     if hasattr(os, "sync"):
         os.sync()
-    fsync_folder(work)
-
-
-def fsync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(work)
 
 
 def publish(work: Path, prefix: Path) -> None:
-    """Give the new install its name; an old one takes the temporary name in the same instant and is deleted after."""
+    """Rename the new install to the prefix. An old install is swapped to the temporary name atomically; the caller
+    deletes it. Raises OSError.
+    """
     if not prefix.exists():
         work.rename(prefix)
     elif not any(prefix.iterdir()):
         prefix.rmdir()
         work.rename(prefix)
-    elif not exchange(work, prefix):  # no renameat2 here: two renames; sweep() heals a kill between them
+    elif not exchange(work, prefix):  # without renameat2: two renames; sweep() repairs a kill between them
         previous = siblings(prefix)[1]
         prefix.rename(previous)
         try:
@@ -389,18 +335,7 @@ def publish(work: Path, prefix: Path) -> None:
             previous.rename(prefix)
             raise
         remove(previous)
-    fsync_folder(prefix.parent)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where system or filesystem cannot."""
-    if sys.platform != "linux":
-        return False
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0)
+    flush(prefix.parent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -410,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--prefix", type=Path, required=True, help="the folder to install to")
     options.add_argument("--skip-engine", action="store_true", help="leave a Jetson's engine to the first start")
     given = options.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that the temporary sibling is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # exit normally, so that the temporary sibling is removed
     try:
         fresh = install(given.bundle, given.prefix, skip_engine=given.skip_engine)
     except Refused as error:

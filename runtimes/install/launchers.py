@@ -1,4 +1,6 @@
-"""What an install has of its own: bin/check and its like, systemd units, a Jetson's engine. Standard library only."""
+"""Writes an install's launchers (bin/check and so on) and systemd units; builds a Jetson's engine. Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from runtimes.engines.registry import COMPILED
 
 VERBS = ("check", "serve", "bench")
 
-# -m looks into the working directory first, where a folder may be called runtimes too, and -P begins with Python 3.11.
+# -m searches the working directory first, which may have a folder runtimes too; -P needs Python 3.11.
 START = (
     "import runpy, sys; sys.path[:] = [place for place in sys.path if place]; "
     "runpy.run_module('runtimes', run_name='__main__', alter_sys=True)"
 )
-# $0 may be a link; the folder is resolved at every call, so an install can be moved.
-WRAPPER = """#!/bin/sh
+# $0 may be a link. The folder is resolved at every call, so that an install can be moved.
+LAUNCHER = """#!/bin/sh
 set -eu
 self=$0
 while [ -h "$self" ]; do
@@ -33,7 +35,7 @@ PYTHONPATH=$home/runtime PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8
 export PYTHONPATH PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE PYTHONUTF8 PYTHONSAFEPATH
 exec "$home/venv/bin/python" -c "@START@" @VERB@ --bundle "$home" "$@"
 """
-WRAPPER_CMD = """@echo off\r
+LAUNCHER_CMD = """@echo off\r
 setlocal\r
 set "PYTHONPATH=%~dp0..\\runtime"\r
 set PYTHONNOUSERSITE=1\r
@@ -44,19 +46,21 @@ set PYTHONSAFEPATH=1\r
 """
 
 
-def write_wrappers(work: Path, names: tuple[str, ...]) -> None:
-    """bin/check, bin/serve and so on."""
+def write_launchers(work: Path, names: tuple[str, ...]) -> None:
+    """Write bin/check, bin/serve and so on."""
     folder = work / "bin"
     folder.mkdir()
     for verb in names:
-        (folder / verb).write_text(WRAPPER.replace("@START@", START).replace("@VERB@", verb), "utf-8")
+        (folder / verb).write_text(LAUNCHER.replace("@START@", START).replace("@VERB@", verb), "utf-8")
         (folder / verb).chmod(0o755)
         if os.name == "nt":
-            (folder / f"{verb}.cmd").write_bytes(WRAPPER_CMD.replace("@START@", START).replace("@VERB@", verb).encode())
+            (folder / f"{verb}.cmd").write_bytes(
+                LAUNCHER_CMD.replace("@START@", START).replace("@VERB@", verb).encode()
+            )
 
 
 def write_units(bundle: Path, work: Path, prefix: Path) -> None:
-    """The systemd units with the prefix put in, quoted as systemd reads it (systemd.syntax(7), "%" as "%%")."""
+    """Write the systemd units with the prefix filled in, quoted for systemd (systemd.syntax(7), "%" as "%%")."""
     quoted = str(prefix).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     for unit in sorted(bundle.glob("*.service")):
         (work / unit.name).write_text(unit.read_text("utf-8").replace("@PREFIX@", quoted), "utf-8")
@@ -68,17 +72,17 @@ def verbs(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def make_engine(home: Path, old: Path | None = None) -> tuple[int, str]:
-    """Have the box's engine there, where a bundle needs one; exit code and sentence of ``bin/engine build``, 0 and ""
-    when it is. old: an earlier install, whose engine of the same key is taken over.
+    """Run ``bin/engine build``; its exit code and its error sentence, "" for code 0. old: an earlier install, whose
+    cached engines are copied first.
     """
     kept = old / "cache" / "engines" if old is not None else None
     if kept is not None and kept.is_dir():
         shutil.copytree(kept, home / "cache" / "engines", ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
     program = home / "bin" / ("engine.cmd" if os.name == "nt" else "engine")
-    # standard error is not caught: its progress is to be seen
+    # standard error is inherited, so that its progress is visible
     done = subprocess.run([program, "build", "--json"], check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     try:
-        said = str(json.loads(done.stdout)["error"])
+        error = str(json.loads(done.stdout)["error"])
     except (ValueError, KeyError, TypeError):
-        said = f"bin/engine build ended with status {done.returncode}."
-    return done.returncode, "" if done.returncode == 0 else said
+        error = f"bin/engine build ended with status {done.returncode}."
+    return done.returncode, "" if done.returncode == 0 else error

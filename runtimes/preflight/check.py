@@ -1,15 +1,14 @@
-"""The preflight: does this box fit the bundle, and are all its files whole? Standard library only, writes nothing.
+"""The preflight: does this box fit the bundle, and are all its files intact? Standard library only, writes nothing.
 
-A fact that cannot be read stays unknown: it is shown as such and never guessed. ``--facts FILE`` compares the facts
-recorded in a JSON file instead of this box's (``--facts-only`` prints this box's, to record them). Needs no install: as
-a file, python3 runtime/runtimes/preflight/check.py --bundle ., also with Python 3.8. Exit codes: 0 fits (warnings
-included), 2 usage, 4 the box does not fit, 5 the files are damaged.
+A fact that cannot be read is shown as unknown and never guessed. ``--facts FILE`` uses the facts recorded in a JSON
+file instead of this box's (``--facts-only`` prints this box's facts, to record them). It runs without an install, on
+Python 3.8 too: python3 runtime/runtimes/preflight/check.py --bundle . Exit codes: 0 fits (warnings included), 2 usage,
+4 the box does not fit, 5 the files are damaged.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: the package lies two folders above
+if not __package__:  # run as a file: the package's parent is three folders up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from runtimes.files import file_sha256
 from runtimes.preflight.facts import read_facts as read_box
 from runtimes.preflight.facts import recorded_facts
 from runtimes.preflight.fit import (
@@ -40,36 +40,34 @@ __all__ = ["DAMAGED", "FITS", "MACHINE", "REFUSED", "Finding", "compare", "exit_
 
 USAGE = 2
 MANIFEST, SUMS, MARKER = "manifest.json", "SHA256SUMS", "installed.json"
-CHUNK = 1 << 20
 NEEDED = ("system", "machine", "python_min", "python_max", "ram_bytes", "disk_bytes")
 NEEDED_OF_A_GPU = ("capability", "count", "bytes")
 
 
 def read_facts(prefix: Path | None = None, *, gpu: bool = False) -> dict[str, Any]:
-    """The facts of this box; disk is what is free where ``prefix`` is, or would be made. gpu: GPUs and vLLM are asked
-    for too, which takes seconds."""
+    """The facts of this box; disk is the free space where ``prefix`` is, or would be made. gpu: also read GPUs and
+    vLLM, which takes seconds.
+    """
     return read_box(prefix, programs=gpu)
 
 
 def read_manifest(bundle: Path, *, needs: bool = False) -> dict[str, Any]:
-    """The manifest as far as a box needs it; needs: what it asks of a box has to be whole. Raises ValueError with one
-    sentence when it cannot be used.
-    """
+    """The manifest. needs: require a complete ``needs``. Raises ValueError with one sentence when it cannot be used."""
     try:
-        plain = json.loads((bundle / MANIFEST).read_text("utf-8"))
+        manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{bundle / MANIFEST} cannot be read ({error}); copy the bundle again.") from error
-    if not isinstance(plain, dict) or plain.get("schema_version") != 1:
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != 1:
         raise ValueError(f"{bundle / MANIFEST} is not a manifest of version 1; use the tools that came with it.")
-    missing = [key for key in ("bundle", "run", "needs", "files") if key not in plain]
-    asked: Any = plain.get("needs")
+    missing = [key for key in ("bundle", "run", "needs", "files") if key not in manifest]
+    needed: Any = manifest.get("needs")
     if needs and not missing:
-        missing = [f"needs.{key}" for key in NEEDED if not isinstance(asked, dict) or key not in asked]
-    if needs and not missing and (gpu := asked.get("gpu")):
+        missing = [f"needs.{key}" for key in NEEDED if not isinstance(needed, dict) or key not in needed]
+    if needs and not missing and (gpu := needed.get("gpu")):
         missing = [f"needs.gpu.{key}" for key in NEEDED_OF_A_GPU if not isinstance(gpu, dict) or key not in gpu]
     if missing:
         raise ValueError(f"{bundle / MANIFEST} has no {', '.join(missing)}; copy the bundle again.")
-    return plain
+    return manifest
 
 
 def sums(bundle: Path) -> Iterator[tuple[str, str]]:
@@ -86,17 +84,8 @@ def sums(bundle: Path) -> Iterator[tuple[str, str]]:
         yield path, digest
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def check_files(bundle: Path) -> list[Finding]:
-    """Every file of SHA256SUMS (in an installed copy: those that were installed) against its digest."""
+    """Compare every file of SHA256SUMS with its digest (of an install: the installed files)."""
     try:
         listed = list(sums(bundle))
     except ValueError as error:
@@ -110,15 +99,15 @@ def check_files(bundle: Path) -> list[Finding]:
         try:
             if file.is_symlink() or not file.is_file():
                 bad.append(Finding(path, False, "a file", "a link" if file.is_symlink() else "nothing", fix))
-            elif (found := file_sha256(file)) != expected:
-                bad.append(Finding(path, False, f"sha256 {expected[:16]}…", f"{found[:16]}…", fix))
+            elif (digest := file_sha256(file)) != expected:
+                bad.append(Finding(path, False, f"sha256 {expected[:16]}…", f"{digest[:16]}…", fix))
         except OSError as error:
             bad.append(Finding(path, False, "a readable file", f"{error.strerror or error}", fix))
     return bad or [Finding("files", True, f"{len(listed)} files with their digests", f"all {len(listed)}", fix)]
 
 
 def is_installed(path: str) -> bool:
-    """Whether a file of the bundle is also part of an install as it is: wheels are unpacked, units get the prefix."""
+    """Whether an install copies a file of the bundle unchanged: wheels are unpacked, units get the prefix."""
     return not path.startswith(("wheels/", "install.")) and not ("/" not in path and path.endswith(".service"))
 
 
@@ -130,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 fits, 4 the box does not fit, 5 files are damaged. Example: bin/check --json",
     )
     options.add_argument("--bundle", type=Path, help="the bundle's folder, or an install of it")
-    options.add_argument("--prefix", type=Path, help="where it would be installed: the disk there is looked at")
+    options.add_argument("--prefix", type=Path, help="where it would be installed: check the free disk there")
     options.add_argument("--facts", type=Path, help="compare these recorded facts (JSON) instead of this box's")
     options.add_argument("--facts-only", action="store_true", help="print this box's facts as JSON and end")
     options.add_argument("--no-files", action="store_true", help="do not compare the digests of the files")
@@ -147,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(read_facts(given.prefix or given.bundle or Path.home(), gpu=True), indent=2) + "\n")
         return FITS
     if given.bundle is None and given.needs is None:
-        sys.stderr.write("--bundle is missing: say which bundle this box is compared with.\n")
+        sys.stderr.write("--bundle is missing: name the bundle to compare this box with.\n")
         return USAGE
     try:
         facts = recorded_facts(given.facts) if given.facts else None
@@ -155,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return USAGE
     if given.bundle is None:
-        return _write(compared(json.loads(given.needs.read_text("utf-8")), facts), given.output)
+        return _write(compare_each(json.loads(given.needs.read_text("utf-8")), facts), given.output)
     try:
         manifest = read_manifest(given.bundle, needs=True)
     except ValueError as error:
@@ -173,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verdict(findings: list[Finding], files: list[Finding]) -> dict[str, Any]:
-    """What was found, as the JSON document has it."""
+    """The findings as the JSON document has them."""
     code = exit_code(findings, files)
     return {
         "ok": code == FITS,
@@ -184,11 +173,12 @@ def verdict(findings: list[Finding], files: list[Finding]) -> dict[str, Any]:
     }
 
 
-def compared(needs: Mapping[str, Any], facts: dict[str, Any] | None) -> dict[str, Any]:
-    """This box, or the recorded one, against several needs by name."""
-    found = read_facts(Path.home(), gpu=True) if facts is None else facts
-    results = {name: verdict(compare(one, found, installing=False), []) for name, one in needs.items()}
-    return {"facts": found, "results": results, "exit_code": FITS}
+def compare_each(needs: Mapping[str, Any], facts: dict[str, Any] | None) -> dict[str, Any]:
+    """Compare this box, or the recorded one, with several needs, by name."""
+    if facts is None:
+        facts = read_facts(Path.home(), gpu=True)
+    results = {name: verdict(compare(needed, facts, installing=False), []) for name, needed in needs.items()}
+    return {"facts": facts, "results": results, "exit_code": FITS}
 
 
 def _write(document: dict[str, Any], output: Path | None) -> int:
@@ -201,7 +191,7 @@ def _write(document: dict[str, Any], output: Path | None) -> int:
 
 
 def show(findings: list[Finding], files: list[Finding]) -> None:
-    """A line for each finding, with what to do beside a warning; the refusal goes to standard error."""
+    """Print a line for each finding, with the fix for a warning; the refusal goes to standard error."""
     for item in [*findings, *files]:
         mark = {True: "ok     ", False: "warning" if item.warns else "NO     ", None: "unknown"}[item.ok]
         word = "better" if item.severity == WARNS else "needed"

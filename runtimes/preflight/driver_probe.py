@@ -1,8 +1,8 @@
-"""Asks NVIDIA's driver libraries what GPUs there are, and prints it as JSON: run as a child, because they may crash.
+"""Reads the GPUs from NVIDIA's driver libraries and prints them as JSON; run as a child, because they may crash.
 
-libcuda tells the CUDA version, and each device's name, compute capability and memory as this process would see them
-(of a GPU that is cut in slices: the slice). NVML tells the driver's version and what memory is free. What cannot be
-asked is left out. No CUDA context is made, so nothing is allocated on the GPU.
+libcuda gives the CUDA version and each device's name, compute capability and memory as this process would see them (of
+a GPU with MIG: the slice). NVML gives the driver's version and the free memory. What cannot be read is left out. No
+CUDA context is made, so nothing is allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class _Memory(ctypes.Structure):  # nvmlMemory_t
 def cuda() -> dict[str, Any]:
     """``cuda_driver`` and ``gpus``: {"name", "capability", "bytes", "unified"}. Raises OSError without the library."""
     library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     number = ctypes.c_int()
     if library.cuDriverGetVersion(ctypes.byref(number)) == 0 and number.value > 0:
-        found["cuda_driver"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
+        facts["cuda_driver"] = f"{number.value // 1000}.{number.value % 1000 // 10}"
     if library.cuInit(0) != 0 or library.cuDeviceGetCount(ctypes.byref(number)) != 0:
-        return found
+        return facts
     gpus: list[dict[str, Any]] = []
     for index in range(number.value):
         device, size, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(96)
@@ -49,38 +49,38 @@ def cuda() -> dict[str, Any]:
                 "unified": bool(values[INTEGRATED]) if INTEGRATED in values else None,
             }
         )
-    return {**found, "gpus": gpus}
+    return {**facts, "gpus": gpus}
 
 
 def nvml() -> dict[str, Any]:
-    """``driver`` and ``free``: bytes of each GPU, None where it does not tell. Raises OSError without the library."""
+    """``driver`` and ``free``: free bytes of each GPU, None where unknown. Raises OSError without the library."""
     library = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
     if library.nvmlInit_v2() != 0:
         return {}
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     version, count = ctypes.create_string_buffer(96), ctypes.c_uint()
     if library.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version))) == 0:
-        found["driver"] = version.value.decode("ascii", "replace")
+        facts["driver"] = version.value.decode("ascii", "replace")
     if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
         free: list[Any] = []
         for index in range(count.value):
             handle, memory = ctypes.c_void_p(), _Memory()
             there = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) == 0
-            told = there and library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
-            free.append(memory.free if told else None)
-        found["free"] = free
-    return found
+            known = there and library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
+            free.append(memory.free if known else None)
+        facts["free"] = free
+    return facts
 
 
 def main() -> int:
-    """Print what each library tells."""
-    found: dict[str, Any] = {}
-    for ask in (nvml, cuda):
+    """Print the facts of both libraries."""
+    facts: dict[str, Any] = {}
+    for read in (nvml, cuda):
         try:
-            found.update(ask())
-        except (OSError, AttributeError):  # no such library, or one without that function
-            found.setdefault("silent", []).append(ask.__name__)
-    json.dump(found, sys.stdout)
+            facts.update(read())
+        except (OSError, AttributeError):  # no such library, or it lacks a function
+            facts.setdefault("silent", []).append(read.__name__)
+    json.dump(facts, sys.stdout)
     return 0
 
 

@@ -1,7 +1,7 @@
 """The facts of a box, as plain JSON: system, Python, memory, disk, and NVIDIA's GPUs, CUDA, TensorRT and JetPack.
 
-None stands for what could not be read, "" or [] for what is known not to be there; nothing is guessed. Standard library
-only; runs from a bundle before anything is installed, on Python 3.8 too.
+None means that a fact could not be read, "" or [] that the thing is known to be absent; nothing is guessed. Standard
+library only; runs from a bundle before anything is installed, on Python 3.8 too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from runtimes.preflight.sources import Box
 
 VERSION = 1
 MACHINES = {"amd64": "x86_64", "x64": "x86_64"}
-# What an install and the server use of the standard library and some Linux distributions leave out.
+# Standard library modules that the installer and the server need and some Linux distributions leave out.
 NEEDED_MODULES = ("venv", "zlib", "ctypes")
 
 
 def read_facts(prefix: Path | None = None, *, programs: bool = True, box: Box | None = None) -> dict[str, Any]:
-    """Every fact. Bytes for memory and disk; disk is what is free where ``prefix`` is, or would be made.
+    """Every fact. Memory and disk in bytes; disk is the free space where ``prefix`` is, or would be made.
 
-    programs: nvidia-smi and the like are asked too, which takes seconds; without them a GPU stays unknown.
-    box: a recorded one instead of this.
+    programs: also run nvidia-smi and the like, which takes seconds; without them a GPU stays unknown.
+    box: a recorded box instead of this one.
     """
     box = box or Box()
     facts: dict[str, Any] = {"facts_version": VERSION, **(box.process if box.recorded else process_facts(prefix))}
@@ -52,7 +52,7 @@ def read_facts(prefix: Path | None = None, *, programs: bool = True, box: Box | 
 
 
 def process_facts(prefix: Path | None) -> dict[str, Any]:
-    """What this running Python tells of itself, its system and the disk."""
+    """The facts that only a running Python can read: itself, its system and the disk."""
     system = {"Linux": "linux", "Windows": "windows", "Darwin": "macos"}.get(platform.system())
     machine = platform.machine().lower()
     libc, glibc = c_library() if system == "linux" else (None, None)
@@ -71,7 +71,7 @@ def process_facts(prefix: Path | None) -> dict[str, Any]:
 
 
 def c_library() -> tuple[str | None, str | None]:
-    """Name of the C library and glibc's version, each None when it cannot be told."""
+    """Name of the C library and glibc's version, each None when unknown."""
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
     except (AttributeError, ValueError, OSError):
@@ -84,7 +84,7 @@ def c_library() -> tuple[str | None, str | None]:
 
 
 def memory(box: Box) -> tuple[int | None, int | None]:
-    """Bytes of memory of the machine and what of it is available now. A container's limit counts as the machine's."""
+    """Total and available bytes of memory. A container's limit counts as the machine's total."""
     if not box.recorded and sys.platform == "win32":
         return _windows_memory()
     total: int | None = None
@@ -97,7 +97,7 @@ def memory(box: Box) -> tuple[int | None, int | None]:
     sizes = {name: int(count) * 1024 for name, count in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
     total, available = sizes.get("MemTotal", total), sizes.get("MemAvailable")
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = box.number(name)  # None where there is no such file, or it says "max"
+        limit = box.number(name)  # None where there is no such file, or it holds "max"
         if limit is not None:
             total = limit if total is None else min(total, limit)
             available = available if available is None else min(available, limit)
@@ -119,7 +119,7 @@ def _windows_memory() -> tuple[int | None, int | None]:
 
 
 def disk_free(prefix: Path) -> int | None:
-    """Bytes free for this user where the folder is or would be made."""
+    """Bytes free for this user on the disk where the folder is or would be made."""
     place = prefix.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -133,12 +133,12 @@ def os_name(box: Box) -> str | None:
     """The system's own name for itself, as "Ubuntu 22.04.5 LTS"."""
     if not box.recorded and sys.platform != "linux":
         return f"{platform.system()} {platform.release()}".strip() or None
-    told = re.search(r'^PRETTY_NAME="?([^"\n]+)"?$', box.text("/etc/os-release") or "", re.MULTILINE)
-    return told[1] if told else None
+    match = re.search(r'^PRETTY_NAME="?([^"\n]+)"?$', box.text("/etc/os-release") or "", re.MULTILINE)
+    return match[1] if match else None
 
 
 def container(box: Box) -> str:
-    """The kind of container this runs in, by the marks that each leaves; "" when there is none of them."""
+    """The kind of container that this runs in, by each kind's marks; "" for none of them."""
     if box.exists("/run/.containerenv"):
         return "podman"
     if box.exists("/.dockerenv"):
@@ -154,7 +154,7 @@ def wsl(box: Box) -> bool:
     return "microsoft" in (box.text("/proc/sys/kernel/osrelease") or "").lower()
 
 
-# What a recorded fact has to be, so that a file that was edited by hand gets a sentence.
+# The types of recorded facts, so that a wrong edit by hand gets a clear error.
 KINDS: dict[str, tuple[type, ...]] = {
     "system": (str,), "machine": (str,), "bits": (int,), "python": (str,), "implementation": (str,),
     "free_threaded": (bool,), "modules_missing": (list,), "libc": (str,), "glibc": (str,), "disk_free_bytes": (int,),
@@ -170,7 +170,7 @@ OF_A_GPU: dict[str, tuple[type, ...]] = {
 
 
 def recorded_facts(file: Path) -> dict[str, Any]:
-    """Facts that ``--facts-only`` wrote. Raises ValueError with one sentence when the file holds something else."""
+    """Facts that ``--facts-only`` wrote. Raises ValueError with one sentence when the file holds anything else."""
     try:
         facts = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -185,9 +185,9 @@ def recorded_facts(file: Path) -> dict[str, Any]:
     return facts
 
 
-def _check(found: dict[str, Any], kinds: dict[str, tuple[type, ...]], file: Path, place: str) -> None:
+def _check(facts: dict[str, Any], kinds: dict[str, tuple[type, ...]], file: Path, place: str) -> None:
     for name, kind in kinds.items():
-        value = found.get(name)
+        value = facts.get(name)
         if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind)):
             raise ValueError(
                 f"{file}: {place}{name} has to be {kind[0].__name__} or null, and is {value!r}; "

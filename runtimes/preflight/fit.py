@@ -1,7 +1,7 @@
-"""Does a box fit? What a manifest's ``needs`` ask, held against a box's facts: the gravest first, each one sentence.
+"""Compares a manifest's ``needs`` with a box's facts: findings, the gravest first, each one sentence.
 
-A finding refuses, warns (the box would do, but slower or short of memory), or is unknown. The gravest is what explains
-the others: of a Jetson with the wrong JetPack that is the JetPack, not its Python. Standard library only.
+A finding refuses, warns (the box works, but slower or short of memory), or is unknown. The gravest finding explains
+the others: on a Jetson with the wrong JetPack it is the JetPack, not its Python. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ REFUSES, WARNS = "refuses", "warns"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ok: True, False, or None when the fact is unknown. fix: what to do when not ok.
-    severity: whether one that is not ok refuses the box or only warns.
+    """The result of one check. ok: True, False, or None when the fact is unknown. fix: what to do when not ok.
+    severity: whether a failed check refuses the box or only warns.
     """
 
     name: str
@@ -46,17 +46,17 @@ class Finding:
 
 
 def compare(needs: Mapping[str, Any], facts: Mapping[str, Any], *, installing: bool) -> list[Finding]:
-    """Every finding, gravest first, warnings last. installing: disk counts too. needs: the manifest's."""
+    """Every finding, the gravest first, warnings last. installing: check the free disk too."""
     gpu = needs.get("gpu")
-    found = [*_system(needs, facts)]
+    findings = [*_system(needs, facts)]
     if gpu:
-        found += [Finding(*row) for row in fit_gpu.lacking(gpu, facts)]
-    found += [*_python(needs, facts), *_memory(needs, facts)]
+        findings += [Finding(*row) for row in fit_gpu.requirements(gpu, facts)]
+    findings += [*_python(needs, facts), *_memory(needs, facts)]
     if gpu and "vllm" in gpu:
-        found.append(Finding(*fit_gpu.vllm(str(gpu["vllm"]), facts)))
+        findings.append(Finding(*fit_gpu.vllm(str(gpu["vllm"]), facts)))
     if installing:
-        found.append(
-            _look(
+        findings.append(
+            _check(
                 facts,
                 "disk",
                 "disk_free_bytes",
@@ -66,10 +66,10 @@ def compare(needs: Mapping[str, Any], facts: Mapping[str, Any], *, installing: b
                 size,
             )
         )
-    return found + [Finding(*row, severity=WARNS) for row in fit_gpu.slow(needs, facts)]
+    return findings + [Finding(*row, severity=WARNS) for row in fit_gpu.cautions(needs, facts)]
 
 
-def _look(
+def _check(
     facts: Mapping[str, Any],
     name: str,
     fact: str,
@@ -88,7 +88,7 @@ def _system(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> Sequence[Find
     system, machine = needs["system"], needs["machine"]
     name = SYSTEMS.get(system, system)
     return (
-        _look(
+        _check(
             facts,
             "system",
             "system",
@@ -97,7 +97,7 @@ def _system(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> Sequence[Find
             f"use a bundle that was built for this system, or a {name} box",
             lambda value: SYSTEMS.get(value, value),
         ),
-        _look(
+        _check(
             facts,
             "processor",
             "machine",
@@ -112,8 +112,8 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
     oldest, newest = needs["python_min"], needs["python_max"]
     low, high = numbers(oldest), numbers(newest)
     pythons = f"Python {oldest} to {newest}" if oldest != newest else f"Python {oldest}"
-    found = [
-        _look(
+    findings = [
+        _check(
             facts,
             "Python",
             "python",
@@ -122,7 +122,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             f"install one of them beside the system's own and name it with --python python{newest}",
             lambda value: f"Python {value}",
         ),
-        _look(
+        _check(
             facts,
             "Python implementation",
             "implementation",
@@ -130,7 +130,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             lambda value: value == "CPython",
             "name a CPython with --python",
         ),
-        _look(
+        _check(
             facts,
             "Python word size",
             "bits",
@@ -139,7 +139,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             "install a 64-bit system or name a 64-bit Python with --python",
             lambda value: f"{value} bit",
         ),
-        _look(
+        _check(
             facts,
             "Python build",
             "free_threaded",
@@ -148,7 +148,7 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
             "name an ordinary build with --python",
             lambda value: "a free-threaded one" if value else "one with it",
         ),
-        _look(
+        _check(
             facts,
             "Python modules",
             "modules_missing",
@@ -162,10 +162,10 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
         least = needs["glibc_min"]
         fix = f"use a system with glibc {least} or newer, or a bundle that was built for this older one"
         if facts.get("libc") not in (None, "glibc"):
-            found.append(Finding("C library", False, f"glibc {least} or newer", str(facts["libc"]), fix))
+            findings.append(Finding("C library", False, f"glibc {least} or newer", str(facts["libc"]), fix))
         else:
-            found.append(
-                _look(
+            findings.append(
+                _check(
                     facts,
                     "C library",
                     "glibc",
@@ -175,14 +175,14 @@ def _python(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]
                     lambda value: f"glibc {value}",
                 )
             )
-    return found
+    return findings
 
 
 def _memory(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding]:
     if not needs["ram_bytes"]:
         return []
     return [
-        _look(
+        _check(
             facts,
             "memory",
             "ram_bytes",
@@ -202,7 +202,7 @@ def exit_code(findings: Sequence[Finding], files: Sequence[Finding]) -> int:
 
 
 def refusal(findings: Sequence[Finding], files: Sequence[Finding]) -> str:
-    """The one sentence that refuses: the gravest finding, and the names of the others; "" when nothing is wrong."""
+    """The refusal in one sentence: the gravest finding and the names of the others; "" when nothing refuses."""
     bad = [finding for finding in [*findings, *files] if finding.refuses]
     if not bad:
         return ""
@@ -211,5 +211,5 @@ def refusal(findings: Sequence[Finding], files: Sequence[Finding]) -> str:
 
 
 def warnings(findings: Sequence[Finding]) -> list[str]:
-    """A sentence for each that warns."""
+    """A sentence for each finding that warns."""
     return [finding.sentence() for finding in findings if finding.warns]

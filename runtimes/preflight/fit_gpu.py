@@ -1,8 +1,8 @@
-"""What an engine asks of a GPU and its software (``needs.gpu`` of a manifest), and what makes a box that fits slow.
+"""Checks of ``needs.gpu`` (a manifest's needs of a GPU and its software), and of what slows down a box that fits.
 
-Keys of needs.gpu: capability ("8.7": least, or with ``exact`` the only one), count, bytes on each, and as the engine
-needs them: jetpack (releases), tensorrt and cuda ({"min", "below"}), driver_min, vllm (its least version). A row is
-(name, fine or not or unknown, expected, found, what to do). Standard library only.
+Keys of needs.gpu: capability ("8.7": the lowest, or with ``exact`` the only one), count, bytes on each GPU, and where
+the engine needs them: jetpack (releases), tensorrt and cuda ({"min", "below"}), driver_min, vllm (lowest version). A
+row is (name, True, False or None for unknown, expected, found, what to do). Standard library only.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ OTHER_BUNDLE = "use a bundle that was built for this box"
 
 def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: "0.33.1rc2" as (0, 33, 1)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def size(count: float) -> str:
-    """Bytes for people: "4.0 GB" (10^9)."""
+    """A number of bytes for a message: "4.0 GB" (10^9 bytes)."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
@@ -33,8 +33,8 @@ def size(count: float) -> str:
     return f"{value:.1f} GB"
 
 
-def lacking(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
-    """Rows for the GPU itself (which no update changes), JetPack, TensorRT, driver and CUDA, as far as asked for."""
+def requirements(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
+    """Rows for the GPU itself (which no update changes), then JetPack, TensorRT, driver and CUDA where needed."""
     rows = [_gpu(needs, facts)]
     if needs.get("jetpack"):
         rows.append(_jetpack(needs["jetpack"], facts))
@@ -65,23 +65,25 @@ def lacking(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[st
 
 
 def _jetpack(wanted: list[str], facts: Mapping[str, Any]) -> tuple[str, bool | None, str, str, str]:
-    """A listed release stands for its corrections too: "6.2" for 6.2.1. A generation alone ("6") settles only a no."""
+    """A listed release includes its patch releases: "6.2" includes 6.2.1. A box of which only the generation is known
+    ("6") can be refused, not accepted.
+    """
     name, expected = "JetPack", "JetPack " + " or ".join(wanted)
-    there, l4t = facts.get("jetpack"), facts.get("l4t")
+    release, l4t = facts.get("jetpack"), facts.get("l4t")
     fix = f"install one of them (within a generation by apt, else by flashing), or {OTHER_BUNDLE}"
-    if there is None:
+    if release is None:
         return name, None, expected, f"Jetson Linux {l4t}, of no JetPack that is known" if l4t else UNKNOWN, fix
-    if not there:
+    if not release:
         return name, False, expected, "none (this is no Jetson)", OTHER_BUNDLE
-    shown = f"JetPack {there} (Jetson Linux {l4t or 'unknown'})"
-    box = numbers(there)
-    verdicts = [_begins(box, numbers(release)) for release in wanted]
+    shown = f"JetPack {release} (Jetson Linux {l4t or 'unknown'})"
+    installed = numbers(release)
+    verdicts = [_includes(installed, numbers(listed)) for listed in wanted]
     if True not in verdicts and None in verdicts:
-        return name, None, expected, f"a release of JetPack {there} that is not known (Jetson Linux {l4t})", fix
+        return name, None, expected, f"a release of JetPack {release} that is not known (Jetson Linux {l4t})", fix
     return name, True in verdicts, expected, shown, fix
 
 
-def _begins(box: tuple[int, ...], listed: tuple[int, ...]) -> bool | None:
+def _includes(box: tuple[int, ...], listed: tuple[int, ...]) -> bool | None:
     shorter = min(len(box), len(listed))
     if box[:shorter] != listed[:shorter]:
         return False
@@ -89,10 +91,10 @@ def _begins(box: tuple[int, ...], listed: tuple[int, ...]) -> bool | None:
 
 
 def _gpu(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, bool | None, str, str, str]:
-    count, asked, least = int(needs["count"]), str(needs["capability"]), int(needs["bytes"])
+    count, capability, least = int(needs["count"]), str(needs["capability"]), int(needs["bytes"])
     exact = bool(needs.get("exact"))
     number = "an NVIDIA GPU" if count == 1 else f"{count} NVIDIA GPUs"
-    wanted = f"{number} of compute capability {asked}{'' if exact else ' or newer'} with {size(least)} of memory"
+    wanted = f"{number} of compute capability {capability}{'' if exact else ' or newer'} with {size(least)} of memory"
     fix = "use a box with such a GPU and its driver, or a bundle for this box"
     gpus = facts.get("gpus")
     if gpus is None:
@@ -101,17 +103,17 @@ def _gpu(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, bool 
     if not gpus and facts.get("card_without_driver"):
         fix = "install NVIDIA's driver and start the box again"
         return "GPU", False, wanted, "an NVIDIA card without its driver", fix
-    fine = [gpu for gpu in gpus if _fits(gpu, asked, exact, least)]
+    fine = [gpu for gpu in gpus if _fits(gpu, capability, exact, least)]
     unknown = any(gpu.get("capability") is None or gpu.get("bytes") is None for gpu in fine)
     shown = ", ".join(f"{gpu['name']} ({gpu.get('capability') or '?'}, {_gb(gpu.get('bytes'))})" for gpu in gpus)
-    if exact and gpus and not any(_capable(gpu, asked, exact) for gpu in gpus):
-        fix = f"an engine for {asked} does not load on another architecture, so {OTHER_BUNDLE}"
+    if exact and gpus and not any(_capable(gpu, capability, exact) for gpu in gpus):
+        fix = f"an engine for {capability} does not load on another architecture, so {OTHER_BUNDLE}"
     verdict = False if len(fine) < count else None if unknown else True
     return "GPU", verdict, wanted, shown or "none", fix
 
 
 def _fits(gpu: Mapping[str, Any], capability: str, exact: bool, least: int) -> bool:
-    """Whether nothing that is known of a GPU speaks against it."""
+    """Whether no known fact of a GPU excludes it."""
     memory = gpu.get("bytes")
     return _capable(gpu, capability, exact) and (memory is None or memory >= least)
 
@@ -136,26 +138,26 @@ def _tensorrt(wanted: Mapping[str, str], facts: Mapping[str, Any]) -> tuple[str,
 
 def _version(
     name: str,
-    there: str | None,
+    version: str | None,
     what: str,
     wanted: Mapping[str, str],
     fix: str,
 ) -> tuple[str, bool | None, str, str, str]:
-    """A range with its lower end allowed and its upper end not; either may be left out."""
+    """A row for a version range [min, below); either end may be left out."""
     low, high = wanted.get("min"), wanted.get("below")
     expected = what + (f" {low} or newer" if low else "") + (" and" if low and high else "")
     expected += f" older than {high}" if high else ""
-    if there is None:
+    if version is None:
         return name, None, expected, UNKNOWN, fix
-    if not there:
+    if not version:
         return name, False, expected, "none", fix
-    version = numbers(there)
-    fine = (not low or version >= numbers(low)) and (not high or version < numbers(high))
-    return name, fine, expected, f"{what.rsplit(' ', 1)[-1]} {there}", fix
+    parts = numbers(version)
+    fine = (not low or parts >= numbers(low)) and (not high or parts < numbers(high))
+    return name, fine, expected, f"{what.rsplit(' ', 1)[-1]} {version}", fix
 
 
 def vllm(least: str, facts: Mapping[str, Any]) -> tuple[str, bool | None, str, str, str]:
-    """The row for vLLM in an environment of its own."""
+    """The row for the box's own vLLM."""
     version = facts.get("vllm")
     wanted = f"vLLM {least} or newer, as the program vllm on PATH or in {SETTING}"
     new = None if version is None else numbers(version) >= numbers(least) if version else False
@@ -163,8 +165,8 @@ def vllm(least: str, facts: Mapping[str, Any]) -> tuple[str, bool | None, str, s
     return "vLLM", new, wanted, shown, "install it there in an environment of its own (it brings its own torch)"
 
 
-def slow(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
-    """What would run, but slower or with less room than it could: only what is known, and a driver that is not."""
+def cautions(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, str]]:
+    """Rows for what makes a box slow or short of memory: known facts only, and a driver of unknown version."""
     gpu = needs.get("gpu") or {}
     rows: list[tuple[str, bool | None, str, str, str]] = []
     available = facts.get("ram_available_bytes")
@@ -180,7 +182,7 @@ def slow(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, 
         )
     gpus = facts.get("gpus") or []
     if gpu:
-        rows += _crowded(gpu, gpus)
+        rows += _free_memory(gpu, gpus)
     if gpu and gpus and facts.get("driver") is None and not gpu.get("driver_min"):
         rows.append(
             (
@@ -204,8 +206,10 @@ def slow(needs: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, 
     return rows + _jetson(facts)
 
 
-def _crowded(needs: Mapping[str, Any], gpus: list[Mapping[str, Any]]) -> list[tuple[str, bool | None, str, str, str]]:
-    """GPU memory that other programs hold now. One that shares the machine's memory is told with that."""
+def _free_memory(
+    needs: Mapping[str, Any], gpus: list[Mapping[str, Any]]
+) -> list[tuple[str, bool | None, str, str, str]]:
+    """A row for GPU memory that other programs hold. A GPU with unified memory is covered by "free memory"."""
     least, count = int(needs["bytes"]), int(needs["count"])
     known = [one["free_bytes"] for one in gpus if one.get("free_bytes") is not None and not one.get("unified")]
     if len(known) < count:
@@ -253,8 +257,8 @@ def _jetson(facts: Mapping[str, Any]) -> list[tuple[str, bool | None, str, str, 
 
 
 def _watts(mode: str) -> float:
-    """A power mode's place among a board's: by its watts ("MODE_15W_6CORE"), the unlimited ones above all."""
+    """The rank of a power mode: its watts ("MODE_15W_6CORE"); the unlimited MAXN modes rank highest."""
     if "MAXN" in mode.upper():
         return 1e6 + ("SUPER" in mode.upper())
-    found = re.search(r"(\d+)W", mode.upper())
-    return float(found[1]) if found else 0.0
+    match = re.search(r"(\d+)W", mode.upper())
+    return float(match[1]) if match else 0.0

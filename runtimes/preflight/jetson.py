@@ -1,8 +1,8 @@
 """A Jetson's facts, from its files: module, Jetson Linux (L4T) and JetPack, power mode and clocks.
 
-Where they lie: /etc/nv_tegra_release (L4T), /proc/device-tree/{model,compatible} (board, module and processor),
-/var/lib/nvpmodel/status with /etc/nvpmodel.conf (power mode), /sys/class/devfreq (the GPU's clocks, which jetson_clocks
-pins by making the least the most). Checked against public records of JetPack 5.1, 6.2 and 7.2 boards.
+Files: /etc/nv_tegra_release (L4T), /proc/device-tree/{model,compatible} (board, module and processor),
+/var/lib/nvpmodel/status with /etc/nvpmodel.conf (power mode), /sys/class/devfreq (GPU clocks; jetson_clocks locks them
+by raising the minimum to the maximum). Checked against public records of JetPack 5.1, 6.2 and 7.2 boards.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from runtimes.preflight.sources import Box
 
-# "NVIDIA CUDA GPUs", by the processor that the device tree names.
+# From NVIDIA's page "CUDA GPUs", by the processor in the device tree.
 CAPABILITIES = {"tegra210": "5.3", "tegra186": "6.2", "tegra194": "7.2", "tegra234": "8.7", "tegra264": "11.0"}
 GPUS = {"tegra210": "Maxwell", "tegra186": "Pascal", "tegra194": "Xavier", "tegra234": "Orin", "tegra264": "Thor"}
-# "JetPack Archive": which JetPack brought which Jetson Linux.
+# From NVIDIA's page "JetPack Archive": Jetson Linux -> JetPack.
 JETPACKS = {
     "32.7.1": "4.6.1", "32.7.2": "4.6.2", "32.7.3": "4.6.3", "32.7.4": "4.6.4", "32.7.5": "4.6.5", "32.7.6": "4.6.6",
     "35.1.0": "5.0.2", "35.2.1": "5.1", "35.3.1": "5.1.1", "35.4.1": "5.1.2", "35.5.0": "5.1.3", "35.6.0": "5.1.4",
@@ -24,7 +24,7 @@ JETPACKS = {
     "36.5.0": "6.2.2", "38.2.0": "7.0", "38.2.1": "7.0", "38.2.2": "7.0", "38.4.0": "7.1", "39.2.0": "7.2",
     "39.2.1": "7.2.1",
 }  # fmt: skip
-# A release that is not in the list is still told by its first number.
+# The generation of a release that is not in the list, by its first number.
 GENERATIONS = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
 GPU_CLOCKS = re.compile(r"\.(gpu|ga10b|gv11b|gp10b|gm20b)$|^gpu-gpc")
 NONE: dict[str, Any] = {
@@ -41,9 +41,9 @@ NONE: dict[str, Any] = {
 
 
 def read_facts(box: Box, packages: Mapping[str, str] | None, *, programs: bool) -> dict[str, Any]:
-    """The facts; "" for all of them on a box that is no Jetson, None for each that cannot be read.
+    """The facts: "" for all of them on a box that is no Jetson, None for each that cannot be read.
 
-    packages: the installed Debian packages with their versions, None when unknown. programs: ``nvpmodel`` may be asked.
+    packages: the installed Debian packages with their versions, None when unknown. programs: also run ``nvpmodel``.
     """
     compatible = box.text("/proc/device-tree/compatible") or ""
     release = box.text("/etc/nv_tegra_release")
@@ -52,7 +52,7 @@ def read_facts(box: Box, packages: Mapping[str, str] | None, *, programs: bool) 
         return dict(NONE)
     parts = compatible.split()
     soc = next((part[len("nvidia,") :] for part in parts if re.fullmatch(r"nvidia,tegra\d+", part)), None)
-    module = next((found[1] for part in parts if (found := re.search(r"[+,](p\d{4}-\d{4})(-super)?$", part))), None)
+    module = next((match[1] for part in parts if (match := re.search(r"[+,](p\d{4}-\d{4})(-super)?$", part))), None)
     l4t = l4t_release(release, packages)
     mode, modes = power(box, programs=programs)
     least, most = gpu_clocks(box)
@@ -70,39 +70,39 @@ def read_facts(box: Box, packages: Mapping[str, str] | None, *, programs: bool) 
 
 
 def l4t_release(text: str | None, packages: Mapping[str, str] | None) -> str | None:
-    """ "36.4.3" from "# R36 (release), REVISION: 4.3, …", else from the package that holds Jetson Linux."""
-    if found := re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text or ""):
-        return f"{found[1]}.{found[2]}"
-    found = re.match(r"\d+\.\d+(\.\d+)?", (packages or {}).get("nvidia-l4t-core", ""))
-    return found[0] if found else None
+    """ "36.4.3" from "# R36 (release), REVISION: 4.3, …", else from the version of nvidia-l4t-core."""
+    if match := re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text or ""):
+        return f"{match[1]}.{match[2]}"
+    match = re.match(r"\d+\.\d+(\.\d+)?", (packages or {}).get("nvidia-l4t-core", ""))
+    return match[0] if match else None
 
 
 def jetpack(l4t: str | None, packages: Mapping[str, str] | None) -> str | None:
     """JetPack by its Jetson Linux; else by its package; else its generation alone, as "6"."""
     if l4t in JETPACKS:
         return JETPACKS[l4t]
-    if found := re.match(r"\d+(\.\d+)+", (packages or {}).get("nvidia-jetpack", "")):
-        return found[0]
+    if match := re.match(r"\d+(\.\d+)+", (packages or {}).get("nvidia-jetpack", "")):
+        return match[0]
     return GENERATIONS.get(l4t.split(".")[0]) if l4t else None
 
 
 def power(box: Box, *, programs: bool) -> tuple[str | None, list[str] | None]:
-    """The power mode by its name ("7W", "MAXN_SUPER"), and the names of all that this board has."""
+    """The name of the power mode ("7W", "MAXN_SUPER"), and the names of all modes of this board."""
     text = box.text("/etc/nvpmodel.conf")
     named = {
         int(number): name
         for number, name in re.findall(r"<\s*POWER_MODEL\s+ID\s*=\s*(\d+)\s+NAME\s*=\s*([^\s>]+)", text or "")
     }
     modes = [named[number] for number in sorted(named)] or None
-    if found := re.search(r"pmode:\s*(\d+)", box.text("/var/lib/nvpmodel/status") or ""):
-        return named.get(int(found[1])), modes
-    said = box.said("nvpmodel|/usr/sbin/nvpmodel", "-q", seconds=5) if programs else None
-    told = re.search(r"NV Power Mode:\s*(\S+)", said.output) if said and said.status == 0 else None
-    return (told[1] if told else None), modes
+    if match := re.search(r"pmode:\s*(\d+)", box.text("/var/lib/nvpmodel/status") or ""):
+        return named.get(int(match[1])), modes
+    nvpmodel = box.output("nvpmodel|/usr/sbin/nvpmodel", "-q", seconds=5) if programs else None
+    match = re.search(r"NV Power Mode:\s*(\S+)", nvpmodel.output) if nvpmodel and nvpmodel.status == 0 else None
+    return (match[1] if match else None), modes
 
 
 def gpu_clocks(box: Box) -> tuple[int | None, int | None]:
-    """The least and the most that the GPU's clock may be now, in Hz."""
+    """The lowest and the highest GPU clock now allowed, in Hz."""
     for name in box.names("/sys/class/devfreq"):
         if GPU_CLOCKS.search(name):
             folder = f"/sys/class/devfreq/{name}"

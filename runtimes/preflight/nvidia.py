@@ -1,7 +1,7 @@
-"""NVIDIA's part of a box: GPUs, driver, CUDA and TensorRT, from nvidia-smi, files and a child that asks the driver.
+"""NVIDIA's part of a box: GPUs, driver, CUDA and TensorRT, from nvidia-smi, files and a child that reads the driver.
 
-TensorRT is never loaded to ask its version: its library segfaults on some boxes without a GPU, and its package, file
-name or header tell as much.
+TensorRT is never loaded to read its version: its library segfaults on some boxes without a GPU, and its package, file
+name or header hold the same version.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ HEADERS = (
 
 
 def installed(box: Box) -> dict[str, str] | None:
-    """The Debian packages that matter here and are installed, with their versions; None without dpkg's list."""
+    """Versions of the installed Debian packages of NVIDIA's, by name; None without dpkg's list."""
     lines = box.lines("/var/lib/dpkg/status")
     if lines is None:
         return None
-    found: dict[str, str] = {}
-    name, there = "", False
+    versions: dict[str, str] = {}
+    name, is_installed = "", False
     for line in lines:
         if line.startswith("Package: "):
-            name, there = line[9:].strip(), False
+            name, is_installed = line[9:].strip(), False
         elif line.startswith("Status: "):
-            there = line.split()[-1] == "installed"
-        elif line.startswith("Version: ") and there and name.startswith(PACKAGES):
-            found[name] = line[9:].strip()
-    return found
+            is_installed = line.split()[-1] == "installed"
+        elif line.startswith("Version: ") and is_installed and name.startswith(PACKAGES):
+            versions[name] = line[9:].strip()
+    return versions
 
 
 def read_facts(box: Box, jetson: Mapping[str, Any], memory: tuple[int | None, int | None]) -> dict[str, Any]:
     """``gpus``, ``driver``, ``cuda_driver`` (the newest CUDA that the driver runs) and, where GPUs stay unknown,
-    ``gpus_unknown_because``. memory: the machine's total and available bytes, which an integrated GPU shares.
+    ``gpus_unknown_because``. memory: the machine's total and available bytes; an integrated GPU shares them.
     """
     gpus, driver, because = _from_smi(box)
-    there = any(box.exists(name) for name in DEVICES) or bool(jetson["soc"])
-    if gpus is None and not because and not there:  # no program and no driver: a card of NVIDIA's may still be in it
+    has_driver = any(box.exists(name) for name in DEVICES) or bool(jetson["soc"])
+    if gpus is None and not because and not has_driver:  # there may still be an NVIDIA card
         return {"gpus": [], "driver": "", "cuda_driver": "", "card_without_driver": _has_card(box)}
-    hangs = because == HANGS  # then the driver's libraries do too
+    hangs = because == HANGS  # then the driver's libraries hang too
     whole = bool(gpus) and not any(_has_gap(gpu, bool(jetson["soc"])) for gpu in gpus or [])
     probed: Mapping[str, Any] = {} if hangs or whole else box.probe()
-    gpus = _together(gpus or [], probed) or ([_of_soc(jetson)] if jetson["soc"] in CAPABILITIES else gpus)
+    gpus = _merge(gpus or [], probed) or ([_soc_gpu(jetson)] if jetson["soc"] in CAPABILITIES else gpus)
     for gpu in gpus or []:
         if gpu["unified"] or (gpu["unified"] is None and jetson["soc"]):
             gpu.update(unified=True, bytes=memory[0] or gpu["bytes"], free_bytes=memory[1])
@@ -81,35 +81,35 @@ def read_facts(box: Box, jetson: Mapping[str, Any], memory: tuple[int | None, in
 
 
 def _from_smi(box: Box) -> tuple[list[dict[str, Any]] | None, str | None, str]:
-    """The GPUs as nvidia-smi lists them (None without a list), the driver's version, and why there is no list."""
+    """The GPUs that nvidia-smi lists (None without a list), the driver's version, and why there is no list."""
     fields: tuple[str, ...] = FIELDS
-    said = box.said(SMI, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-    if said is not None and said.status and "not a valid field" in said.output:  # drivers before 510
+    smi = box.output(SMI, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    if smi is not None and smi.status and "not a valid field" in smi.output:  # drivers before 510
         fields = tuple(field for field in FIELDS if field != "compute_cap")
-        said = box.said(SMI, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-    if said is None:
+        smi = box.output(SMI, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    if smi is None:
         return None, None, ""
-    if said.status is None:
+    if smi.status is None:
         return None, None, HANGS
-    if said.output.startswith("No devices were found"):
+    if smi.output.startswith("No devices were found"):
         return [], None, ""
-    rows = [[part.strip() for part in line.split(",")] for line in said.output.splitlines() if line.strip()]
-    if said.status != 0 or not rows or any(len(row) != len(fields) for row in rows):
-        first = next((line.strip() for line in said.output.splitlines() if line.strip()), "")
-        words = f"nvidia-smi says: {first[:120].rstrip('.')}" if first else f"nvidia-smi failed, status {said.status}"
-        return None, None, words
+    rows = [[part.strip() for part in line.split(",")] for line in smi.output.splitlines() if line.strip()]
+    if smi.status != 0 or not rows or any(len(row) != len(fields) for row in rows):
+        first = next((line.strip() for line in smi.output.splitlines() if line.strip()), "")
+        reason = f"nvidia-smi says: {first[:120].rstrip('.')}" if first else f"nvidia-smi failed, status {smi.status}"
+        return None, None, reason
     gpus, driver = [], None
     for row in rows:
-        told = dict(zip(fields, row))  # noqa: B905 - Python 3.8 has no strict; the lengths are checked above
-        driver = told["driver_version"] if re.fullmatch(VERSION, told["driver_version"]) else driver
-        capability = told.get("compute_cap", "")
+        values = dict(zip(fields, row))  # noqa: B905 - Python 3.8 has no strict; the lengths are checked above
+        driver = values["driver_version"] if re.fullmatch(VERSION, values["driver_version"]) else driver
+        capability = values.get("compute_cap", "")
         gpus.append(
             {
-                "name": told["name"],
+                "name": values["name"],
                 "capability": capability if re.fullmatch(r"\d+\.\d+", capability) else None,
-                "bytes": _mib(told["memory.total"]),
-                "free_bytes": _mib(told["memory.free"]),
-                "mig": told["mig.mode.current"] == "Enabled",
+                "bytes": _mib(values["memory.total"]),
+                "free_bytes": _mib(values["memory.free"]),
+                "mig": values["mig.mode.current"] == "Enabled",
                 "unified": None,
             }
         )
@@ -121,32 +121,32 @@ def _mib(text: str) -> int | None:
 
 
 def _has_gap(gpu: Mapping[str, Any], of_a_jetson: bool) -> bool:
-    """Whether nvidia-smi leaves something open: an old one the capability, MIG the memory of a slice."""
+    """Whether nvidia-smi leaves a field empty: an old one the capability, with MIG the memory of a slice."""
     return bool(gpu["capability"] is None or gpu["mig"] or (gpu["bytes"] is None and not of_a_jetson))
 
 
-def _together(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """nvidia-smi's list, its gaps filled from what the driver's libraries say; theirs where it has none."""
-    asked = probed.get("gpus") or []
+def _merge(gpus: list[dict[str, Any]], probed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """nvidia-smi's list with its gaps filled from the driver's libraries; without a list, the libraries' own."""
+    known = probed.get("gpus") or []
     free = probed.get("free") or []
     if not gpus:
         return [
-            {**gpu, "free_bytes": free[at] if len(free) == len(asked) else None, "mig": None}
-            for at, gpu in enumerate(asked)
+            {**gpu, "free_bytes": free[at] if len(free) == len(known) else None, "mig": None}
+            for at, gpu in enumerate(known)
         ]
-    if len(asked) != len(gpus):
-        asked = [{}] * len(gpus)
-    together = []
-    for gpu, other in zip(gpus, asked):  # noqa: B905 - as above
-        seen = {key: other.get(key) if gpu[key] is None else gpu[key] for key in gpu}
-        if gpu["mig"]:  # nvidia-smi tells the whole GPU's memory, a process gets one slice
-            seen.update(bytes=other.get("bytes"), free_bytes=None)
-        together.append(seen)
-    return together
+    if len(known) != len(gpus):
+        known = [{}] * len(gpus)
+    result = []
+    for gpu, other in zip(gpus, known):  # noqa: B905 - as above
+        merged = {key: other.get(key) if gpu[key] is None else gpu[key] for key in gpu}
+        if gpu["mig"]:  # nvidia-smi has the whole GPU's memory, a process gets one slice
+            merged.update(bytes=other.get("bytes"), free_bytes=None)
+        result.append(merged)
+    return result
 
 
-def _of_soc(jetson: Mapping[str, Any]) -> dict[str, Any]:
-    """A Jetson's GPU, which is part of its processor and needs no program to be known."""
+def _soc_gpu(jetson: Mapping[str, Any]) -> dict[str, Any]:
+    """A Jetson's GPU: it is part of the processor, so the device tree identifies it."""
     soc = jetson["soc"]
     return {
         "name": GPUS[soc],
@@ -159,13 +159,13 @@ def _of_soc(jetson: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cuda_of_smi(box: Box) -> str | None:
-    said = box.said(SMI)
-    told = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", said.output) if said and said.status == 0 else None
-    return told[1] if told else None
+    smi = box.output(SMI)
+    match = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+\.\d+)", smi.output) if smi and smi.status == 0 else None
+    return match[1] if match else None
 
 
 def _has_card(box: Box) -> bool:
-    """Whether a display controller of NVIDIA's is on the PCI bus."""
+    """Whether an NVIDIA display controller is on the PCI bus."""
     for name in box.names("/sys/bus/pci/devices"):
         folder = f"/sys/bus/pci/devices/{name}"
         if box.text(f"{folder}/vendor") == "0x10de" and (box.text(f"{folder}/class") or "").startswith("0x03"):
@@ -174,25 +174,25 @@ def _has_card(box: Box) -> bool:
 
 
 def tensorrt(box: Box, packages: Mapping[str, str] | None) -> str:
-    """TensorRT's version: its package's, else its library's name, else its header, else its Python package; "" when
-    none of them is there. Of several the newest.
+    """TensorRT's version, from its package, else its library's name, else its header, else its Python package; "" when
+    there is none of them. The newest of several.
     """
-    found = [
+    versions = [
         match[0]
         for name, version in (packages or {}).items()
         if re.fullmatch(r"libnvinfer\d+", name) and (match := re.match(VERSION, version))
     ]
-    if not found:
-        found = [
+    if not versions:
+        versions = [
             match[1]
             for folder in LIBRARIES
             for name in box.names(folder)
             if (match := re.fullmatch(rf"libnvinfer\.so\.({VERSION})", name))
         ]
-    if not found:
-        found = [version for folder in HEADERS if (version := _header(box.text(f"{folder}/NvInferVersion.h") or ""))]
-    if not found:
-        found = [
+    if not versions:
+        versions = [version for folder in HEADERS if (version := _header(box.text(f"{folder}/NvInferVersion.h") or ""))]
+    if not versions:
+        versions = [
             match[1]
             for place in ("/usr/lib", "/usr/local/lib")
             for python in box.names(place)
@@ -200,25 +200,25 @@ def tensorrt(box: Box, packages: Mapping[str, str] | None) -> str:
             for name in box.names(f"{place}/{python}/dist-packages")
             if (match := re.fullmatch(rf"tensorrt-({VERSION})\.dist-info", name))
         ]
-    return max(found, key=lambda text: [int(part) for part in text.split(".")], default="")
+    return max(versions, key=lambda text: [int(part) for part in text.split(".")], default="")
 
 
 def _header(text: str) -> str:
-    """ "10.16.2" from NvInferVersion.h, whose newer forms name the numbers TRT_MAJOR_ENTERPRISE and so on."""
+    """ "10.16.2" from NvInferVersion.h, whose newer versions call the numbers TRT_MAJOR_ENTERPRISE and so on."""
     numbers = dict(re.findall(r"#define\s+(?:NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH)(?:_ENTERPRISE)?\s+(\d+)", text))
     return ".".join(numbers[part] for part in ("MAJOR", "MINOR", "PATCH")) if len(numbers) == 3 else ""
 
 
 def toolkit(box: Box, packages: Mapping[str, str] | None) -> str:
-    """The CUDA toolkit's or, without one, the CUDA runtime's version; "" when neither is there."""
+    """The version of the CUDA toolkit, else of the CUDA runtime; "" when there is neither."""
     listed = box.text("/usr/local/cuda/version.json") or ""
-    told = re.search(rf'"cuda"\s*:\s*{{[^}}]*"version"\s*:\s*"({VERSION})"', listed)
-    told = told or re.search(rf"CUDA Version ({VERSION})", box.text("/usr/local/cuda/version.txt") or "")
-    if told:
-        return told[1]
-    found = [
+    match = re.search(rf'"cuda"\s*:\s*{{[^}}]*"version"\s*:\s*"({VERSION})"', listed)
+    match = match or re.search(rf"CUDA Version ({VERSION})", box.text("/usr/local/cuda/version.txt") or "")
+    if match:
+        return match[1]
+    versions = [
         match[0]
         for name, version in (packages or {}).items()
         if re.fullmatch(r"cuda-(toolkit|cudart)-\d+-\d+", name) and (match := re.match(VERSION, version))
     ]
-    return max(found, key=lambda text: [int(part) for part in text.split(".")], default="")
+    return max(versions, key=lambda text: [int(part) for part in text.split(".")], default="")

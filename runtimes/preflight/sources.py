@@ -1,8 +1,8 @@
-"""Where the facts of a box come from: its files below a root, what its programs say, and this running Python.
+"""Sources of a box's facts: its files below a root, the output of its programs, and this running Python.
 
-A recorded box is a folder with the same files below it, so that a Jetson can be read on any machine: ``commands.json``
-has what its programs said, ``process.json`` what only a running Python can tell. Standard library only, nothing is
-written, and Python 3.8 can read this file: an old box gets a sentence, not a syntax error.
+A recorded box is a folder with the same files, so a Jetson's facts can be read on any machine: ``commands.json`` holds
+the output of its programs, ``process.json`` the facts of its Python process. Standard library only; writes nothing.
+Python 3.8 can parse this file, so that an old box gets a refusal and not a syntax error.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-LIMIT = 1 << 20  # characters of a file, bytes of a program's output: more than any of them has to say
+LIMIT = 1 << 20  # characters of a file, bytes of a program's output: more than any of them needs
 PROBE = Path(__file__).with_name("driver_probe.py")
 
 
-class Said(NamedTuple):
-    """What a program printed. status: its exit status, None when it hung, was cut off or printed without end."""
+class Output(NamedTuple):
+    """A program's standard output. status: its exit status; None when it hung, did not start or exceeded LIMIT."""
 
     status: int | None
     output: str
 
 
 class Box:
-    """This box; with a root, the recorded one in that folder."""
+    """This box, or with a root the recorded box in that folder. Raises OSError or ValueError for a bad recording."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.recorded = root is not None
@@ -43,11 +43,11 @@ class Box:
             self.process = json.loads((root / "process.json").read_text("utf-8"))
 
     def path(self, name: str) -> Path:
-        """The place of a file that is named by its absolute path on the box."""
+        """The local path of a file that is given by its absolute path on the box."""
         return self.root / name.lstrip("/")
 
     def text(self, name: str) -> str | None:
-        """A small file's text without NULs and blanks at its ends; None when it is not there or cannot be read."""
+        """A small file's text, stripped of NULs and outer blanks; None when it is missing or unreadable."""
         try:
             with self.path(name).open(encoding="utf-8", errors="replace") as file:
                 return plain(file.read(LIMIT).replace("\0", "\n")).strip()
@@ -70,52 +70,52 @@ class Box:
     def names(self, folder: str) -> list[str]:
         """The names in a folder, sorted; none when it is not there."""
         try:
-            return sorted(os.listdir(self.path(folder)))  # noqa: PTH208 - a box's folder may hold names that are no text
+            return sorted(os.listdir(self.path(folder)))  # noqa: PTH208 - names may not be valid text
         except OSError:
             return []
 
     def exists(self, name: str) -> bool:
         return self.path(name).exists()
 
-    def said(self, program: str, *arguments: str, seconds: float = 20) -> Said | None:
-        """What a program says; None when there is no such program. ``program`` may name several places, by "|"."""
+    def output(self, program: str, *arguments: str, seconds: float = 20) -> Output | None:
+        """A program's output; None when there is no such program. ``program`` may list several places, split by "|"."""
         if self.recorded:
-            found = self._commands.get(" ".join([program.split("|")[0], *arguments]))
-            return None if found is None else Said(found["status"], found["output"])
-        place = next((found for name in program.split("|") if (found := shutil.which(name))), None)
-        return None if place is None else run([place, *arguments], seconds)
+            recording = self._commands.get(" ".join([program.split("|")[0], *arguments]))
+            return None if recording is None else Output(recording["status"], recording["output"])
+        path = next((path for name in program.split("|") if (path := shutil.which(name))), None)
+        return None if path is None else run([path, *arguments], seconds)
 
     def probe(self, *, seconds: float = 30) -> Mapping[str, Any]:
-        """What the driver's own libraries say, asked by a child because they may crash; {} without an answer."""
+        """The facts from the driver's libraries, read in a child because they may crash; {} when it fails."""
         if self.recorded:
-            found = self._commands.get("probe")
+            output = self._commands.get("probe")
         else:
-            # the order of nvidia-smi, so that the two can be put together
+            # the order of nvidia-smi, so that both lists can be merged
             env = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-            found = run([sys.executable, "-I", "-B", str(PROBE)], seconds, env)._asdict()
-        if found is None or found["status"] != 0:
+            output = run([sys.executable, "-I", "-B", str(PROBE)], seconds, env)._asdict()
+        if output is None or output["status"] != 0:
             return {}
         try:
-            answer = json.loads(found["output"])
+            answer = json.loads(output["output"])
         except ValueError:
             return {}
         return answer if isinstance(answer, dict) else {}
 
 
 def plain(text: str) -> str:
-    """Text without what would steer a terminal: it is shown to people, and comes from firmware and foreign programs."""
+    """Text without control characters: it comes from firmware and other programs, and is shown on a terminal."""
     return "".join(mark for mark in text if mark.isprintable() or mark in "\n\t")
 
 
-def _closing(file: Any) -> Iterator[str]:
+def _closing(file: TextIO) -> Iterator[str]:
     with file:
         yield from file
 
 
-def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> Said:
-    """Run a program that may hang, in the driver or by itself, or print without end: then its status is None.
+def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> Output:
+    """Run a program that may hang or print without end; its status is then None. seconds: the time limit.
 
-    A process that the kernel does not let go of (a wedged driver) is left behind after two seconds.
+    A process that cannot be killed (a wedged driver) is abandoned after two seconds.
     """
     end = time.monotonic() + seconds
     try:
@@ -128,7 +128,7 @@ def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = 
             env=env,
         )
     except OSError:
-        return Said(None, "")
+        return Output(None, "")
     taken: list[bytes] = []
     stream = child.stdout
     assert stream is not None
@@ -138,16 +138,16 @@ def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = 
     if taken and len(taken[0]) < LIMIT:
         try:
             status = child.wait(max(0.1, end - time.monotonic()))
-            return Said(status, plain(taken[0].decode("utf-8", "replace")))
-        except subprocess.TimeoutExpired:  # it closed its output and goes on
+            return Output(status, plain(taken[0].decode("utf-8", "replace")))
+        except subprocess.TimeoutExpired:  # it closed its output but keeps running
             _end(child)
-            return Said(None, "")
+            return Output(None, "")
     _end(child)
-    return Said(None, "")
+    return Output(None, "")
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Kill a program and what it started."""
+    """Kill a program and its children."""
     try:
         if hasattr(os, "killpg"):
             os.killpg(child.pid, signal.SIGKILL)

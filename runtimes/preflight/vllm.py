@@ -1,4 +1,4 @@
-"""Finds the box's own vLLM, which lives in an environment of its own, and asks its version. Standard library only."""
+"""Finds the box's own vLLM, which has a Python environment of its own, and its version. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def find_vllm() -> str | None:
 
 
 def vllm_version(program: str) -> str | None:
-    """Its version, asked of the Python that the script starts (importing vLLM itself takes half a minute)."""
+    """vLLM's version, read by the Python of its script (importing vLLM itself takes half a minute); None if unknown."""
     python = _interpreter(Path(program))
     code = "import importlib.metadata as m; print(m.version('vllm'))"
-    said = _said([*python, "-I", "-c", code], 60) if python else ""
-    if not said:
-        said = _said([program, "--version"], 300)
-    found = re.findall(r"\d+\.\d+[\w.+]*", said)
-    return found[-1] if found else None
+    output = _output([*python, "-I", "-c", code], 60) if python else ""
+    if not output:
+        output = _output([program, "--version"], 300)
+    versions = re.findall(r"\d+\.\d+[\w.+]*", output)
+    return versions[-1] if versions else None
 
 
 def _interpreter(script: Path) -> list[str]:
-    """The Python in a script's first lines: pip writes ``#!/bin/sh`` and an exec where its path is too long."""
+    """The Python named in a script's first lines: pip writes ``#!/bin/sh`` and an exec when its path is too long."""
     try:
         with script.open("rb") as file:
             lines = [file.readline(4096).decode("utf-8", "replace") for _ in range(2)]
@@ -49,7 +49,7 @@ def _interpreter(script: Path) -> list[str]:
     return command if any("python" in Path(word).name for word in command) else []
 
 
-def _said(command: Sequence[str], seconds: float) -> str:
-    """What a program wrote to standard output; "" when it failed or hung."""
+def _output(command: Sequence[str], seconds: float) -> str:
+    """A program's standard output; "" when it failed or hung."""
     done = run(command, seconds)
     return done.output if done.status == 0 else ""

@@ -1,4 +1,6 @@
-"""What every model's HTTP face has: errors, status, metrics, an API page. No CORS, no file access, nothing fetched."""
+"""The part of the HTTP server that all models share: errors, status, metrics, the API page. No CORS, no file access,
+no outgoing requests.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,16 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.types import Receive
+from starlette.types import ASGIApp, Receive
 
 from runtimes.engine import Busy, RequestRefused
 from runtimes.manifest import Run
 from runtimes.server.metrics import BaseMetrics
-from runtimes.server.middleware import Outer
+from runtimes.server.middleware import Middleware
 from runtimes.server.openai_responses import error_body
 
 T = TypeVar("T")
-AnyWork = TypeVar("AnyWork", bound="Work")
+AnyWorker = TypeVar("AnyWorker", bound="Worker")
 log = logging.getLogger("runtimes")
 _ASSETS = {
     "swagger-ui-bundle.js": "text/javascript",
@@ -41,77 +43,77 @@ _POLICY = (
 class Health(BaseModel):
     status: Literal["ok", "loading", "stopping"]
     model: str
-    engine: dict[str, str] | None = None  # of engines that are made for a device: which one this is
+    engine: dict[str, str] | None = None  # details of an engine that was built for one device
 
 
-class Work(Protocol):
-    """What answers requests while the server runs: a language model's pump, an encoder's batches."""
+class Worker(Protocol):
+    """What answers requests while the server runs: the Dispatcher of a language model, the Batcher of an encoder."""
 
     def cancel_all(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Loaded(Protocol):
-    """An engine, as far as its end goes. One that is made for a device has ``details`` too."""
+    """An engine that can be closed. One that was built for one device also has ``details``."""
 
     def close(self) -> None: ...
 
 
-class BaseService(ABC, Generic[AnyWork]):
-    """The model behind the routes; it is loaded and has answered when it comes here."""
+class BaseService(ABC, Generic[AnyWorker]):
+    """The model behind the routes; it is loaded and has computed one answer."""
 
     def __init__(self, run: Run, engine: Loaded, metrics: BaseMetrics) -> None:
         self.run, self.engine, self.metrics = run, engine, metrics
-        self._work: AnyWork | None = None
+        self._worker: AnyWorker | None = None
 
     @abstractmethod
-    def begin(self) -> AnyWork:
-        """What will answer; called on the event loop."""
+    def make_worker(self) -> AnyWorker:
+        """Make the worker; called on the event loop."""
 
     @property
     @abstractmethod
-    def card(self) -> dict[str, Any]:
-        """What /v1/models tells beside the name."""
+    def card(self) -> dict[str, object]:
+        """The fields of /v1/models beside the name."""
 
     @property
     def details(self) -> Mapping[str, str]:
-        """What /health tells of the engine: nothing of one that runs anywhere."""
-        found: Mapping[str, str] = getattr(self.engine, "details", {})
-        return found
+        """The engine's details in /health; empty for an engine that is not built for one device."""
+        details: Mapping[str, str] = getattr(self.engine, "details", {})
+        return details
 
     @property
     def serving(self) -> bool:
-        """Whether requests are taken."""
-        return self._work is not None
+        """Whether requests are accepted."""
+        return self._worker is not None
 
     def start(self) -> None:
-        """Begin to take requests; called on the event loop."""
-        self._work = self.begin()
+        """Start to accept requests; called on the event loop."""
+        self._worker = self.make_worker()
         self.metrics.ready.set(1)
 
-    def working(self) -> AnyWork:
-        """What answers, or a 503 while the server stops."""
-        if self._work is None:
+    def worker(self) -> AnyWorker:
+        """The worker. Raises HTTPException 503 while the server stops."""
+        if self._worker is None:
             raise HTTPException(503, "The server is stopping.")
-        return self._work
+        return self._worker
 
     def cancel_all(self) -> None:
-        """End everything that runs; called on the event loop."""
-        if self._work is not None:
-            self._work.cancel_all()
+        """Cancel all running answers; called on the event loop."""
+        if self._worker is not None:
+            self._worker.cancel_all()
 
     async def stop(self) -> None:
-        """Cancel what still runs and free the model."""
-        work, self._work = self._work, None
-        if work is not None:
-            await asyncio.to_thread(work.close)
+        """Cancel running answers and free the model."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await asyncio.to_thread(worker.close)
         await asyncio.to_thread(self.engine.close)
 
 
-def make_face(
+def make_base_app(
     service: BaseService[Any], add_routes: Callable[[FastAPI], None], *, max_body: int, log_json: bool
-) -> Any:
-    """The ASGI application. add_routes: adds what this kind of model answers. max_body: bytes; more gets a 413."""
+) -> ASGIApp:
+    """The ASGI application. add_routes: adds the routes of this kind of model. max_body: bytes; more gets a 413."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -133,17 +135,17 @@ def make_face(
     add_routes(app)
     _add_status(app, service)
     _add_docs(app)
-    return Outer(app, service.metrics, max_body=max_body, log_json=log_json)
+    return Middleware(app, service.metrics, max_body=max_body, log_json=log_json)
 
 
 def require_model(run: Run, name: str | None) -> None:
-    """A 404 for another model's name."""
+    """Raise HTTPException 404 for another model's name."""
     if name is not None and name != run.name:
         raise HTTPException(404, f"The model {name!r} does not exist here; this server has {run.name!r}.")
 
 
 async def while_connected(receive: Receive, running: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Run it to its end, or until the client goes away, which cancels it; the task, which is done either way."""
+    """Run a coroutine to its end, or cancel it when the client disconnects. Returns the task, which is done."""
     work = asyncio.create_task(running)
     gone = asyncio.create_task(_disconnected(receive))
     try:
@@ -161,8 +163,8 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
-def refused(error: Exception) -> JSONResponse:
-    """The HTTP answer to an engine's or queue's refusal."""
+def error_response(error: Exception) -> JSONResponse:
+    """The HTTP response to an engine's error or a full queue."""
     if isinstance(error, RequestRefused):
         return JSONResponse(error_body(str(error), "invalid_request_error", param=error.param, code=error.code), 400)
     if isinstance(error, Busy):
@@ -175,7 +177,7 @@ def _add_status(app: FastAPI, service: BaseService[Any]) -> None:
     tags: list[str | Enum] = ["status"]
 
     @app.get("/v1/models", tags=tags, summary="The one model served here")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         card = {"id": service.run.name, "object": "model", "created": 0, "owned_by": "packager"}
         return {"object": "list", "data": [{**card, **service.card}]}
 
@@ -231,7 +233,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestRefused)
     async def refuse(_: Request, error: RequestRefused) -> Response:
-        return refused(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
@@ -244,4 +246,4 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> Response:
         log.exception("a defect of the server", exc_info=error)
-        return JSONResponse(error_body("The server failed; its log says more.", "server_error"), 500)
+        return JSONResponse(error_body("The server failed; see its log.", "server_error"), 500)

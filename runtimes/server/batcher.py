@@ -1,7 +1,7 @@
-"""Texts that arrive together are computed together: one thread, batches of at most ``slots`` texts.
+"""Batches texts of concurrent requests: one thread, batches of at most ``slots`` texts.
 
-Requests take turns, a text each, so that one with thousands of texts does not hold up one with a single text. A batch
-stays at most half padding: a short question is not computed at the length of somebody's document.
+Requests take turns, one text each, so that a request with thousands of texts does not delay one with a single text. At
+most half of a batch is padding: a short text is not computed at the length of a long one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtimes.engine import Busy, EngineError
 from runtimes.engines.encoder import Encoder, Text
 from runtimes.server.metrics import EncoderMetrics
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 MAX_WAITING = 8192  # texts
@@ -29,24 +30,24 @@ class Group:
 
     def __init__(self, texts: Sequence[Text], loop: asyncio.AbstractEventLoop) -> None:
         self.texts = texts
-        self.rows: list[NDArray[Any] | None] = [None] * len(texts)
-        # longest first: neighbours in a batch are of about one length
+        self.rows: list[NDArray[np.float32] | None] = [None] * len(texts)
+        # longest first, so that the texts of a batch have similar lengths
         self.left = deque(sorted(range(len(texts)), key=lambda place: -len(texts[place].ids)))
         self.computing = 0
         self.arrived = time.perf_counter()
         self.loop, self.done = loop, loop.create_future()
 
-    def settle(self, error: EngineError | None = None) -> None:
-        """Called on the computing thread: the request can be answered."""
+    def finish(self, error: EngineError | None = None) -> None:
+        """Complete the request; called on the computing thread. error: fail it."""
 
-        def tell() -> None:
+        def set_result() -> None:
             if not self.done.done():
                 self.done.set_exception(error) if error else self.done.set_result(None)
 
-        self.loop.call_soon_threadsafe(tell)
+        self.loop.call_soon_threadsafe(set_result)
 
 
-class Batches:
+class Batcher:
     """The queue and the thread that empties it. Made on the event loop."""
 
     def __init__(self, engine: Encoder, metrics: EncoderMetrics) -> None:
@@ -55,11 +56,11 @@ class Batches:
         self.queue: deque[Group] = deque()
         self.changed = threading.Condition()
         self.waiting, self.closed = 0, False
-        self.thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self.thread.start()
 
-    async def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
-        """A row for each text. Raises Busy or EngineError. Cancelling it takes the waiting texts out of the queue."""
+    async def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
+        """A row for each text. Raises Busy or EngineError. Cancelling it removes the waiting texts from the queue."""
         group = Group(texts, self.loop)
         with self.changed:
             if self.closed:
@@ -72,20 +73,20 @@ class Batches:
         try:
             await group.done
         finally:
-            with self.changed:  # nothing is left of a group that was answered
+            with self.changed:  # a completed group has nothing left
                 self._count(-len(group.left))
                 group.left.clear()
         return [row for row in group.rows if row is not None]
 
     def cancel_all(self) -> None:
-        """Give up what waits; the batch that is being computed ends by itself."""
+        """Drop the waiting texts; the batch that is being computed ends by itself."""
         with self.changed:
             groups, self.queue = list(self.queue), deque()
             for group in groups:
                 self._count(-len(group.left))
                 group.left.clear()
         for group in groups:
-            group.settle(EngineError(STOPPING))
+            group.finish(EngineError(STOPPING))
 
     def close(self) -> None:
         """Cancel everything and wait for the thread."""
@@ -112,7 +113,7 @@ class Batches:
                 self._compute(batch)
 
     def _next(self) -> list[tuple[Group, int]]:
-        """The next texts, as (group, place in it), a text of each group in turn."""
+        """The next batch as (group, place in it), one text of each group in turn."""
         batch: list[tuple[Group, int]] = []
         longest = total = 0
         passed: deque[Group] = deque()
@@ -136,13 +137,13 @@ class Batches:
         texts = [group.texts[place] for group, place in batch]
         begun = time.perf_counter()
         error: EngineError | None = None
-        rows: list[NDArray[Any]] = []
+        rows: list[NDArray[np.float32]] = []
         try:
             rows = self.engine.compute(texts)
-        except EngineError as found:
-            error = found
-        except Exception as found:
-            error = EngineError(f"the engine failed: {found!r}")
+        except EngineError as failure:
+            error = failure
+        except Exception as failure:
+            error = EngineError(f"the engine failed: {failure!r}")
         self.metrics.compute.observe(time.perf_counter() - begun)
         self.metrics.batch.observe(len(batch))
         self.metrics.prompt_tokens.inc(sum(len(text.ids) for text in texts))
@@ -152,10 +153,10 @@ class Batches:
             if error is None:
                 group.rows[place] = rows[number]
                 if not group.left and not group.computing:
-                    group.settle()
+                    group.finish()
         if error is not None:
             with self.changed:
                 for group in {group for group, _ in batch}:
                     self._count(-len(group.left))
                     group.left.clear()
-                    group.settle(error)
+                    group.finish(error)

@@ -1,20 +1,20 @@
-"""The HTTP face of a language model: chat and completions over one Service."""
+"""The HTTP routes of a language model: chat, completions, /predict and /answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
 from types import ModuleType
-from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from runtimes.decoding.chat_template import Prompts, TemplateRefused
 from runtimes.engine import Engine, Piece, RequestRefused, Sampling
 from runtimes.manifest import Run
-from runtimes.server.base_app import BaseService, make_face, require_model
-from runtimes.server.dispatcher import Pump
+from runtimes.server.base_app import BaseService, make_base_app, require_model
+from runtimes.server.dispatcher import Dispatcher
 from runtimes.server.metrics import Metrics
 from runtimes.server.openai_requests import (
     AnswerResponse,
@@ -23,11 +23,11 @@ from runtimes.server.openai_requests import (
     PredictRequest,
     PredictResponse,
 )
-from runtimes.server.openai_responses import Reply, error_body
-from runtimes.server.responses import Streamed, Whole
+from runtimes.server.openai_responses import ResponseBuilder, error_body
+from runtimes.server.responses import StreamedResponse, WholeResponse
 
 
-class Service(BaseService[Pump]):
+class Service(BaseService[Dispatcher]):
     """A language model behind the routes."""
 
     engine: Engine
@@ -37,19 +37,19 @@ class Service(BaseService[Pump]):
         super().__init__(run, engine, Metrics(engine.memory))
         self.prompts = prompts
 
-    def begin(self) -> Pump:
-        return Pump(self.engine, self.metrics)
+    def make_worker(self) -> Dispatcher:
+        return Dispatcher(self.engine, self.metrics)
 
     @property
-    def card(self) -> dict[str, Any]:
-        """What /v1/models tells beside the name."""
+    def card(self) -> dict[str, object]:
+        """The fields of /v1/models beside the name."""
         return {"max_model_len": self.run.context}
 
     def check_model(self, name: str | None) -> None:
         require_model(self.run, name)
 
     def user_turn(self, text: str) -> list[int]:
-        """One user message as the model should see it: through the chat template where there is one."""
+        """Token ids of one user message: through the chat template where there is one."""
         if self.prompts.has_template:
             return self.prompts.chat([{"role": "user", "content": text}])
         return self.prompts.plain(text)
@@ -61,7 +61,7 @@ def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> Service:
     return Service(run, prompts, engine.load(run, verbose=verbose))
 
 
-def make_app(service: Service, *, max_body: int, log_json: bool) -> Any:
+def make_app(service: Service, *, max_body: int, log_json: bool) -> ASGIApp:
     """The ASGI application. max_body: bytes; larger requests get a 413."""
 
     def add_routes(app: FastAPI) -> None:
@@ -72,7 +72,7 @@ def make_app(service: Service, *, max_body: int, log_json: bool) -> Any:
             body = error_body(f"The chat template refuses: {error}", "invalid_request_error", param="messages")
             return JSONResponse(body, 400)
 
-    return make_face(service, add_routes, max_body=max_body, log_json=log_json)
+    return make_base_app(service, add_routes, max_body=max_body, log_json=log_json)
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -80,9 +80,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     tags: list[str | Enum] = ["answers"]
 
     def reply(request: ChatRequest | CompletionRequest, prompt: list[int], chat: bool) -> Response:
-        pump = service.working()
+        dispatcher = service.worker()
         sampling = request.sampling(run.sampling)
-        answer = Reply(
+        builder = ResponseBuilder(
             chat=chat,
             model=run.name,
             logprobs=sampling.logprobs is not None,
@@ -90,19 +90,19 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             prompt_ids=prompt if request.return_token_ids else None,
         )
         if request.stream:
-            return Streamed(pump, prompt, sampling, answer)
-        return Whole(pump, prompt, sampling, answer.whole)
+            return StreamedResponse(dispatcher, prompt, sampling, builder)
+        return WholeResponse(dispatcher, prompt, sampling, builder.whole)
 
     @app.post("/v1/chat/completions", tags=tags, response_class=JSONResponse, summary="Chat, plain or streamed")
     async def chat(request: ChatRequest) -> Response:
         service.check_model(request.model)
-        service.working()
+        service.worker()  # 503 while the server stops, before the prompt is tokenized
         return reply(request, service.prompts.chat([message.plain() for message in request.messages]), chat=True)
 
     @app.post("/v1/completions", tags=tags, response_class=JSONResponse, summary="Continue a text, plain or streamed")
     async def completions(request: CompletionRequest) -> Response:
         service.check_model(request.model)
-        service.working()
+        service.worker()  # 503 while the server stops, before the prompt is tokenized
         return reply(request, _prompt_ids(service, request.prompt), chat=False)
 
     def defaults() -> Sampling:
@@ -110,14 +110,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.post("/predict", tags=tags, response_model=PredictResponse, summary="One text in, one result out")
     async def predict(request: PredictRequest) -> Response:
-        pump = service.working()
+        dispatcher = service.worker()
         finish = _wrapped("result")
-        return Whole(pump, service.user_turn(request.text), defaults(), finish)
+        return WholeResponse(dispatcher, service.user_turn(request.text), defaults(), finish)
 
     @app.get("/answer", tags=tags, response_model=AnswerResponse, summary="One question in the address, one answer")
-    async def answer(prompt: str = Query(min_length=1, description="what the user says")) -> Response:
-        pump = service.working()
-        return Whole(pump, service.user_turn(prompt), defaults(), _wrapped("answer"))
+    async def answer(prompt: str = Query(min_length=1, description="the user's message")) -> Response:
+        dispatcher = service.worker()
+        return WholeResponse(dispatcher, service.user_turn(prompt), defaults(), _wrapped("answer"))
 
 
 def _wrapped(key: str) -> Callable[[list[Piece]], dict[str, str]]:
@@ -131,7 +131,9 @@ def _prompt_ids(service: Service, prompt: str | list[int] | list[str]) -> list[i
         return service.prompts.plain(prompt[0])
     ids = [token for token in prompt if isinstance(token, int)]
     if len(ids) != len(prompt):
-        raise RequestRefused("One prompt a request: send several requests, they are decoded together.", param="prompt")
+        raise RequestRefused(
+            "One prompt per request: send several requests, which are decoded together.", param="prompt"
+        )
     size = service.prompts.vocabulary()
     if any(not 0 <= token < size for token in ids):
         raise RequestRefused(f"A token id of the prompt lies outside the vocabulary of {size}.", param="prompt")

@@ -1,7 +1,7 @@
-"""Carries pieces from the engine's threads to the event loop, and requests the other way.
+"""Moves pieces from the engine's threads to the event loop, and requests from the event loop to the threads.
 
-One mailbox serves all answers: after a decoding step every slot's thread drops its piece there, and only the first one
-wakes the loop, so eight streams cost one wake-up a step and not eight.
+All answers share one mailbox: after a decoding step every slot's thread puts its piece there, and only the first piece
+wakes the event loop. So eight streams cost one wake-up per step, not eight.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from runtimes.engine import Busy, Engine, EngineError, Piece, Sampling
 from runtimes.server.metrics import Metrics
@@ -21,7 +20,7 @@ MAX_WAITING = 256
 
 
 class Answer:
-    """One running answer, seen from the event loop: ``await next()`` gives all pieces that have come since."""
+    """One running answer, seen from the event loop: ``await next()`` returns all pieces since the last call."""
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
@@ -31,7 +30,7 @@ class Answer:
         self.waiter: asyncio.Future[None] | None = None
 
     async def next(self) -> list[Piece]:
-        """At least one piece, or an empty list at the end. Raises what the engine raised."""
+        """At least one piece, or an empty list at the end. Raises the engine's EngineError."""
         while not self.pieces:
             if self.error is not None:
                 raise self.error
@@ -47,8 +46,8 @@ class Answer:
             self.waiter.set_result(None)
 
 
-class Pump:
-    """Runs at most ``engine.slots`` answers at once; others wait here, where giving up costs the engine nothing."""
+class Dispatcher:
+    """Runs at most ``engine.slots`` answers at once; other requests wait here, where cancelling is free."""
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
@@ -61,7 +60,7 @@ class Pump:
         self.running: set[Answer] = set()
 
     async def start(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
-        """Wait for a slot and begin. Raises Busy. Cancelling the wait leaves the queue."""
+        """Wait for a slot and start the answer. Raises Busy for a full queue. Cancelling the wait leaves the queue."""
         if self.waiting >= MAX_WAITING:
             raise Busy(f"{MAX_WAITING} requests are waiting already.")
         self.waiting += 1
@@ -78,7 +77,7 @@ class Pump:
         return answer
 
     def stop(self, answer: Answer) -> None:
-        """The reader is done with it, finished or not."""
+        """The client needs no more of the answer; cancel it if it still runs."""
         if not answer.done:
             answer.cancelled.set()
             self.metrics.cancelled.inc()
@@ -115,8 +114,8 @@ class Pump:
             self._post()
 
     def _post(self) -> None:
-        # No lock: _deliver takes the flag back before it empties the box, so whoever finds it set is still served;
-        # two threads that find it unset at once only wake the loop twice.
+        # No lock: _deliver clears the flag before it empties the mailbox, so a piece put while the flag is set is
+        # still delivered; two threads that read it unset at once wake the loop twice, which is harmless.
         if not self.posted:
             self.posted = True
             self.loop.call_soon_threadsafe(self._deliver)
@@ -141,7 +140,7 @@ class Pump:
 
 
 class Stopwatch:
-    """Times one answer for /metrics. Pieces without a token (progress on the prompt) do not count."""
+    """Times one answer for /metrics. Pieces without a token (prefill progress) do not count."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -163,6 +162,6 @@ class Stopwatch:
     def close(self) -> None:
         self.metrics.tokens.inc(self.seen)
 
-    def facts(self) -> dict[str, Any]:
-        """For the access log."""
+    def facts(self) -> dict[str, int]:
+        """Fields for the access log."""
         return {"completion_tokens": self.seen}

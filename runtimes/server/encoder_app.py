@@ -1,7 +1,7 @@
-"""The HTTP face of an encoder: /v1/embeddings (OpenAI's), or /classify (vLLM's shape, with names) and /predict.
+"""The HTTP routes of an encoder: /v1/embeddings (as OpenAI), or /classify (as vLLM, with label names) and /predict.
 
-A value that cannot be honoured is refused by name, never dropped. A text that is too long is refused, as OpenAI does
-it, unless the request says ``"truncate": true``; then the answer names the texts that were cut.
+A value that is not supported is refused by name, never dropped. A text that is too long is refused, as OpenAI does,
+unless the request has ``"truncate": true``; then the response lists the texts that were cut.
 """
 
 from __future__ import annotations
@@ -11,36 +11,37 @@ import base64
 from collections.abc import Callable, Sequence
 from enum import Enum
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtimes.engine import Busy, EngineError, RequestRefused
 from runtimes.engines.encoder import Encoder, Text, labelled
 from runtimes.manifest import Run
-from runtimes.server.base_app import BaseService, make_face, refused, require_model, while_connected
-from runtimes.server.batcher import Batches
+from runtimes.server.base_app import BaseService, error_response, make_base_app, require_model, while_connected
+from runtimes.server.batcher import Batcher
 from runtimes.server.metrics import EncoderMetrics
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 MAX_TEXTS = 2048  # OpenAI's limit
 Token = Annotated[int, Field(strict=True)]
-Finish = Callable[[Sequence[Text], list[Any]], dict[str, Any]]
+Finish = Callable[[Sequence[Text], "list[NDArray[np.float32]]"], dict[str, object]]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _known_shape(value: Any) -> Any:
-    """One sentence instead of one error for each form that it might have been."""
+def _known_shape(value: object) -> object:
+    """Check the form of ``input``: one error, where pydantic reports one for each member of the union."""
 
-    def ids(entry: Any) -> bool:
+    def ids(entry: object) -> bool:
         return isinstance(entry, list) and all(type(token) is int for token in entry)
 
     listed = isinstance(value, list) and (all(isinstance(entry, str) for entry in value) or all(map(ids, value)))
@@ -82,7 +83,7 @@ class PredictResponse(BaseModel):
     result: str
 
 
-class EncoderService(BaseService[Batches]):
+class EncoderService(BaseService[Batcher]):
     """An embedder or classifier behind the routes."""
 
     engine: Encoder
@@ -92,14 +93,14 @@ class EncoderService(BaseService[Batches]):
         super().__init__(run, engine, EncoderMetrics(engine.memory, getattr(engine, "device_memory", None)))
         self.size = len(engine.compute([engine.reader.read("a")])[0])
 
-    def begin(self) -> Batches:
-        return Batches(self.engine, self.metrics)
+    def make_worker(self) -> Batcher:
+        return Batcher(self.engine, self.metrics)
 
     @property
-    def card(self) -> dict[str, Any]:
-        """What /v1/models tells beside the name."""
+    def card(self) -> dict[str, object]:
+        """The fields of /v1/models beside the name."""
         settings = self.engine.settings
-        common: dict[str, Any] = {"task": self.engine.task, "max_model_len": self.engine.context}
+        common: dict[str, object] = {"task": self.engine.task, "max_model_len": self.engine.context}
         if self.details:
             common["engine"] = dict(self.details)
         if self.engine.task == "classify":
@@ -113,12 +114,12 @@ class EncoderService(BaseService[Batches]):
         }
 
 
-class Computed(Response):
-    """Reads, computes and answers while it is sent; a client that goes away takes its waiting texts with it."""
+class ComputedResponse(Response):
+    """Tokenizes, computes and answers while it is sent. When the client disconnects its waiting texts are dropped."""
 
     def __init__(self, service: EncoderService, read: Callable[[], list[Text]], finish: Finish) -> None:
         super().__init__()
-        self.batches, self.read, self.finish = service.working(), read, finish
+        self.batcher, self.read, self.finish = service.worker(), read, finish
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = await while_connected(receive, self._answer())
@@ -127,10 +128,10 @@ class Computed(Response):
 
     async def _answer(self) -> Response:
         try:
-            texts = await asyncio.to_thread(self.read)  # a megabyte of text takes the tokenizer a while
-            rows = await self.batches.compute(texts)
+            texts = await asyncio.to_thread(self.read)  # tokenizing a megabyte of text takes a while
+            rows = await self.batcher.compute(texts)
         except (EngineError, Busy) as error:
-            return refused(error)
+            return error_response(error)
         return await asyncio.to_thread(lambda: JSONResponse(self.finish(texts, rows)))
 
 
@@ -139,10 +140,10 @@ def open_service(engine: ModuleType, run: Run, *, verbose: bool) -> EncoderServi
     return EncoderService(run, engine.load(run, verbose=verbose))
 
 
-def make_app(service: EncoderService, *, max_body: int, log_json: bool) -> Any:
+def make_app(service: EncoderService, *, max_body: int, log_json: bool) -> ASGIApp:
     """The ASGI application. max_body: bytes; larger requests get a 413."""
     add = _add_classifier if service.engine.task == "classify" else _add_embedder
-    return make_face(service, lambda app: add(app, service), max_body=max_body, log_json=log_json)
+    return make_base_app(service, lambda app: add(app, service), max_body=max_body, log_json=log_json)
 
 
 def _add_embedder(app: FastAPI, service: EncoderService) -> None:
@@ -153,20 +154,20 @@ def _add_embedder(app: FastAPI, service: EncoderService) -> None:
         require_model(service.run, request.model)
         if request.dimensions not in (None, service.size):
             raise RequestRefused(
-                f"This model gives {service.size} dimensions, and nothing says that it was trained to be cut.",
+                f"This model gives {service.size} dimensions; it is not known to support fewer.",
                 param="dimensions",
             )
 
-        def vector(row: NDArray[Any]) -> str | list[float]:
+        def vector(row: NDArray[np.float32]) -> str | list[float]:
             if request.encoding_format == "base64":
                 return base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
             return [float(value) for value in row]
 
-        def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:
+        def finish(texts: Sequence[Text], rows: list[NDArray[np.float32]]) -> dict[str, object]:
             data = [{"object": "embedding", "index": place, "embedding": vector(row)} for place, row in enumerate(rows)]
-            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+            return {"object": "list", "data": data, "model": service.run.name, **_usage(texts)}
 
-        return Computed(service, lambda: _texts(service, request.input, request.truncate), finish)
+        return ComputedResponse(service, lambda: _texts(service, request.input, request.truncate), finish)
 
 
 def _add_classifier(app: FastAPI, service: EncoderService) -> None:
@@ -183,30 +184,30 @@ def _add_classifier(app: FastAPI, service: EncoderService) -> None:
             firsts, seconds = _listed(request.input), _listed(request.pair)
             if len(firsts) != len(seconds):
                 raise RequestRefused("input and pair have different lengths.", param="pair")
-            _few(firsts)
+            _check_count(firsts)
             return [
                 reader.read(one, other, truncate=request.truncate) for one, other in zip(firsts, seconds, strict=True)
             ]
 
-        def finish(texts: Sequence[Text], rows: list[NDArray[Any]]) -> dict[str, Any]:
+        def finish(texts: Sequence[Text], rows: list[NDArray[np.float32]]) -> dict[str, object]:
             data = [{"index": place, **labelled(row, settings)} for place, row in enumerate(rows)]
-            return {"object": "list", "data": data, "model": service.run.name, **_counted(texts)}
+            return {"object": "list", "data": data, "model": service.run.name, **_usage(texts)}
 
-        return Computed(service, read, finish)
+        return ComputedResponse(service, read, finish)
 
     @app.post("/predict", tags=tags, response_model=PredictResponse, summary="One text in, its best label out")
     async def predict(request: PredictRequest) -> Response:
         def read() -> list[Text]:
             return [reader.read(request.text, param="text")]
 
-        return Computed(service, read, lambda _, rows: {"result": labelled(rows[0], settings)["label"]})
+        return ComputedResponse(service, read, lambda _, rows: {"result": labelled(rows[0], settings)["label"]})
 
 
 def _listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _few(texts: Sequence[object]) -> None:
+def _check_count(texts: Sequence[object]) -> None:
     if not 0 < len(texts) <= MAX_TEXTS:
         raise RequestRefused(f"A request holds 1 to {MAX_TEXTS} texts, this one {len(texts)}.", param="input")
 
@@ -219,17 +220,17 @@ def _texts(service: EncoderService, given: str | Sequence[str | int | list[int]]
     ids = [token for token in given if isinstance(token, int)]
     if ids:
         return [reader.from_ids(ids, truncate=truncate)]
-    _few(given)
-    found: list[Text] = []
+    _check_count(given)
+    texts: list[Text] = []
     for entry in given:
         if isinstance(entry, str):
-            found.append(reader.read(entry, truncate=truncate))
+            texts.append(reader.read(entry, truncate=truncate))
         elif isinstance(entry, list):
-            found.append(reader.from_ids(entry, truncate=truncate))
-    return found
+            texts.append(reader.from_ids(entry, truncate=truncate))
+    return texts
 
 
-def _counted(texts: Sequence[Text]) -> dict[str, Any]:
+def _usage(texts: Sequence[Text]) -> dict[str, object]:
     """The usage, and which texts were cut."""
     tokens = sum(len(text.ids) for text in texts)
     cut = [place for place, text in enumerate(texts) if text.cut]

@@ -1,8 +1,8 @@
-"""Answers on the server's port while the model loads: 503, and /health says "loading".
+"""Answers 503 on the server's port while the model loads; /health has status "loading".
 
-llama.cpp's constructor holds Python's lock until the model is up, so the server process itself cannot answer
-meanwhile. This small process can: it inherits the listening socket, and ends when its standard input closes, which
-also happens when the server dies. Standard library only, to be there at once.
+llama.cpp's constructor holds the GIL until the model is loaded, so the server process cannot answer. This child process
+can: it inherits the listening socket, and ends when its standard input closes, which also happens when the server dies.
+Standard library only, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def answering(listener: socket.socket, model: str) -> Iterator[None]:
-    """Have the port answered by a child process; on leaving, the port belongs to the caller again.
+    """Let a child process answer on the port; on exit the port belongs to the caller again.
 
-    Windows cannot hand a socket down this way: there connections wait unanswered until the model is up.
+    Windows cannot pass a socket this way: there connections wait until the model is loaded.
     """
     if os.name != "posix":
         yield
@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.partition("?")[0] == "/health":
             body: dict[str, object] = {"status": "loading", "model": self.server.model}
         else:
-            message = "The model is still loading; /health tells when it is ready."
+            message = "The model is still loading; /health shows when it is ready."
             body = {"error": {"message": message, "type": "overloaded_error", "param": None, "code": "not_ready"}}
         data = json.dumps(body).encode()
         self.close_connection = True
@@ -71,11 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # an answer that has begun is finished
+    daemon_threads = False  # finish responses that have started
     model = ""
 
     def handle_error(self, *_: object) -> None:
-        return None  # a client that went away is no news
+        return None  # a client disconnected
 
 
 def main(descriptor: int, model: str) -> None:
@@ -88,7 +88,7 @@ def main(descriptor: int, model: str) -> None:
     sys.stdin.buffer.read()
     server.shutdown()
     server.block_on_close = True
-    # not server_close(): that would close the listening socket's last copy only here, but waits for answers too
+    # closes only this process's copy of the listening socket, and waits for running responses
     server.server_close()
 
 

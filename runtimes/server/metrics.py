@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus. Times in seconds, sizes in bytes; counters never fall."""
+"""The metrics of /metrics, for Prometheus. Times in seconds, sizes in bytes; counters never fall."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TEXTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class BaseMetrics:
-    """What every model's server counts. One registry a server, so that two in one process do not mix.
+    """The metrics of every model's server. One registry per server, so that two in one process do not mix.
 
-    memory: resident bytes, asked at scrape.
+    memory: returns resident bytes; called at every scrape.
     """
 
     def __init__(self, memory: Callable[[], int]) -> None:
@@ -39,7 +39,7 @@ class BaseMetrics:
 
 
 class EncoderMetrics(BaseMetrics):
-    """Of a server of embeddings or labels. device: bytes that the model holds on a GPU, None for an engine without."""
+    """The metrics of an encoder's server. device: returns the bytes on the GPU; None for an engine without a GPU."""
 
     def __init__(self, memory: Callable[[], int], device: Callable[[], int] | None = None) -> None:
         super().__init__(memory)
@@ -58,14 +58,14 @@ class EncoderMetrics(BaseMetrics):
 
 
 class Metrics(BaseMetrics):
-    """Of a server that generates text."""
+    """The metrics of a language model's server."""
 
     def __init__(self, memory: Callable[[], int]) -> None:
         super().__init__(memory)
         registry = self.registry
-        self.cancelled = Counter("packager_cancelled", "Generations that the client gave up on", registry=registry)
+        self.cancelled = Counter("packager_cancelled", "Answers that the client cancelled", registry=registry)
         self.cached_tokens = Counter(
-            "packager_cached_prompt_tokens", "Prompt tokens that a slot still held", registry=registry
+            "packager_cached_prompt_tokens", "Prompt tokens taken from a slot's KV cache", registry=registry
         )
         self.tokens = Counter("packager_generated_tokens", "Tokens generated", registry=registry)
         self.first = Histogram(

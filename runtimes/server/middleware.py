@@ -1,4 +1,4 @@
-"""What surrounds every request: the limit on its size, the count in /metrics and the access log."""
+"""ASGI middleware of every request: limits its size, counts it in /metrics, writes the access log."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PATHS = frozenset(
     ]
 )
 
-LINGER_S = 2.0  # a connection closed on bytes that nobody read is reset, and the refusal lost with it
+LINGER_S = 2.0  # closing a connection with unread bytes resets it, and the client loses the 413
 LINGER_BYTES = 64 * 2**20
 
 
-class Outer:
-    """ASGI middleware. max_body: bytes of a request's body. log_json: one JSON line a request on standard output."""
+class Middleware:
+    """max_body: largest request body in bytes. log_json: write one JSON line per request to standard output."""
 
     def __init__(self, app: ASGIApp, metrics: BaseMetrics, *, max_body: int, log_json: bool) -> None:
         self.app, self.metrics, self.max_body, self.log_json = app, metrics, max_body, log_json
@@ -65,7 +65,8 @@ class Outer:
 
         try:
             if self._declared(scope) > self.max_body:
-                if not any(name == b"expect" for name, _ in scope["headers"]):  # who asks first has sent nothing yet
+                # a client that sends Expect has not sent the body yet
+                if not any(name == b"expect" for name, _ in scope["headers"]):
                     await drop_rest(receive)
                 body = error_body(too_large, "invalid_request_error", code="request_too_large")
                 await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, counted)
@@ -73,7 +74,7 @@ class Outer:
                 await self.app(scope, limited, counted)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
-            # 499, as proxies have it: the client went away before the first byte
+            # 499, nginx's code: the client disconnected before the first byte
             self.metrics.requests.labels(path, str(status or 499)).inc()
             if self.log_json:
                 self._log(scope, status or 499, time.perf_counter() - begun)
@@ -102,7 +103,7 @@ class Outer:
 
 
 async def drop_rest(receive: Receive) -> None:
-    """Read what a client still sends, for a short while, so that it comes to reading why it was refused."""
+    """Drain the body, for LINGER_S and LINGER_BYTES at most, so that the client receives the 413."""
     dropped = 0
     with anyio.move_on_after(LINGER_S):
         while dropped < LINGER_BYTES:

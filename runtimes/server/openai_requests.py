@@ -1,6 +1,6 @@
-"""What requests may hold, checked by pydantic, and how they become a Sampling. Shapes: the OpenAI API's.
+"""Request bodies in the shapes of OpenAI's API, checked by pydantic, and their conversion to a Sampling.
 
-A value that cannot be honoured is refused by name, never dropped: an answer that ignores half the request looks right.
+A value that is not supported is refused by name, never dropped: an answer that ignores part of the request looks right.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Message(Strict):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """What the template sees: role and content as text."""
+        """The message for the chat template: role and content as text."""
         content = self.content
         return {
             "role": self.role,
@@ -50,7 +50,7 @@ class ResponseFormat(Strict):
 
 
 class Common(Strict):
-    """What chat and plain completions share. Beyond OpenAI's: top_k, min_p, repetition_penalty, return_token_ids."""
+    """The fields of both chat and completions. Not OpenAI's: top_k, min_p, repetition_penalty, return_token_ids."""
 
     model: str | None = None
     stream: bool = False
@@ -69,7 +69,7 @@ class Common(Strict):
     logit_bias: dict[int, float] | None = Field(None, max_length=1024)
     response_format: ResponseFormat | None = None
     user: str | None = None
-    return_token_ids: bool | None = Field(None, description="also answer prompt_token_ids and token_ids (as vLLM does)")
+    return_token_ids: bool | None = Field(None, description="also return prompt_token_ids and token_ids (as vLLM does)")
 
     @field_validator("stop")
     @classmethod
@@ -101,7 +101,7 @@ class Common(Strict):
         return self.max_tokens
 
     def sampling(self, defaults: Mapping[str, float]) -> Sampling:
-        """The request over the bundle's defaults. Raises RequestRefused."""
+        """The Sampling of the request, with the bundle's values as defaults. Raises RequestRefused."""
 
         def pick(name: str, fallback: float) -> float:
             value = getattr(self, name)
@@ -164,7 +164,7 @@ class CompletionRequest(Common):
 
 
 class PredictRequest(Strict):
-    text: str = Field(min_length=1, description="what the user says")
+    text: str = Field(min_length=1, description="the user's message")
 
 
 class PredictResponse(BaseModel):

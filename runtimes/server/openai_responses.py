@@ -1,6 +1,6 @@
-"""What goes back: OpenAI-shaped answers, stream chunks and errors, written as plain dictionaries.
+"""Response bodies in the shapes of OpenAI's API: answers, stream chunks (SSE) and errors, as plain dictionaries.
 
-Stream chunks are the per-token path: the fixed part of a chunk is encoded once, only the text is encoded each time.
+Stream chunks are built for every token, so the fixed part of a chunk is encoded once and only the text each time.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from runtimes.engine import Logprob, Piece
 
 DONE = b"data: [DONE]\n\n"
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """OpenAI's error object. kind: invalid_request_error, not_found_error, server_error, overloaded_error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def usage_of(last: Piece) -> dict[str, Any]:
+def usage_of(last: Piece) -> dict[str, object]:
     return {
         "prompt_tokens": last.prompt_tokens,
         "completion_tokens": last.tokens,
@@ -34,10 +33,10 @@ def usage_of(last: Piece) -> dict[str, Any]:
     }
 
 
-class Reply:
-    """Builds the answer to one request. chat: chat.completion shapes, else text_completion ones.
+class ResponseBuilder:
+    """Builds the response to one request. chat: chat.completion shapes, else text_completion shapes.
 
-    prompt_ids: given when the request asked for token ids. logprobs: whether it asked for them.
+    prompt_ids: the prompt's token ids when the response reports token ids. logprobs, usage: whether it has them.
     """
 
     def __init__(
@@ -61,23 +60,23 @@ class Reply:
     # -- streamed -----------------------------------------------------------------------------------------------
 
     def opening(self) -> bytes:
-        """The first chunk: the role, and the prompt's ids when they were asked for."""
+        """The first chunk: the role, and the prompt's ids when the request wants them."""
         if not self.chat and self.prompt_ids is None:
             return b""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": None}
+        choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": None}
         choice |= {"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": ""}
         extra = {} if self.prompt_ids is None else {"prompt_token_ids": list(self.prompt_ids)}
         return self._event([choice], **extra)
 
     def chunk(self, piece: Piece) -> bytes:
-        """One piece as a server-sent event; empty when there is nothing to say."""
+        """One piece as a server-sent event; empty for a piece without content."""
         if self.prompt_ids is None and not piece.logprobs:
             if not piece.text:
                 return b""
             return self._before + json.dumps(piece.text, ensure_ascii=False).encode() + self._after
         if not (piece.text or piece.ids or piece.logprobs):
             return b""
-        choice: dict[str, Any] = {"index": 0}
+        choice: dict[str, object] = {"index": 0}
         choice |= {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
         choice |= {"logprobs": self._logprobs(piece.logprobs), "finish_reason": None}
         if self.prompt_ids is not None:
@@ -85,40 +84,40 @@ class Reply:
         return self._event([choice])
 
     def closing(self, last: Piece) -> bytes:
-        """The finish reason, the usage when it was asked for, and the end mark."""
+        """The finish reason, the usage when the request wants it, and the end mark."""
         out = self.chunk(last)
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": last.finish}
+        choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": last.finish}
         choice["delta" if self.chat else "text"] = {} if self.chat else ""
         out += self._event([choice])
         if self.usage:
             out += b"data: " + dumps({**self._chunk, "choices": [], "usage": usage_of(last)}).encode() + b"\n\n"
         return out + DONE
 
-    def failure(self, body: dict[str, Any]) -> bytes:
+    def failure(self, body: dict[str, object]) -> bytes:
         """An error after the stream has begun."""
         return b"data: " + dumps(body).encode() + b"\n\n" + DONE
 
-    def _event(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
+    def _event(self, choices: list[dict[str, object]], **extra: object) -> bytes:
         usage = {"usage": None} if self.usage else {}
         return b"data: " + dumps({**self._chunk, **usage, **extra, "choices": choices}).encode() + b"\n\n"
 
     # -- whole --------------------------------------------------------------------------------------------------
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The plain answer, from all pieces."""
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, object]:
+        """The response that is not streamed, from all pieces."""
         last = pieces[-1]
         text = "".join(piece.text for piece in pieces)
         logprobs = [entry for piece in pieces for entry in piece.logprobs]
-        choice: dict[str, Any] = {"index": 0}
+        choice: dict[str, object] = {"index": 0}
         choice |= {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         choice |= {"logprobs": self._logprobs(logprobs) if self.logprobs else None, "finish_reason": last.finish}
-        extra: dict[str, Any] = {}
+        extra: dict[str, object] = {}
         if self.prompt_ids is not None:
             choice["token_ids"] = [token for piece in pieces for token in piece.ids]
             extra["prompt_token_ids"] = list(self.prompt_ids)
         return {**self.head, **extra, "choices": [choice], "usage": usage_of(last)}
 
-    def _logprobs(self, entries: Sequence[Logprob]) -> dict[str, Any] | None:
+    def _logprobs(self, entries: Sequence[Logprob]) -> dict[str, object] | None:
         if not entries:
             return {"content": []} if self.logprobs and self.chat else None
         if self.chat:
@@ -135,9 +134,9 @@ class Reply:
         }
 
 
-def _chat_logprob(entry: Logprob) -> dict[str, Any]:
+def _chat_logprob(entry: Logprob) -> dict[str, object]:
     return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.bytes)}
 
 
-def _tops(entry: Logprob) -> list[dict[str, Any]]:
+def _tops(entry: Logprob) -> list[dict[str, object]]:
     return [_chat_logprob(other) for other in entry.top]

@@ -1,4 +1,4 @@
-"""``serve``: opens the port at once, loads the model, and answers until it is told to stop."""
+"""``serve``: opens the port at once, loads the model, and answers until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -58,28 +58,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _device(name: str, engine: ModuleType, run: Run) -> str:
-    """What --device said. Raises ManifestError where the engine has no such device."""
+    """The value of --device. Raises ManifestError where the engine has no such device."""
     known = getattr(engine, "DEVICES", ())
     if name not in known:
         raise ManifestError(
-            f"The engine {run.engine} knows no --device {name}"
-            + (f"; it knows {', '.join(known)}." if known else "; leave it out.")
+            f"The engine {run.engine} has no --device {name}"
+            + (f"; choose {', '.join(known)}." if known else "; leave it out.")
         )
     return name
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ManifestError with one sentence when the address is taken or not ours."""
+    """A listening socket. Raises ManifestError with one sentence when the address is in use or not this machine's."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, OverflowError) as error:
-        raise ManifestError(f"{host} port {port} is no address to listen on: {error}.") from None
+        raise ManifestError(f"{host} port {port} is not an address to listen on: {error}.") from None
     try:
         if os.name == "posix":  # on Windows this option would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        # listening now, not when uvicorn is up, makes a second server on this port fail here
+        # listen now, not when uvicorn starts: so a second server on this port fails here
         listener.listen(512)
     except OSError as error:
         listener.close()
@@ -91,24 +91,24 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: socket.socket) -> int:
-    # imported before the model, so that an incomplete install is told at once
+    # imported before the model loads, so that an incomplete install fails at once
     import uvicorn
 
     from runtimes.engine import EngineError
-    from runtimes.server.http_protocol import Http
+    from runtimes.server.http_protocol import HttpProtocol
     from runtimes.server.loading import answering
 
-    face = importlib.import_module(f"runtimes.server.{getattr(source, 'APP', 'chat_app')}")
+    app_module = importlib.import_module(f"runtimes.server.{getattr(source, 'APP', 'chat_app')}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     sys.stdout.write(f"{run.name} on http://{shown}:{port} (API page: /docs)\n")
     sys.stdout.flush()
-    # llama.cpp loads with Python's lock held: a handler in Python would not run, the system's own ends the process
+    # llama.cpp loads with the GIL held, so a Python handler would not run; the default handler ends the process
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with answering(listener, run.name):
-            service = face.open_service(source, run, verbose=options.verbose)
+            service = app_module.open_service(source, run, verbose=options.verbose)
     except (ManifestError, EngineError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED if isinstance(error, EngineError) else UNUSABLE
@@ -117,13 +117,13 @@ def _serve(run: Run, source: ModuleType, options: argparse.Namespace, listener: 
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            """Let answers end for a while, then end them: uvicorn itself would cut them with a traceback."""
+            """Cancel answers that still run after GRACE_SECONDS: uvicorn would cut them off with a traceback."""
             asyncio.get_running_loop().call_later(GRACE_SECONDS, service.cancel_all)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        face.make_app(service, max_body=options.max_body, log_json=options.log_json),
-        http=Http,
+        app_module.make_app(service, max_body=options.max_body, log_json=options.log_json),
+        http=HttpProtocol,
         loop="asyncio",
         ws="none",
         lifespan="on",

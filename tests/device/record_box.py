@@ -27,7 +27,7 @@ def main() -> int:
     sys.path.insert(0, str(given.runtimes))
     from runtimes.preflight.facts import process_facts, read_facts
     from runtimes.preflight.nvidia import PACKAGES
-    from runtimes.preflight.sources import Box, Said
+    from runtimes.preflight.sources import Box, Output
 
     class Recorder(Box):
         """This box, with a copy of whatever is asked of it."""
@@ -75,8 +75,8 @@ def main() -> int:
                     self.keep(f"{folder}/{name}{inside}", "")
             return found
 
-        def said(self, program: str, *arguments: str, seconds: float = 20) -> Said | None:
-            found = super().said(program, *arguments, seconds=seconds)
+        def output(self, program: str, *arguments: str, seconds: float = 20) -> Output | None:
+            found = super().output(program, *arguments, seconds=seconds)
             if found is not None:
                 if not arguments:  # nvidia-smi's table also lists who uses the GPU
                     head = [line for line in found.output.splitlines() if "CUDA" in line]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from packager.bundle.verify import verify
+from tests.system_packages import system_package
 
 ALONE = ["unshare", "--net", "--map-root-user"]  # a namespace whose only interface, loopback, is still down
 
@@ -62,8 +63,8 @@ def _python(minor: int) -> str | None:
 @pytest.fixture(scope="module")
 def alone() -> list[str]:
     """How to run something where no network is; skipped where the machine does not allow it."""
-    tool = shutil.which("unshare")
-    if tool is None or subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode != 0:
+    system_package("unshare")
+    if subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("this machine does not let a test make a network namespace")
     return ALONE
 
@@ -169,11 +170,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(q8_bundle: Path, tmp_pat
         subprocess.run(["umount", str(small)], check=True)
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_the_install_does_not_even_try_to_reach_out(q8_bundle: Path, place: Path, tmp_path: Path) -> None:
     """No network is not proof of no attempt: every connect of every process is counted."""
     trace = tmp_path / "trace"
-    watch = ["strace", "-f", "-qq", "-e", "trace=connect,sendto", "-o", str(trace)]
+    watch = [system_package("strace"), "-f", "-qq", "-e", "trace=connect,sendto", "-o", str(trace)]
     done = install(q8_bundle, place, sys.executable, watch)
     assert done.returncode == 0, done.stderr
     reached = [line for line in trace.read_text("utf-8").splitlines() if "AF_INET" in line]

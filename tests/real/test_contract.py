@@ -44,8 +44,8 @@ def test_the_template_that_training_used_is_the_checkpoints(
     same = [prompt for prompt in samples.prompts if prompt["ids"] == prompt["trained"]]
     assert len(same) == len(samples.prompts) - 1  # the earlier thought: the template leaves two newlines, training none
     invented, habit = samples.notes
-    assert "transformers adds <|endoftext|> to this tokenizer, whose files have no such token" in invented
-    assert "deepseekr1 renders conversations of the kind 'earlier thoughts' otherwise" in habit
+    assert "transformers adds <|endoftext|> to this tokenizer, whose files do not have it" in invented
+    assert "deepseekr1 renders conversations of the kind 'earlier thoughts' differently" in habit
     tokenizer = transformers.AutoTokenizer.from_pretrained(random_qwen2)
     taught = [sequence for sequence in samples.sequences if sequence["set"] == "tuning"]
     answer = tokenizer.decode([taught[0]["ids"][p] for p in taught[0]["positions"]])
@@ -104,7 +104,7 @@ def test_a_modelfile_that_contradicts_the_tokenizer_stops_the_build(
         make_samples(job(store, folder, tmp_path))
     assert "--template" in caught.value.fix
     samples = make_samples(job(store, folder, tmp_path, training=training_template.load("deepseekr1")))
-    assert any("Modelfile renders prompts otherwise" in note for note in samples.notes)
+    assert any("Modelfile renders prompts differently" in note for note in samples.notes)
 
 
 def test_the_bundle_says_what_was_compared_and_what_users_can_type(q8_bundle: Path) -> None:

@@ -1,19 +1,22 @@
-"""What a user installs: the wheel works alone and claims one import name; set-up refuses a CUDA build of torch."""
+"""What a user installs: the wheel works alone, claims one import name, and takes no torch away."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
+from tests.unit.bundle.parts import wheel as stand_in
+from tests.unit.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.real
 
@@ -71,23 +74,31 @@ def test_an_installed_wheel_finds_its_targets_and_recipes(wheel: Path, tmp_path:
     assert run(venv / "bin/packager", "recipes", "show", "gguf", cwd=tmp_path).returncode == 0
     where = run(python, "-c", "import packager; print(packager.__file__)", cwd=tmp_path).stdout
     assert str(venv) in where
+    # a recipe and a target of one's own, by their paths, far from any checkout
+    pages = {"gguf_as_it_is.py": ("add-a-recipe", "python"), "kiosk.toml": ("add-a-target", "toml")}
+    for name, (page, language) in pages.items():
+        text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text.split(f"```{language}\n")[1].split("```")[0], encoding="utf-8")
+    tiny_checkpoint(tmp_path / "model")
+    own = ["--target", "./kiosk.toml", "--recipe", "./gguf_as_it_is.py", "--set", "context=32"]
+    planned = run(venv / "bin/packager", "plan", "./model", *own, "--json", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    plan = json.loads(planned.stdout)
+    assert (plan["target"], plan["recipe"], plan["refusals"]) == ("kiosk", "gguf_as_it_is", [])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index's own torch is a CPU build")
-def test_set_up_stops_where_no_cpu_build_of_torch_can_be_had(tmp_path: Path) -> None:
-    """With no CPU wheel to be found set-up says so and what to do, takes nothing else, and next time goes on there."""
-    for name in ("scripts", "locks"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=NOT_SOURCE)
-    for name in ("setup.cfg", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "packager").mkdir()
-    shutil.copy(ROOT / "packager/__init__.py", tmp_path / "packager")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    env |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
-    for _ in range(2):
-        done = run(sys.executable, "scripts/prepare.py", "build", cwd=tmp_path, env=env)
-        assert done.returncode == 1
-        assert "pip finds no CPU build of PyTorch" in done.stderr
-        assert "PIP_FIND_LINKS" in done.stderr
-        assert not list((tmp_path / ".venv").glob("lib/python*/site-packages/torch"))
-    assert "environment for Python" not in done.stdout
+def test_an_install_leaves_the_torch_that_is_there(wheel: Path, tmp_path: Path) -> None:
+    """An old one, of another CUDA, with a newer one on the index: pip has no reason to touch it."""
+    venv, index = tmp_path / "venv", tmp_path / "index"
+    index.mkdir()
+    assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path).returncode == 0
+    needed = [Requirement(line) for line in requires("packager") or []]
+    for name in {wanted.name for wanted in needed if not wanted.marker} - {"torch"}:
+        stand_in(index, name.replace("-", "_"), "py3-none-any", version(name))
+    for torch in ("2.4.0+cu118", "2.99.0"):
+        stand_in(index, "torch", "py3-none-any", torch)
+    pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python", "install", "--no-index", "--find-links", index]
+    for what in ("torch==2.4.0+cu118", wheel):
+        done = run(*pip, what, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in venv.glob("lib/python*/site-packages/torch-*")] == ["torch-2.4.0+cu118.dist-info"]

@@ -23,6 +23,7 @@ from tests.real.conftest import LABELS, TARGET, TEXTS, built
 from tests.real.serving import call, served
 from tests.real.test_bundle import alone as alone
 from tests.real.test_bundle import install
+from tests.tolerance import other_integers
 
 pytestmark = pytest.mark.real
 
@@ -109,8 +110,8 @@ def test_the_openai_client_gets_transformers_vectors(embedder: str, minilm: Path
     assert answer.usage.prompt_tokens == answer.usage.total_tokens > len(TEXTS)
     for text, together in zip(TEXTS, vectors, strict=True):
         single = client.embeddings.create(model="minilm", input=text, encoding_format="float")
-        # a text's vector must not depend on its neighbours in the batch
-        assert np.abs(np.array(single.data[0].embedding) - together).max() < 1e-5
+        # a text's vector must not depend on its neighbours in the batch; 384: the inputs of MiniLM's sums
+        assert np.abs(np.array(single.data[0].embedding) - together).max() < other_integers(together, 384)
 
 
 def test_near_texts_are_near(embedder: str) -> None:
@@ -195,7 +196,7 @@ def test_a_threshold_that_is_missed_stops_the_build(store: Store, minilm: Path, 
     assert caught.value.details is not None and caught.value.details["shortfalls"]
     assert not list((tmp_path / "out").glob("minilm*"))
     wrong = Request(str(minilm), TARGET, recipe="onnx_int8", name="minilm", limits={"max_kl": 0.1})
-    with pytest.raises(UsageError, match="says nothing of an embedder"):
+    with pytest.raises(UsageError, match="does not apply to an embedder"):
         build(wrong, tmp_path / "out", Console(quiet=True), store)
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from packager.core import store as store_module
+from packager.core.code import describe
 from packager.core.errors import GateFailed, InputError, PackagerError
 from packager.core.store import Store
-from packager.formats.gguf import llamacpp, steps
+from packager.formats.gguf import llamacpp
 from packager.tensors.gguf_header import read_header
 from tests.real.conftest import built
 from tests.unit.tiny import tiny_checkpoint
@@ -45,10 +47,19 @@ def spoiled_build(
             return result
 
         monkeypatch.setattr(llamacpp, tool, wrong)
-        monkeypatch.setattr(steps, "_code", lambda: f"{tool} {change.__name__}")  # nothing good is kept for these
+        plant(monkeypatch, f"{tool} {change.__name__}")
         return built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
     return spoil
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Give the GGUF's own steps other keys: what a spoiled tool makes is never kept under a good one's key."""
+
+    def planted(make: Any) -> dict[str, Any]:
+        return {**describe(make), **({"planted": fault} if "gguf" in make.__code__.co_filename else {})}
+
+    monkeypatch.setattr(store_module, "describe", planted)
 
 
 def wrong_rope_theta(file: Path) -> None:
@@ -171,7 +182,7 @@ def test_an_int8_that_was_not_quantized_is_found(
         return "a lazy quantizer"
 
     monkeypatch.setattr(llamacpp, "quantize", lazy)
-    monkeypatch.setattr(steps, "_code", lambda: "lazy")
+    plant(monkeypatch, "lazy")
     with pytest.raises(GateFailed, match="no tensor of it is quantized"):
         built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 

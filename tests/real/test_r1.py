@@ -43,7 +43,7 @@ def test_the_bundle_verifies_and_has_one_prompt_contract(random_bundle: Path) ->
     notes = " ".join(report["contract"]["notes"])
     assert "transformers adds <|endoftext|>" in notes
     # llama.cpp reads <|endoftext|> (the converter wrote transformers' own) and </s> (a plain entry) as control tokens
-    assert "the GGUF's own tokenizer reads special tokens that a user types otherwise" in notes
+    assert "the GGUF's own tokenizer tokenizes special tokens typed by users differently" in notes
     answers = report["fidelity"]["answers"]
     assert (answers["asked"], answers["trained_tokens_mean"]) == (2, None)  # no pairs: two prompts of a reasoning model
     assert answers["thoughts_closed"] <= answers["thoughts_opened"] <= 2

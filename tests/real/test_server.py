@@ -21,6 +21,7 @@ import pytest
 from runtimes.decoding.chat_template import Prompts, TemplateRefused
 from runtimes.manifest import Run, read_bundle
 from tests.conftest import ROOT
+from tests.tolerance import FLOAT16, apart, results
 
 CONVERSATIONS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -338,6 +339,7 @@ def test_scores_are_those_the_server_reports(q8_bundle: Path, tmp_path: Path) ->
         for position, best, values in zip(row["positions"], row["ids"], row["logprobs"], strict=True):
             other = engine.top([ids[:position]], 8)[0]
             assert next(iter(other)) == best[0]
-            assert abs(other[best[0]] - values[0]) < 0.15
+            # one prompt in other pieces, with a cache of float16 between SmolLM2's 30 layers
+            assert abs(other[best[0]] - values[0]) < apart(values, FLOAT16, results(30))
     finally:
         engine.close()

@@ -70,7 +70,8 @@ def test_minilm_for_a_t4_brings_an_engine_and_keeps_its_vectors(t4_bundle: Path)
 
 def test_the_box_reads_the_plan(t4_bundle: Path) -> None:
     """The reader that the bundle carries takes what the packager wrote, every file by its digest."""
-    from runtimes.engines.tensorrt.plan import file_sha256, read_plan
+    from runtimes.engines.tensorrt.plan import read_plan
+    from runtimes.files import file_sha256
 
     found = read_plan(t4_bundle / "model" / "plan.json")
     assert found.compiled is not None and file_sha256(found.compiled.file) == found.compiled.sha256

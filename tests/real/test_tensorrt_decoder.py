@@ -19,8 +19,9 @@ from packager.formats.tensorrt import plan as plans
 from packager.planning.catalog import load_target
 from runtimes.engines.tensorrt.decoder import Model, open_model
 from runtimes.manifest import Run
-from tests.real.test_onnx import HEADS, log_softmax, opened
-from tests.real.test_reference import DECODERS, random_checkpoint
+from tests.real.test_onnx import HEADS, kl_mean, opened
+from tests.real.test_reference import DECODERS, SMALL, random_checkpoint
+from tests.tolerance import FLOAT16, divergence, half_roundings, require_close
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -47,8 +48,8 @@ def loaded(plan: Path, rows: int = 2) -> Model:
 
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_every_family_gives_what_transformers_gives(architecture: str, tmp_path: Path) -> None:
-    """A prompt in two pieces and ten tokens one by one, in a slot that is not the first: mean KL below 1e-5 (float16
-    rounds each product), 0.02 in log-probability.
+    """A prompt in two pieces and ten tokens one by one, in a slot that is not the first: what float16 gives in any
+    order of its sums.
     """
     half_rotated = {"num_attention_heads": 2, "head_dim": 32}
     heads = HEADS | (half_rotated if architecture == "Phi3ForCausalLM" else {})
@@ -56,13 +57,14 @@ def test_every_family_gives_what_transformers_gives(architecture: str, tmp_path:
     ids = np.random.default_rng(4).integers(3, 320, LENGTH)
     with torch.inference_mode():
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        expected = log_softmax(model(torch.tensor([ids.tolist()])).logits[0].float().numpy())
+        expected = model(torch.tensor([ids.tolist()])).logits[0].float().numpy()
     ours = loaded(typed(opened(source), tmp_path / "typed"))
     parts = [ours.run(ids[None, begin:end], [begin], slot=1, kept=end - begin)[0] for begin, end in ((0, 32), (32, 70))]
     parts += [ours.run(ids[None, at : at + 1], [at], slot=1)[0] for at in range(70, LENGTH)]
-    found = log_softmax(np.concatenate(parts))
-    np.testing.assert_allclose(found, expected, atol=0.02)
-    assert (np.exp(expected) * (expected - found)).sum(axis=1).mean() < 1e-5
+    found = np.concatenate(parts)
+    roundings = half_roundings(SMALL | heads, LENGTH)
+    require_close(found, expected, FLOAT16, roundings)
+    assert kl_mean(expected, found) < divergence(expected, FLOAT16, roundings)
 
 
 def test_slots_do_not_see_each_other(tmp_path: Path) -> None:
@@ -73,7 +75,9 @@ def test_slots_do_not_see_each_other(tmp_path: Path) -> None:
     model.run(np.arange(60, 124)[None], [0], slot=1)
     both = model.run(np.array([[7], [9]]), [27, 64])
     alone = [model.run(np.array([[7]]), [27], slot=0)[0], model.run(np.array([[9]]), [64], slot=1)[0]]
-    np.testing.assert_allclose(both, np.stack(alone), atol=1e-3)
+    require_close(both, np.stack(alone), FLOAT16, half_roundings(SMALL | HEADS, 65))
+    model.run(np.arange(70, 134)[None], [0], slot=1)  # another neighbour in the same shapes: not a bit may change
+    np.testing.assert_array_equal(model.run(np.array([[7], [9]]), [27, 64])[0], both[0])
 
 
 def test_a_t4_bundle_is_compiled_here(store: Store, random_qwen2: Path, tmp_path: Path) -> None:

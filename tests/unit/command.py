@@ -19,7 +19,7 @@ def packager(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     words = ["packager", *map(str, arguments)]
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
-        contextlib.redirect_stderr(io.StringIO()) as said,
+        contextlib.redirect_stderr(io.StringIO()) as errors,
         mock.patch.object(sys, "argv", words),
     ):
         try:
@@ -27,4 +27,4 @@ def packager(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         except SystemExit as end:
             code = end.code
     assert isinstance(code, int)
-    return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())
+    return subprocess.CompletedProcess(words, code, printed.getvalue(), errors.getvalue())

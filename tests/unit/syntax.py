@@ -22,14 +22,14 @@ def nodes(name: str) -> tuple[ast.AST, ...]:
 @functools.cache
 def imports(name: str, *, top_only: bool = False) -> frozenset[str]:
     """Modules that a file imports, as dotted names; those under TYPE_CHECKING are for the type checker only."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in statements(parsed(name), top_only=top_only):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(found)
+            modules.add(node.module)
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(modules)
 
 
 def statements(block: ast.AST, *, top_only: bool = False) -> Iterator[ast.AST]:

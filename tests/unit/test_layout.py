@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import rooms
 from tests.conftest import ROOT
 from tests.unit.syntax import dotted, imports, nodes, parsed, statements
 
@@ -21,9 +22,9 @@ LONG_FOR_A_REASON: dict[str, str] = {}
 MAY_WRITE = {
     "packager/cli/console.py",
     "packager/cli/main.py",
-}  # cli.py: the last line of an interrupt, when no console is there
+}  # main.py: the last line of an interrupt, when no console is there
 OWNERS = {
-    "subprocess": {"packager/core/processes.py"},
+    "subprocess": {"packager/core/processes.py", "packager/core/fork_server.py"},
     "torch": {"packager/checkpoint/state_dict.py"},
     "transformers": set[str](),
     "rich": {"packager/cli/console.py"},
@@ -98,6 +99,34 @@ def test_no_file_is_too_long() -> None:
     assert all(count <= LONGEST + 80 for count in long.values()), long
 
 
+def test_no_import_climbs() -> None:
+    """Every module stands in a room, and imports only rooms below its own (scripts/rooms.py)."""
+    assert not rooms.homeless()
+    assert not rooms.climbs(), "\n".join(map(str, rooms.climbs()))
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("packager/core/store.py", "from packager.cli import console"),  # up
+        ("packager/tensors/rounding.py", "from packager.metrics import encoders"),  # to a room of the same floor
+        ("packager/build.py", "from packager.formats.int4 import tuning"),  # where the two rooms stay apart
+        ("packager/recipe.py", "import packager.fidelity.samples"),
+        ("runtimes/files.py", "from packager.core import hashing"),  # to the other side of the copy
+        ("packager/fidelity/samples.py", "def f() -> None:\n    from packager.formats.gguf.build import build"),
+    ],
+)
+def test_a_planted_climb_fails(tmp_path: Path, importer: str, imported: str) -> None:
+    """The check sees an import that goes up, sideways or across, also inside a function."""
+    for path in rooms.sources().values():
+        place = tmp_path / path.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    assert rooms.climbs(tmp_path) == []
+    (tmp_path / importer).write_text(imported + "\n", encoding="utf-8")
+    assert [climb.importer.replace(".", "/") + ".py" for climb in rooms.climbs(tmp_path)] == [importer]
+
+
 @pytest.mark.parametrize("folder", ["packager", "runtimes"])
 def test_there_is_no_circle_of_imports(folder: str) -> None:
     """The modules can be put in an order in which each imports only earlier ones, wherever the import stands."""
@@ -140,12 +169,12 @@ def test_recipes_import_nothing_of_the_box() -> None:
 @pytest.mark.parametrize("library", OWNERS)
 def test_an_outside_library_has_one_owner(library: str) -> None:
     """Scripts that run in a child of their own may import what they are for."""
-    found = {
+    matches = {
         name
         for name in sources("packager")
         if library in {module.split(".")[0] for module in imports(name)} and not name.startswith("packager/workers/")
     }
-    assert found <= OWNERS[library]
+    assert matches <= OWNERS[library]
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))
@@ -202,8 +231,8 @@ def text_of(name: str) -> str:
 
 def test_no_file_names_this_machine() -> None:
     """Absolute paths of a developer's machine do not belong in a commit."""
-    found = [f"{name}: {match[0]}" for name in tracked() if (match := MACHINE.search(text_of(name)))]
-    assert not found, found
+    matches = [f"{name}: {match[0]}" for name in tracked() if (match := MACHINE.search(text_of(name)))]
+    assert not matches, matches
 
 
 def test_no_code_names_a_registry() -> None:
@@ -213,8 +242,8 @@ def test_no_code_names_a_registry() -> None:
         for name in tracked()
         if not name.endswith((".md", "LICENSE", "NOTICE")) and name != "tests/unit/test_layout.py"
     ]
-    found = [f"{name}: {match[0]}" for name in names if (match := REGISTRY.search(text_of(name)))]
-    assert not found, found
+    matches = [f"{name}: {match[0]}" for name in names if (match := REGISTRY.search(text_of(name)))]
+    assert not matches, matches
 
 
 def test_every_test_module_says_what_it_is_about() -> None:
@@ -241,8 +270,8 @@ def test_no_work_is_left_marked_as_undone() -> None:
     """No to-do marks and no stubs in what ships."""
     marks = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
     names = [name for folder in ("packager", "recipes", "runtimes", "scripts", "demo") for name in sources(folder)]
-    found = [f"{name}: {match[0]}" for name in names if (match := marks.search(text_of(name)))]
-    assert not found, found
+    matches = [f"{name}: {match[0]}" for name in names if (match := marks.search(text_of(name)))]
+    assert not matches, matches
     for name in names:
         for node in nodes(name):
             returns = isinstance(node, ast.Try) and any(isinstance(n, ast.Return) for n in ast.walk(node.body[-1]))

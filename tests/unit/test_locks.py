@@ -20,12 +20,12 @@ NAMES = sorted(path.name for path in LOCKS.glob("*.lock"))
 def entries(name: str) -> list[tuple[Requirement, list[str]]]:
     """Each requirement of a lock with its hashes."""
     text = (LOCKS / name).read_text(encoding="utf-8").replace("\\\n", " ")
-    found = []
+    locked = []
     for line in text.splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
             wanted, *hashes = re.split(r"\s+--hash=", line.strip())
-            found.append((Requirement(wanted.strip()), hashes))
-    return found
+            locked.append((Requirement(wanted.strip()), hashes))
+    return locked
 
 
 def pinned(name: str) -> dict[str, str]:
@@ -35,9 +35,9 @@ def pinned(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_requirement_is_one_version_with_hashes(name: str) -> None:
     """A lock without a hash would install whatever the index serves that day."""
-    found = entries(name)
-    assert found
-    for wanted, hashes in found:
+    locked = entries(name)
+    assert locked
+    for wanted, hashes in locked:
         assert re.fullmatch(r"==[^,*]+", str(wanted.specifier)), wanted
         assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", item) for item in hashes), wanted
 
@@ -53,8 +53,8 @@ OURS = {"box-edgellm.lock": {"jinja2", "markupsafe", "tokenizers"}}
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "torch-cpu.lock"])
 def test_no_lock_brings_torch_or_cuda(name: str) -> None:
     """torch stands in its own lock only; nothing else may bring gigabytes of CUDA along."""
-    found = [package for package in pinned(name) if re.match(r"torch$|nvidia|triton|cuda", package)]
-    assert set(found) - BINDINGS == LINKED.get(name, set())
+    locked = [package for package in pinned(name) if re.match(r"torch$|nvidia|triton|cuda", package)]
+    assert set(locked) - BINDINGS == LINKED.get(name, set())
 
 
 def test_linux_gets_the_cpu_build_by_its_exact_name() -> None:
@@ -78,9 +78,9 @@ def test_a_wheel_asks_for_all_that_its_runtime_imports() -> None:
     """What the box gets is also run on the build machine, so whoever installs the wheel gets it too."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    asked = {Requirement(line).name for line in config["options"]["install_requires"].splitlines() if line.strip()}
+    required = {Requirement(line).name for line in config["options"]["install_requires"].splitlines() if line.strip()}
     lines = (LOCKS / "box-llamacpp.in").read_text(encoding="utf-8").splitlines()
-    assert {Requirement(line.split("#")[0]).name for line in lines if line.split("#")[0].strip()} <= asked
+    assert {Requirement(line.split("#")[0]).name for line in lines if line.split("#")[0].strip()} <= required
 
 
 def test_the_locks_hold_what_setup_cfg_asks_for() -> None:

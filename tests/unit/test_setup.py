@@ -1,4 +1,4 @@
-"""Set-up: a Python is found or its absence explained, and a foreign .venv is left alone."""
+"""Set-up: it finds a Python or explains its absence, leaves a foreign .venv alone, and gives uv pip's configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_the_python_that_is_named_is_taken(checkout: Path) -> None:
     assert run("scripts/python.sh", cwd=checkout, PYTHON=sys.executable).stdout.strip() == sys.executable
 
 
-def test_no_fitting_python_is_told_in_words(checkout: Path) -> None:
+def test_no_fitting_python_stops_with_a_sentence(checkout: Path) -> None:
     """Without a Python 3.11 set-up says what it looked for and what to do, and ends."""
     done = run("scripts/python.sh", cwd=checkout, PYTHON="no-such-python")
     assert done.returncode == 1
@@ -57,3 +59,78 @@ def test_an_unknown_stage_is_a_usage_error(checkout: Path) -> None:
     """The stages are named."""
     done = run(sys.executable, "scripts/prepare.py", "everything", cwd=checkout)
     assert (done.returncode, done.stderr) == (2, "usage: python scripts/prepare.py build | demo | test\n")
+
+
+def test_pips_configuration_is_read_as_pip_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable beats the section of `pip install`, and that beats the general one."""
+    import packages
+
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nfind-links = /general\nproxy = http://general\ntimeout = 60\n"
+        "[install]\nfind-links =\n    /one\n    ~/two\nproxy = http://particular\n[download]\ntimeout = 1\n",
+        encoding="utf-8",
+    )
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PIP_PROXY", "http://variable")
+    monkeypatch.setattr(packages, "LOG", tmp_path / "log")
+    monkeypatch.setattr(packages, "PIP", [sys.executable, "-m", "pip"])
+    options = packages.settings.__wrapped__()
+    assert options["find-links"].split() == ["/one", "~/two"]
+    assert (options["proxy"], options["timeout"]) == ("http://variable", "60")
+
+
+def test_uv_gets_pips_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes, folders, proxy, certificates and patience; uv reads none of pip's own configuration."""
+    import packages
+
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/someone")
+    configured = {
+        "index-url": "http://127.0.0.1/a",
+        "extra-index-url": "http://127.0.0.1/b\nfile:///c",
+        "find-links": "/one\n~/two",
+        "proxy": "http://127.0.0.1:3128",
+        "cert": "/a company/certificates.pem",
+        "default-timeout": "180",
+        "no-index": "false",
+        "quiet": "1",
+    }
+    assert packages.for_uv(configured) == {
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "UV_DEFAULT_INDEX": "http://127.0.0.1/a",
+        "UV_INDEX": "http://127.0.0.1/b file:///c",
+        "UV_FIND_LINKS": "/one,/someone/two",
+        "HTTP_PROXY": "http://127.0.0.1:3128",
+        "HTTPS_PROXY": "http://127.0.0.1:3128",
+        "ALL_PROXY": "http://127.0.0.1:3128",
+        "SSL_CERT_FILE": "/a company/certificates.pem",
+        "UV_HTTP_TIMEOUT": "180",
+    }
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/requests.pem")
+    assert packages.for_uv({})["SSL_CERT_FILE"] == "/requests.pem"
+    assert packages.for_uv({"keyring-provider": "import"}) == "keyring-provider"
+
+
+@pytest.mark.parametrize(
+    ("tail", "why"),
+    [
+        (
+            "Looking\nERROR: Could not find it\nERROR: No matching distribution found for torch",
+            "No matching distribution",
+        ),
+        (
+            "  × No solution found:\n  ╰─▶ Because there is no\n      version of torch",
+            "there is no version of torch",
+        ),
+        ("Segmentation fault", "Segmentation fault"),
+        ("", "it gave no reason"),
+    ],
+)
+def test_the_reason_is_what_the_tool_gave_as_its_error(tail: str, why: str) -> None:
+    """One line of it, from pip's or uv's last words."""
+    import packages
+
+    assert packages.reason(tail).startswith(why)

@@ -65,20 +65,20 @@ def test_every_target_of_the_repository_is_whole(file: Path) -> None:
 
 def test_the_issue_s_targets_exist() -> None:
     """Ten devices, and the figures that a plan rests on."""
-    found = {file.stem: load_target(file) for file in TARGETS.glob("*.toml")}
-    assert {name: found[name].memory.bandwidth_gb_s for name in found if name.startswith("jetson")} == {
+    targets = {file.stem: load_target(file) for file in TARGETS.glob("*.toml")}
+    assert {name: targets[name].memory.bandwidth_gb_s for name in targets if name.startswith("jetson")} == {
         "jetson_orin_nano_8gb": 68.0,
         "jetson_orin_nx_16gb": 102.4,
         "jetson_agx_orin_64gb": 204.8,
         "jetson_xavier_nx": 59.7,
         "jetson_thor": 273.0,
     }
-    assert {"desktop_linux_x86_64", "desktop_windows_x86_64", "desktop_macos_arm64", "ollama", "t4"} < set(found)
-    t4 = found["t4"]
+    assert {"desktop_linux_x86_64", "desktop_windows_x86_64", "desktop_macos_arm64", "ollama", "t4"} < set(targets)
+    t4 = targets["t4"]
     assert t4.gpu is not None
     assert (t4.gpu.architecture, t4.gpu.memory, t4.gpu.bandwidth_gb_s) == ("sm_75", "discrete", 320.0)
     assert t4.bandwidth_for("gguf") < 320e9, "the CPU build does not read the T4's memory"
-    xavier = found["jetson_xavier_nx"]
+    xavier = targets["jetson_xavier_nx"]
     assert xavier.python == ("3.8",) and xavier.software[0].tensorrt == "8.5.2"
 
 

@@ -34,8 +34,8 @@ def tokenizer_json(words: list[str], *, bos: bool = False) -> dict[str, Any]:
 
 def spoken_tokenizer(words: str) -> dict[str, Any]:
     """One that the tokenizers library reads: WORDS and these, split at white space, unknown words as </s>."""
-    found = tokenizer_json([*WORDS, *words.split()])
-    return {**found, "post_processor": None, "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    tokenizer = tokenizer_json([*WORDS, *words.split()])
+    return {**tokenizer, "post_processor": None, "pre_tokenizer": {"type": "WhitespaceSplit"}}
 
 
 def write_json(path: Path, value: Any) -> None:

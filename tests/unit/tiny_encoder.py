@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = {
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a BertModel without its pooler."""
     hidden, wide = config["hidden_size"], config["intermediate_size"]
-    found: dict[str, tuple[int, ...]] = {
+    tensors: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
         "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
         "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
@@ -36,10 +36,10 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     norms = ["embeddings.LayerNorm"]
     for number in range(config["num_hidden_layers"]):
         for name, size in layer.items():
-            found[f"encoder.layer.{number}.{name}.weight"] = size
-            found[f"encoder.layer.{number}.{name}.bias"] = size[:1]
+            tensors[f"encoder.layer.{number}.{name}.weight"] = size
+            tensors[f"encoder.layer.{number}.{name}.bias"] = size[:1]
         norms += [f"encoder.layer.{number}.{part}.LayerNorm" for part in ("attention.output", "output")]
-    return found | {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
+    return tensors | {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
 
 
 def tiny_encoder(folder: Path, *, files: Mapping[str, Any] | None = None, **changes: Any) -> Path:

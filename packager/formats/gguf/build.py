@@ -4,29 +4,31 @@ ships.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from packager.core.errors import GateFailed
 from packager.formats.gguf.llamacpp import NUMPY_TYPES, library
 from packager.formats.gguf.sizes import estimate_gguf, predict
 from packager.formats.gguf.steps import as_type, base_type, exact_form, imatrix, said, unquantized
 from packager.formats.gguf.types import DEMANDING, QUANTS, demands_imatrix, wants_imatrix
-from packager.formats.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.formats.tokenizer_files import tokenizer_files
 from packager.metrics.thresholds import Thresholds
-from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Step
-    from packager.fidelity.artifact import Scored
-    from packager.fidelity.source import Samples
+    from packager.fidelity.artifact import Candidate
+    from packager.fidelity.samples import Samples
     from packager.formats.int4.tuning import Tuned
     from packager.target import Target
 
 GROUP = 32  # inputs that share a scale in Q4_0
+DECODE_RATE = 8e9  # bytes of weights a second that two cores decode with (SmolLM2 Q8_0: 14e9)
 SCORE_CACHE = 1 << 30  # bytes resident while a file is scored: the map of a larger one is dropped and read again
 
 
@@ -152,71 +154,68 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
     return replace(found, build_ram_bytes=max(found.build_ram_bytes, ram), seconds=round(found.seconds + seconds, 1))
 
 
+@dataclass(frozen=True)
+class _Shipped:
+    """The file that ships, what wrote it, and its tensors by type."""
+
+    model: Path
+    quantizer: str
+    tuned: Tuned | None
+    types: Mapping[str, int]
+
+
 def build(job: Job, options: Options) -> Artifact:
-    from packager.fidelity import answers
-    from packager.fidelity.artifact import measure, require_contract
-    from packager.fidelity.source import make_samples, source_scores
+    """Convert, prove, quantize, prove again. Raises GateFailed, InputError or ToolError."""
+    from packager.fidelity.gate import Exact, Subject, prove
     from packager.formats.gguf import llamacpp, ollama
     from packager.formats.gguf.contract import require_carried
-    from packager.metrics.distributions import compare, require_equal
-    from packager.metrics.thresholds import require_kept
 
     steps: list[Step] = []
-    # first what takes seconds: a template that is not training's stops the build before anything is converted
-    samples = make_samples(job) if job.verify or with_imatrix(options) or with_tuning(options) else None
-    whole = unquantized(job, steps)
-    source = None
-    report: dict[str, Any] = {}
-    if job.verify and samples:
-        source, step = source_scores(job, samples)
-        steps += [samples.step, step]
-        exact = exact_form(job, whole, steps)
-        found = _score(job, options, exact, "unquantized", samples, steps)
-        said = require_contract(job, samples, found, "the GGUF's own tokenizer")
-        said += require_carried(job, samples, whole, found.vocabulary)
-        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
-        score = compare(source, found.distributions, samples.targets)
-        require_equal(score, "the unquantized GGUF")
-        report["unquantized"] = {"run_as": exact_type(job, whole, exact), **score.as_dict()}
-        report["prompts_equal"] = len(samples.prompts)
+    whole = functools.cache(lambda: unquantized(job, steps))
 
-    tuned = _tuned(job, options, samples, steps)
-    if tuned:
-        report["int4"] = tuned.as_dict()
-    model, quantizer = _quantized(job, options, whole, samples, tuned, steps)
-    types = llamacpp.tensor_types(model)
-    _require_changed(options.quant, types)
-    report["tensor_types"] = types
-    if job.verify and samples and source is not None:
-        found = _score(job, options, model, "quantized", samples, steps)
-        fidelity = measure(samples, source, found.distributions)
-        limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = fidelity.as_dict(limits)
-        require_kept(
-            fidelity,
-            limits,
-            f"the {options.quant} GGUF",
-            "Choose a larger quant; a small one keeps more with --calibration and the fine-tuning pairs.",
-        )
-        report["fidelity"]["answers"] = answers.report(job, found, samples, f"the {options.quant} GGUF", steps)
+    def exact() -> Exact:
+        file = exact_form(job, whole(), steps)
+        return Exact(_candidate(job, options, file, "the unquantized GGUF"), exact_type(job, whole(), file))
 
-    files = {"model.gguf": model, **tokenizer_files(job)}
+    def ship(samples: Samples | None) -> tuple[_Shipped, Candidate]:
+        tuned = _tuned(job, options, samples, steps)
+        model, quantizer = _quantized(job, options, whole(), samples, tuned, steps)
+        types = llamacpp.tensor_types(model)
+        _require_changed(options.quant, types)
+        form = _candidate(job, options, model, f"the {options.quant} GGUF")
+        return _Shipped(model, quantizer, tuned, types), form
+
+    subject = Subject(
+        tokenizer="the GGUF's own tokenizer",
+        context=options.context,
+        thresholds=thresholds(options),
+        fix="Choose a larger quant; a small one keeps more with --calibration and the fine-tuning pairs.",
+        ship=ship,
+        exact=exact,
+        calibrated=with_imatrix(options) or with_tuning(options),
+        carried=lambda samples, scored, form: require_carried(job, samples, Path(form.run.model), scored.vocabulary),
+    )
+    proof = prove(job, subject, steps)
+    made = proof.made
+    report = {**proof.report, "tensor_types": made.types}
+    if made.tuned:
+        report["int4"] = made.tuned.as_dict()
     extra: dict[str, Path] = {}
     if job.target.name == "ollama":
-        extra, said = ollama.make(job, model, options.context, steps)
+        extra, notes = ollama.make(job, made.model, options.context, steps)
         if "contract" in report:
-            report["contract"]["notes"] += said
+            report["contract"]["notes"] += notes
     return Artifact(
         format="gguf",
-        files=files,
-        run=_run(job, options, model),
+        files={"model.gguf": made.model, **tokenizer_files(job)},
+        run=_run(job, options, made.model),
         report=report,
         extra=extra,
         provenance=provenance(
             job,
             options,
             steps,
-            quantizer=quantizer,
+            quantizer=made.quantizer,
             converter=llamacpp.CONVERTER,
             imatrix=with_imatrix(options),
         ),
@@ -231,7 +230,7 @@ def _tuned(job: Job, options: Options, samples: Samples | None, steps: list[Step
     from packager.formats.int4.tuning import tune
 
     tuned = tune(job, samples, budget=options.tune, group=GROUP)
-    steps += [tuned.step] if job.verify or samples is None else [samples.step, tuned.step]
+    steps.append(tuned.step)
     return tuned
 
 
@@ -250,29 +249,19 @@ def _quantized(
     return made / "model.gguf", said(made)
 
 
-def _score(job: Job, options: Options, model: Path, what: str, samples: Samples, steps: list[Step]) -> Scored:
-    """Score a GGUF through the engine that serves it."""
+def _candidate(job: Job, options: Options, model: Path, what: str) -> Candidate:
+    """A GGUF as the engine that serves it opens it."""
     from packager.core.processes import version_of
-    from packager.fidelity.artifact import score
+    from packager.fidelity.artifact import Candidate
 
-    tokenizer = tokenizer_files(job)
-    run = {
-        **_run(job, options, model),
-        "model": str(model),
-        "context": 1024,
-        "slots": 1,
-        **{key: str(tokenizer[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
-    }
-    found, step = score(
-        job,
-        run,
-        samples,
-        what=f"the {what} GGUF",
-        inputs={"model": model.parent.name, "engine": version_of("xllamacpp")},
+    run = _run(job, options, model)
+    return Candidate(
+        what,
+        replace(run.here(model, tokenizer_files(job)), kv_type="f16"),  # an exact cache: the weights are compared
+        {"model": model.parent.name, "engine": version_of("xllamacpp")},
+        seconds_a_token=model.stat().st_size / DECODE_RATE,
         max_rss_bytes=SCORE_CACHE,
     )
-    steps.append(step)
-    return found
 
 
 def _require_changed(quant: str, types: Mapping[str, int]) -> None:
@@ -286,19 +275,16 @@ def _require_changed(quant: str, types: Mapping[str, int]) -> None:
         )
 
 
-def _run(job: Job, options: Options, model: Path) -> dict[str, Any]:
+def _run(job: Job, options: Options, model: Path) -> Run:
     size = estimate(job.checkpoint, job.target, options)
-    return {
-        "engine": "llamacpp",
-        "model": "model/model.gguf",
-        **tokenizer_paths(job.checkpoint),
-        **job.checkpoint.tokenizer.as_run(),
-        "context": options.context,
-        "slots": options.slots,
-        "threads": 0,
-        "flash_attention": True,
-        "kv_type": options.kv_type,
-        "gpu_layers": 0,
-        "read_per_token_bytes": size.read_per_token_bytes,
-        "model_bytes": model.stat().st_size,
-    }
+    return Run.of(
+        job.checkpoint,
+        "llamacpp",
+        "model/model.gguf",
+        options,
+        read_per_token_bytes=size.read_per_token_bytes,
+        model_bytes=model.stat().st_size,
+        flash_attention=True,
+        kv_type=options.kv_type,
+        gpu_layers=0,
+    )

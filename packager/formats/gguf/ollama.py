@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from packager.core.errors import GateFailed
-from packager.core.store import Cost, Step, code_digest
+from packager.core.store import Cost, Step
 from packager.formats.gguf.contract import adds_bos
-from packager.prompts import go_template
 from packager.prompts.contract import EDGES
 from packager.prompts.go_template import render as render_go
 from packager.recipe import Job
@@ -152,7 +151,6 @@ def make(job: Job, model: Path, context: int, steps: list[Step]) -> tuple[dict[s
             "context": context,
             "name": job.checkpoint.name,
             "template": template,
-            "code": code_digest(Path(__file__), Path(go_template.__file__)),
         },
         build,
         progress=job.progress,

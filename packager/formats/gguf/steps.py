@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager.core.store import Cost, Step, code_digest
-from packager.formats.gguf import llamacpp, types
+from packager.core.store import Cost, Step
+from packager.formats.gguf import llamacpp
 from packager.formats.gguf.sizes import gguf_name
 from packager.recipe import Job
 
@@ -38,7 +38,6 @@ def unquantized(job: Job, steps: list[Step]) -> Path:
             "name": job.checkpoint.name,
             "type": kind,
             "converter": llamacpp.SDIST_SHA256,
-            "code": _code(),
         },
         make,
         progress=job.progress,
@@ -66,7 +65,6 @@ def as_type(
         "quantizer": quantizer,
         "imatrix": matrix.parent.name if matrix else None,
         "tuned": tuned.step.key if tuned else None,
-        "code": _code(),
     }
     step = job.store.step("gguf-quantize", inputs, make, progress=job.progress)
     steps.append(step)
@@ -103,7 +101,7 @@ def imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
     from packager.fidelity.source import input_squares
 
     squares, source = input_squares(job, samples)
-    steps += [samples.step, source] if not job.verify else [source]
+    steps.append(source)
     architecture = llamacpp.architecture(whole)
 
     def make(folder: Path, cost: Cost) -> None:
@@ -116,14 +114,6 @@ def imatrix(job: Job, whole: Path, samples: Samples, steps: list[Step]) -> Path:
     step = job.store.step("imatrix", {"squares": source.key, "architecture": architecture}, make, progress=job.progress)
     steps.append(step)
     return step.path / "imatrix.npz"
-
-
-def _code() -> str:
-    """Changes with the programs that write GGUF files."""
-    from packager.core.processes import WORKERS
-
-    names = ("convert.py", "quantize.py")
-    return code_digest(Path(llamacpp.__file__), Path(types.__file__), *(WORKERS / name for name in names))
 
 
 def gguf_parts(tuned: Tuned, checkpoint: Checkpoint) -> dict[str, dict[str, object]]:

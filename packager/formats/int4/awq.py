@@ -1,11 +1,11 @@
 """AWQ's GEMM format, as vLLM and transformers load it: a container for the same tuned integers as GPTQ's.
 
 A linear module becomes ``qweight`` (int32, (inputs, rows / 8)), ``qzeros`` (int32, (groups, rows / 8)) and ``scales``
-(float16, (groups, rows)). Eight neighbouring outputs share a word, in the order 0, 2, 4, 6, 1, 3, 5, 7 from its lowest
+(float16, (groups, rows)). Eight adjacent outputs share a word, in the order 0, 2, 4, 6, 1, 3, 5, 7 from its lowest
 bits up, as AutoAWQ's ``WQLinear_GEMM`` packs them. Zero points are stored as they are: 8 for our symmetric integers.
 
-The name is the container's. AWQ the method (Lin et al. 2023, arXiv 2306.00978) searches scales for channels and rounds
-to nearest; what made the integers stands in the manifest and in config.json's ``meta``.
+The name is that of the container. The method AWQ (Lin et al. 2023, arXiv 2306.00978) searches scales for channels and
+rounds to nearest; the manifest and config.json's ``meta`` name the method that made the integers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in its word of each of eight neighbours
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the position in its word of each of eight adjacent outputs
 
 
 def config(group: int, method: str) -> dict[str, Any]:
-    """What config.json says of the quantization."""
+    """config.json's entry on the quantization."""
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -67,8 +67,8 @@ def weight(stored: Mapping[str, Any]) -> NDArray[np.float32]:
     zeros = integers(stored["qzeros"], ORDER).astype(np.float32)
     group = len(q) // len(scales)
     wide = (q - np.repeat(zeros, group, axis=0)) * np.repeat(scales, group, axis=0)
-    found: NDArray[np.float32] = np.ascontiguousarray(wide.T)
-    return found
+    values: NDArray[np.float32] = np.ascontiguousarray(wide.T)
+    return values
 
 
 FORM = Form("awq", "AWQ", shapes, data, config, weight)

@@ -1,7 +1,7 @@
-"""What the recipes gptq_int4 and awq_int4 share: one tuning, one of two containers, and the engine that the target has.
+"""The recipes gptq_int4 and awq_int4: one tuning, one of two containers, and the engine of the target.
 
-A target with vLLM on its GPU gets a bundle that starts vLLM; any other one that names ``transformers`` among its
-runtimes gets our own server over torch. Both are scored by the latter, which runs on the build machine too.
+A target with vLLM on its GPU gets a bundle that starts vLLM; another target with ``transformers`` among its runtimes
+gets our own server on torch. Both are scored by the latter, which also runs on the build machine.
 """
 
 from __future__ import annotations
@@ -9,32 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.checkpoint.families import kv_cache_bytes
-from packager.core.store import RECORD, code_digest
+from packager.core.store import RECORD
+from packager.formats.int4.folder import read_back
 from packager.metrics.thresholds import Thresholds
-from packager.recipe import Artifact, Estimate, Job, Need, Recipe, provenance
+from packager.recipe import Artifact, Estimate, Job, Need, Recipe, Run, provenance
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.checkpoint.families import ModelShape
     from packager.core.store import Cost, Step
-    from packager.fidelity.artifact import Scored
-    from packager.fidelity.source import Samples
+    from packager.fidelity.artifact import Candidate
+    from packager.fidelity.samples import Samples
     from packager.formats.int4.folder import Form
+    from packager.formats.int4.tuning import Tuned
     from packager.target import Target
 
 MIB = 1 << 20
 # Python with torch, transformers and FastAPI, measured after the ten answers of the demo's persona; the tokenizer takes
 # about 1 kB a token of the vocabulary. Prompts are read 256 tokens at a time (runtimes/engines/transformers/engine.py).
 TRANSFORMERS_BYTES, BYTES_PER_TOKEN, PROMPT_CHUNK = 460 * MIB, 1000, 256
-# What vLLM takes on the GPU beside weights and KV cache: CUDA's context and the activations of its profiling run. An
-# assumption. On the host: an assumption too, after vLLM's own advice of a few GB a GPU.
+# vLLM's GPU memory besides weights and KV cache (CUDA's context, the activations of its profiling run), and its host
+# memory, for which vLLM advises a few GB for each GPU. Both are assumptions.
 VLLM_BYTES, VLLM_HOST_BYTES = 3 << 29, 4 << 30
-VLLM_VERSION = "0.33"  # whose flags and loaders were read; older ones call the kernels otherwise
-VLLM_CAPABILITY = "7.5"  # its Marlin and AWQ kernels begin there
+VLLM_VERSION = "0.33"  # this module follows its flags and loaders; older versions call the kernels differently
+VLLM_CAPABILITY = "7.5"  # the oldest GPU of its Marlin and AWQ kernels
+DECODE_RATE = 3.5e8  # parameters per second when two cores decode in float32
 OTHERS_SCORE = "by runtimes/engines/transformers/engine.py in float32, not by vLLM"
 
 
@@ -79,12 +82,12 @@ def make_recipe(form: Form) -> Recipe[Options]:
 
 
 def thresholds(options: Options) -> Thresholds:
-    """Four bits in groups cost a model of 135 M parameters this much at most; larger ones keep more."""
+    """The limits of a model of 135 M parameters in groups of four bits; larger ones are closer to their source."""
     return Thresholds(max_kl=1.0, min_top1=0.55)
 
 
 def engine_for(form: Form, target: Target) -> str | None:
-    """The engine that a bundle for the target carries."""
+    """The engine of a bundle for the target; None when it supports none of the two."""
     if "vllm" in target.runtimes and target.on_gpu(f"{form.name}_int4"):
         return "vllm"
     return "transformers" if "transformers" in target.runtimes else None
@@ -136,12 +139,12 @@ def _why_not_parallel(checkpoint: Checkpoint, options: Options, engine: str) -> 
 
 
 def weight_bytes(form: Form, checkpoint: Checkpoint, group: int) -> int:
-    """Bytes of all tensors that will be written."""
+    """Bytes of all tensors to write."""
     from packager.formats.int4.folder import specs
     from packager.formats.int4.tuning import linear_modules
 
     modules = linear_modules(checkpoint)
-    if any(inputs % group or rows % 8 for rows, inputs in modules.values()):  # refused; a figure is shown all the same
+    if any(inputs % group or rows % 8 for rows, inputs in modules.values()):  # why_not refuses it
         return checkpoint.parameters // 2
     return sum(spec.nbytes for spec in specs(form, checkpoint, modules, group))
 
@@ -173,7 +176,7 @@ def estimate(form: Form, checkpoint: Checkpoint, target: Target, options: Option
 
 
 def _transformers_bytes(shape: ModelShape) -> int:
-    """What our own server takes beside weights and KV cache."""
+    """Bytes of our own server besides weights and KV cache."""
     activations = 4 * PROMPT_CHUNK * (3 * shape.intermediate + 4 * shape.hidden)
     return TRANSFORMERS_BYTES + BYTES_PER_TOKEN * shape.vocab + activations
 
@@ -181,66 +184,61 @@ def _transformers_bytes(shape: ModelShape) -> int:
 def _notes(served_by_vllm: bool, share: int) -> tuple[str, ...]:
     if not served_by_vllm:
         return ("torch dequantizes as it computes, far below the ceiling; on a CPU the gguf recipe is faster.",)
-    found = [
+    notes = [
         f"The box needs vLLM {VLLM_VERSION} or newer in an environment of its own. This project has run it nowhere: "
         f"generated, not executed here; the fidelity score is taken {OTHERS_SCORE}."
     ]
     if share > 1:
-        found.append(f"Memory is that of one of {share} GPUs.")
-    return tuple(found)
+        notes.append(f"Memory is that of one of {share} GPUs.")
+    return tuple(notes)
 
 
 def build(form: Form, job: Job, options: Options) -> Artifact:
-    from packager.fidelity.artifact import measure, require_contract
-    from packager.fidelity.source import make_samples, source_scores
+    """Tune, pack and prove. Raises GateFailed or ToolError."""
+    from packager.fidelity.gate import Subject, prove
     from packager.formats.int4 import tuning
-    from packager.metrics.thresholds import require_kept
 
     engine = engine_for(form, job.target) or "transformers"
     steps: list[Step] = []
-    samples = make_samples(job) if job.verify or options.tune != "none" else None
-    if samples:
-        steps.append(samples.step)
-    tuned = tuning.tune(job, samples, budget=options.tune, group=options.group)
-    steps.append(tuned.step)
-    packed_step = packed(form, job, tuned)
-    steps.append(packed_step)
-    files = {path.name: path for path in sorted(packed_step.path.iterdir()) if path.name != RECORD}
-    run = _run(form, job, options, files, engine)
-    from packager.formats.int4.folder import read_back
 
-    report: dict[str, Any] = {"int4": {**tuned.as_dict(), **read_back(form, packed_step.path, job.checkpoint)}}
-    if job.verify and samples:
-        source, step = source_scores(job, samples)
-        steps.append(step)
-        found = score_folder(form, job, run, packed_step, samples, steps)
-        said = require_contract(job, samples, found, "the tokenizer beside the weights")
-        fidelity = measure(samples, source, found.distributions)
-        limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = fidelity.as_dict(limits)
-        report["prompts_equal"] = len(samples.prompts)
-        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
-        if engine == "vllm":
-            report["fidelity"]["scored"] = OTHERS_SCORE
-        fix = "Give the fine-tuning pairs with --calibration, or tune=full."
-        require_kept(fidelity, limits, f"the {form.title} model", fix)
+    def ship(samples: Samples | None) -> tuple[tuple[tuning.Tuned, Step], Candidate]:
+        tuned = tuning.tune(job, samples, budget=options.tune, group=options.group)
+        folder = packed(form, job, tuned)
+        steps.extend([tuned.step, folder])
+        run = _run(form, job, options, files_of(folder), engine)
+        return (tuned, folder), candidate(form, job, run, folder)
+
+    subject = Subject(
+        tokenizer="the tokenizer beside the weights",
+        context=options.context,
+        thresholds=thresholds(options),
+        fix="Give the fine-tuning pairs with --calibration, or tune=full.",
+        ship=ship,
+        calibrated=options.tune != "none",
+        scored_by=OTHERS_SCORE if engine == "vllm" else "",
+    )
+    proof = prove(job, subject, steps)
+    tuned, folder = proof.made
+    files = files_of(folder)
     return Artifact(
         format=form.name,
         files=files,
-        run=run,
-        report=report,
+        run=_run(form, job, options, files, engine),
+        report={**proof.report, "int4": {**tuned.as_dict(), **read_back(form, folder.path, job.checkpoint)}},
         provenance=provenance(job, options, steps, quantizer=tuned.method),
         costs=tuple(step.cost() for step in steps),
     )
 
 
-def packed(form: Form, job: Job, tuned: Any) -> Step:
-    """The folder that loaders read."""
-    import importlib
+def files_of(folder: Step) -> dict[str, Path]:
+    """The artifact's files in a step's folder, by name."""
+    return {path.name: path for path in sorted(folder.path.iterdir()) if path.name != RECORD}
 
+
+def packed(form: Form, job: Job, tuned: Tuned) -> Step:
+    """The step with the packed folder."""
     from packager.formats import tokenizer_files
     from packager.formats.int4 import folder as int4_folder
-    from packager.formats.int4 import tuning
 
     beside = tokenizer_files.tokenizer_files(job, tokenizer_files.TRANSFORMERS)
 
@@ -248,62 +246,44 @@ def packed(form: Form, job: Job, tuned: Any) -> Step:
         with job.progress.step(f"packing as {form.title}"):
             int4_folder.write(form, job.checkpoint, tuned, beside.values(), folder)
 
-    own = importlib.import_module(f"packager.{form.name}")
-    sources = [Path(str(module.__file__)) for module in (own, int4_folder, tokenizer_files, tuning)]
-    inputs = {"checkpoint": job.checkpoint.digest, "tuned": tuned.step.key, "code": code_digest(*sources)}
+    inputs = {"checkpoint": job.checkpoint.digest, "tuned": tuned.step.key}
     return job.store.step(form.name, inputs, make, progress=job.progress)
 
 
-def score_folder(
-    form: Form, job: Job, run: Mapping[str, Any], folder: Step, samples: Samples, steps: list[Step]
-) -> Scored:
-    """Score the folder with the engine that runs on the build machine as well."""
+def candidate(form: Form, job: Job, run: Run, folder: Step) -> Candidate:
+    """The folder with the engine that opens it on the build machine."""
     from packager.core.processes import version_of
-    from packager.fidelity.artifact import score
+    from packager.fidelity.artifact import Candidate
 
-    absolute = {
-        key: str(folder.path / Path(value).name)
-        for key, value in run.items()
-        if isinstance(value, str) and value.startswith("model/")
-    }
-    found, step = score(
-        job,
-        {**run, **absolute, "engine": "transformers", "settings": {}, "context": 1024, "slots": 1},
-        samples,
-        what=f"the {form.title} model",
-        inputs={"model": folder.key, "torch": version_of("torch"), "transformers": version_of("transformers")},
-        max_rss_bytes=0,
+    here = run.here(folder.path / PurePosixPath(run.model).name, files_of(folder), engine="transformers", settings={})
+    return Candidate(
+        f"the {form.title} model",
+        here,
+        {"model": folder.key, "torch": version_of("torch"), "transformers": version_of("transformers")},
+        seconds_a_token=job.checkpoint.parameters / DECODE_RATE,
     )
-    steps.append(step)
-    return found
 
 
-def _run(form: Form, job: Job, options: Options, files: Mapping[str, Path], engine: str) -> dict[str, Any]:
-    from packager.formats.tokenizer_files import tokenizer_paths
-
+def _run(form: Form, job: Job, options: Options, files: Mapping[str, Path], engine: str) -> Run:
     weights = [name for name in files if name.endswith(".safetensors")]
     size = estimate(form, job.checkpoint, job.target, options)
-    return {
-        "engine": engine,
-        "model": f"model/{weights[0]}",
-        **tokenizer_paths(job.checkpoint),
-        **job.checkpoint.tokenizer.as_run(),
-        "context": options.context,
-        "slots": options.slots,
-        "threads": 0,
-        "dtype": "float16",
-        "read_per_token_bytes": size.read_per_token_bytes,
-        "model_bytes": sum(files[name].stat().st_size for name in weights),
-        "settings": _vllm_settings(form, job.target, options) if engine == "vllm" else {},
-    }
+    return Run.of(
+        job.checkpoint,
+        engine,
+        f"model/{weights[0]}",
+        options,
+        read_per_token_bytes=size.read_per_token_bytes,
+        model_bytes=sum(files[name].stat().st_size for name in weights),
+        settings=_vllm_settings(form, job.target, options) if engine == "vllm" else {},
+    )
 
 
 def _vllm_settings(form: Form, target: Target, options: Options) -> dict[str, Any]:
-    """What runtimes/engines/vllm.py makes its command line of."""
+    """The settings from which runtimes/engines/vllm.py makes its command line."""
     architecture = target.gpu.architecture if target.gpu else ""
     return {
         "quantization": form.name,
-        "dtype": "half" if architecture in ("sm_70", "sm_72", "sm_75") else "auto",  # bfloat16 begins with SM 8.0
+        "dtype": "half" if architecture in ("sm_70", "sm_72", "sm_75") else "auto",  # bfloat16 needs SM 8.0
         "tensor_parallel": options.tensor_parallel,
         "ray": options.ray,
         "enforce_eager": options.enforce_eager,

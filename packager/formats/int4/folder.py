@@ -1,7 +1,7 @@
-"""A checkpoint folder whose linear layers are int4: what GPTQ and AWQ have in common, and the writing of either.
+"""Writes a checkpoint folder with int4 linear layers, as GPTQ or AWQ.
 
-Both keep, for a linear module, ``qweight`` and ``qzeros`` (int32, eight integers to a word) and ``scales`` (float16,
-(groups, outputs)); a ``Form`` says how. Embedding, head, norms and biases stay 16 bit.
+Both store, for a linear module, ``qweight`` and ``qzeros`` (int32, eight integers in a word) and ``scales`` (float16,
+(groups, outputs)); a ``Form`` defines the layout. Embedding, head, norms and biases are float16.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4 << 30
 WORD = 8  # integers in one int32
-LARGEST = 65504.0  # of float16
+LARGEST = 65504.0  # float16's largest number
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -65,39 +65,39 @@ class Form:
 
 
 def specs(form: Form, checkpoint: Checkpoint, modules: Mapping[str, tuple[int, int]], group: int) -> list[Spec]:
-    """Every tensor of the file, by name; modules: the quantized ones with (rows, inputs)."""
-    found = []
+    """All tensors to write, sorted by name. modules: the quantized ones with (rows, inputs)."""
+    tensors = []
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if module in modules:
-            found += [Spec(f"{module}.{part}", *kind) for part, kind in form.shapes(*modules[module], group).items()]
+            tensors += [Spec(f"{module}.{part}", *kind) for part, kind in form.shapes(*modules[module], group).items()]
         else:
-            found.append(Spec(name, "F16", info.shape))
-    return sorted(found, key=lambda spec: spec.name)
+            tensors.append(Spec(name, "F16", info.shape))
+    return sorted(tensors, key=lambda spec: spec.name)
 
 
 def write(form: Form, checkpoint: Checkpoint, tuned: Tuned, beside: Iterable[Path], folder: Path) -> None:
-    """Write the whole folder: weights, config.json, and copies of ``beside`` (tokenizer and template).
+    """Write the folder: weights, config.json, and copies of ``beside`` (tokenizer and template).
 
     Raises InputError for a weight beyond float16.
     """
     modules = linear_modules(checkpoint)
-    found = specs(form, checkpoint, modules, tuned.group)
-    _write(found, lambda spec: _data(form, checkpoint, tuned, spec), folder)
+    tensors = specs(form, checkpoint, modules, tuned.group)
+    _write(tensors, lambda spec: _data(form, checkpoint, tuned, spec), folder)
     _finish(checkpoint, {"quantization_config": form.config(tuned.group, tuned.method)}, beside, folder)
 
 
 def write_half(checkpoint: Checkpoint, beside: Iterable[Path], folder: Path) -> None:
-    """The same folder with every tensor in float16 and none quantized. Raises InputError as ``write`` does."""
-    found = sorted(
+    """Write the same folder with every tensor in float16 and none quantized. Raises InputError as ``write``."""
+    tensors = sorted(
         (Spec(name, "F16", info.shape) for name, info in checkpoint.tensors.items()), key=lambda spec: spec.name
     )
-    _write(found, lambda spec: _half(checkpoint, spec.name, "What runs it computes"), folder)
+    _write(tensors, lambda spec: _half(checkpoint, spec.name, "The engine computes"), folder)
     _finish(checkpoint, {}, beside, folder)
 
 
-def _write(found: list[Spec], data: Callable[[Spec], Iterator[bytes]], folder: Path) -> None:
-    shards = plan_shards(found, SHARD_BYTES)
+def _write(tensors: list[Spec], data: Callable[[Spec], Iterator[bytes]], folder: Path) -> None:
+    shards = plan_shards(tensors, SHARD_BYTES)
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):
         write_file(folder / name, shard, (data(spec) for spec in shard))
     write_index(folder, shards)
@@ -116,11 +116,11 @@ def _data(form: Form, checkpoint: Checkpoint, tuned: Tuned, spec: Spec) -> Itera
         module, _, part = spec.name.rpartition(".")
         yield form.data(part, *tuned.read(module), tuned.group)
         return
-    yield from _half(checkpoint, spec.name, f"{form.title} keeps what it does not quantize")
+    yield from _half(checkpoint, spec.name, f"{form.title} stores unquantized tensors")
 
 
 def _half(checkpoint: Checkpoint, name: str, why: str) -> Iterator[bytes]:
-    """A tensor's bytes in float16. why: who needs it so, up to "in 16 bits"."""
+    """A tensor's bytes in float16. why: the error's reason up to "in 16 bits"."""
     import numpy as np
 
     info = checkpoint.tensors[name]
@@ -128,7 +128,7 @@ def _half(checkpoint: Checkpoint, name: str, why: str) -> Iterator[bytes]:
         values = to_float32(read_rows(checkpoint.path, info, begin, end), info.dtype)
         if values.size and float(np.abs(values).max()) > LARGEST:
             raise InputError(
-                f"{name} holds {np.abs(values).max():.6g}, more than float16 can (65504).",
+                f"{name} holds {np.abs(values).max():.6g}, beyond float16's range (65504).",
                 why=f"{why} in 16 bits.",
                 fix="Use the gguf recipe for this checkpoint.",
             )
@@ -136,23 +136,23 @@ def _half(checkpoint: Checkpoint, name: str, why: str) -> Iterator[bytes]:
 
 
 def words(values: NDArray[np.uint8], order: tuple[int, ...] = tuple(range(WORD))) -> NDArray[np.int32]:
-    """Integers 0…15, (rows, 8n), as int32 words (rows, n): neighbour k in bits 4·order[k] and the three above."""
+    """Integers 0…15, (rows, 8n), as int32 words (rows, n): integer k of a word in the four bits from 4·order[k] on."""
     import numpy as np
 
-    found = np.zeros((values.shape[0], values.shape[1] // WORD), np.uint32)
+    packed = np.zeros((values.shape[0], values.shape[1] // WORD), np.uint32)
     for k, place in enumerate(order):
-        found |= values[:, k::WORD].astype(np.uint32) << np.uint32(4 * place)
-    return found.view(np.int32)
+        packed |= values[:, k::WORD].astype(np.uint32) << np.uint32(4 * place)
+    return packed.view(np.int32)
 
 
 def integers(packed: NDArray[np.int32], order: tuple[int, ...] = tuple(range(WORD))) -> NDArray[np.uint8]:
     """The integers that ``words`` packed."""
     import numpy as np
 
-    found = np.empty((packed.shape[0], packed.shape[1] * WORD), np.uint8)
+    values = np.empty((packed.shape[0], packed.shape[1] * WORD), np.uint8)
     for k, place in enumerate(order):
-        found[:, k::WORD] = (packed.view(np.uint32) >> np.uint32(4 * place)) & np.uint32(15)
-    return found
+        values[:, k::WORD] = (packed.view(np.uint32) >> np.uint32(4 * place)) & np.uint32(15)
+    return values
 
 
 def dequantize(form: Form, folder: Path, module: str) -> NDArray[np.float32]:
@@ -167,14 +167,14 @@ def dequantize(form: Form, folder: Path, module: str) -> NDArray[np.float32]:
 
 
 def read_back(form: Form, folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bits a weight that the file really spends, from its headers. Raises GateFailed when a module is not int4."""
-    found = {name: info for file in sorted(folder.glob("*.safetensors")) for name, info in read_header(file).items()}
+    """The files' bits per weight, from their headers. Raises GateFailed when a module is not int4."""
+    stored = {name: info for file in sorted(folder.glob("*.safetensors")) for name, info in read_header(file).items()}
     modules = linear_modules(checkpoint)
     weights = sum(rows * inputs for rows, inputs in modules.values())
     packed = 0
     for name, (rows, inputs) in modules.items():
-        kept = found.get(f"{name}.qweight")
-        if f"{name}.weight" in found or kept is None or kept.nbytes * 2 != rows * inputs:
-            raise GateFailed(f"{name} was to be int4 and is not.", fix="Do not ship it; report the architecture.")
-        packed += sum(found[f"{name}.{part}"].nbytes for part in form.parts)
+        kept = stored.get(f"{name}.qweight")
+        if f"{name}.weight" in stored or kept is None or kept.nbytes * 2 != rows * inputs:
+            raise GateFailed(f"{name} is not int4 in the files.", fix="Do not ship it; report the architecture.")
+        packed += sum(stored[f"{name}.{part}"].nbytes for part in form.parts)
     return {"modules": len(modules), "bits_per_weight": round(8 * packed / weights, 3)}

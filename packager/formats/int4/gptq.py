@@ -1,9 +1,9 @@
 """The GPTQ format, as vLLM and transformers load it.
 
-A linear module becomes ``qweight`` (int32, (inputs / 8, rows): bits 4k … 4k+3 of word i hold input 8i + k), ``qzeros``
-(int32, (groups, rows / 8), the zero point less one, packed alike), ``scales`` (float16, (groups, rows)) and ``g_idx``
-(int32, each input's group). Symmetric, no act-order: the one kind that vLLM loads with groups. Layout as AutoGPTQ's
-first version wrote it (``checkpoint_format: gptq``).
+A linear module is stored as ``qweight`` (int32, (inputs / 8, rows): bits 4k … 4k+3 of word i are input 8i + k),
+``qzeros`` (int32, (groups, rows / 8), the zero point less one, packed alike), ``scales`` (float16, (groups, rows)) and
+``g_idx`` (int32, each input's group). Symmetric, no act-order: the only kind that vLLM loads with groups. The layout is
+AutoGPTQ's first version (``checkpoint_format: gptq``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def config(group: int, method: str) -> dict[str, Any]:
-    """What config.json says of the quantization."""
+    """config.json's entry on the quantization."""
     return {
         "quant_method": "gptq",
         "bits": 4,
@@ -64,8 +64,8 @@ def weight(stored: Mapping[str, Any]) -> NDArray[np.float32]:
     group_of, scales = stored["g_idx"], stored["scales"].astype(np.float32)
     q = integers(np.ascontiguousarray(stored["qweight"].T)).T.astype(np.float32)
     zeros = integers(stored["qzeros"]).astype(np.float32) + 1
-    found: NDArray[np.float32] = np.ascontiguousarray(((q - zeros[group_of]) * scales[group_of]).T)
-    return found
+    values: NDArray[np.float32] = np.ascontiguousarray(((q - zeros[group_of]) * scales[group_of]).T)
+    return values
 
 
 FORM = Form("gptq", "GPTQ", shapes, data, config, weight)

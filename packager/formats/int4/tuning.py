@@ -1,7 +1,7 @@
-"""int4 integers and scales, tuned once and packed into every container that can hold them.
+"""int4 integers and scales, tuned once for every container (GGUF Q4_0, GPTQ, AWQ).
 
-The tuning itself is workers/tune.py: SignRound (Cheng et al. 2023, arXiv 2309.05516), our own, because it streams a
-layer at a time and goes on at a layer's end after a kill. A container (GGUF Q4_0, GPTQ) takes the very same integers:
+workers/tune.py computes them with SignRound (Cheng et al. 2023, arXiv 2309.05516). The implementation is our own: it
+streams a layer at a time, and a killed run resumes at the last finished layer. All containers store the same integers:
 weight = scale · (q - 8), q in 0…15, one float16 scale for ``group`` inputs.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import Cost, Step, code_digest, digest_of
+from packager.core.processes import WORKERS, follow
+from packager.core.store import Cost, Step, digest_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from packager.recipe import Job
 
 ITERATIONS = {"none": 0, "quick": 20, "full": 200}
-AUTO_SECONDS = 3600.0  # the longest tuning that tune=auto starts by itself
-ZERO = 8  # the stored integer that stands for zero
-# The child's peak: torch and transformers; for each weight of a layer itself, its shift, its rounded form and gradients
-# in float32; hidden states of the calibration, and what one batch leaves for the backward pass.
+AUTO_SECONDS = 3600.0  # tune=auto does not start a longer tuning
+ZERO = 8  # the zero point
+# The child's peak memory: torch and transformers; for each weight of a layer the weight, its shift, its rounded form
+# and gradients in float32; the calibration's hidden states; one batch's activations for the backward pass.
 BASE_BYTES = 900 << 20
 BYTES_PER_WEIGHT = 24
 TOKENS, BATCH_TOKENS = 8192, 1024  # packager/fidelity/source.py's calibration, workers/tune.py's batches
@@ -38,7 +38,7 @@ FLOPS = 4e10  # a second on two shared cores with AVX2, measured: SmolLM2 4.1e10
 @dataclass(frozen=True)
 class Tuned:
     """A tuning in the store. group: inputs that share a scale. modules: Hugging Face module name -> file with its
-    ``.q`` and ``.scales``. errors: a layer's mean relative squared output error, before and after (empty for plain
+    ``.q`` and ``.scales``. errors: each layer's mean relative squared output error, before and after (empty for plain
     rounding).
     """
 
@@ -50,18 +50,18 @@ class Tuned:
 
     @property
     def method(self) -> str:
-        """What made the integers, for a report."""
+        """The method that made the integers, for a report."""
         if not self.iterations:
             return f"plain rounding to nearest, groups of {self.group}"
         return f"SignRound (arXiv 2309.05516), {self.iterations} iterations, groups of {self.group}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The form that stands in a report; errors are means over the layers."""
-        found: dict[str, Any] = {"method": self.method, "group": self.group, "iterations": self.iterations}
+        """The form stored in a report; errors are means over the layers."""
+        report: dict[str, Any] = {"method": self.method, "group": self.group, "iterations": self.iterations}
         if self.errors:
             for key in ("searched", "tuned"):
-                found[f"layer_error_{key}"] = round(sum(each[key] for each in self.errors) / len(self.errors), 6)
-        return found
+                report[f"layer_error_{key}"] = round(sum(each[key] for each in self.errors) / len(self.errors), 6)
+        return report
 
     def read(self, module: str) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
         """Integers 0…15 (rows, inputs) and scales (rows, inputs / group) of one module. Raises KeyError."""
@@ -72,32 +72,32 @@ class Tuned:
         return unpack(packed), scales
 
     def weight(self, module: str) -> NDArray[np.float32]:
-        """The weights that the integers stand for, (rows, inputs), exact."""
+        """The dequantized weights (rows, inputs), without rounding."""
         import numpy as np
 
         values, scales = self.read(module)
         wide = np.repeat(scales.astype(np.float32), self.group, axis=1)
-        found: NDArray[np.float32] = (values.astype(np.float32) - ZERO) * wide
-        return found
+        exact: NDArray[np.float32] = (values.astype(np.float32) - ZERO) * wide
+        return exact
 
 
 def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(rows, n / 2) bytes, element 2j in the low half of byte j, as (rows, n) integers."""
+    """(rows, n / 2) bytes as (rows, n) integers; element 2j is in the low half of byte j."""
     import numpy as np
 
-    found = np.empty((packed.shape[0], packed.shape[1] * 2), np.uint8)
-    found[:, 0::2] = packed & 15
-    found[:, 1::2] = packed >> 4
-    return found
+    integers = np.empty((packed.shape[0], packed.shape[1] * 2), np.uint8)
+    integers[:, 0::2] = packed & 15
+    integers[:, 1::2] = packed >> 4
+    return integers
 
 
 def linear_modules(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Name and (rows, inputs) of every linear module in the decoder's layers, from the headers; not the head."""
-    found: dict[str, tuple[int, int]] = {}
+    """Name -> (rows, inputs) of every linear module in the decoder's layers, from the headers, without the head."""
+    modules: dict[str, tuple[int, int]] = {}
     for name, info in checkpoint.tensors.items():
         if name.startswith("model.layers.") and name.endswith(".weight") and len(info.shape) == 2:
-            found[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
-    return found
+            modules[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
+    return modules
 
 
 def ragged(checkpoint: Checkpoint, group: int) -> str | None:
@@ -109,7 +109,7 @@ def ragged(checkpoint: Checkpoint, group: int) -> str | None:
 
 
 def costs(checkpoint: Checkpoint, budget: str) -> tuple[int, float]:
-    """Peak resident bytes and rough seconds on two cores of a tuning: memory follows the largest layer."""
+    """(peak resident bytes, rough seconds on two cores) of a tuning; memory depends on a layer's size."""
     layers = checkpoint.shape.layers
     weights = sum(rows * inputs for rows, inputs in linear_modules(checkpoint).values()) // layers
     states = 3 * 4 * TOKENS * checkpoint.shape.hidden
@@ -119,7 +119,7 @@ def costs(checkpoint: Checkpoint, budget: str) -> tuple[int, float]:
 
 
 def affordable(checkpoint: Checkpoint, whose: str) -> tuple[Literal["none", "quick"], tuple[str, ...]]:
-    """What tune=auto means where fine-tuning data is given, and a sentence when that is not to tune."""
+    """The value of tune=auto when fine-tuning data is given, and a note when it is not to tune."""
     _, seconds = costs(checkpoint, "quick")
     if seconds <= AUTO_SECONDS:
         return "quick", ()
@@ -173,15 +173,12 @@ def tune(job: Job, samples: Samples | None, *, budget: str, group: int) -> Tuned
         "group": group,
         "seed": job.seed if iterations else None,
         "threads": threads if iterations else None,  # the order of float32 sums
-        "torch": version_of("torch"),
-        "transformers": version_of("transformers"),
-        "code": code_digest(*(WORKERS / name for name in ("tune.py", "rounding.py", "reference.py"))),
     }
     return open_tuned(job.store.step("tune", inputs, make, progress=job.progress, resumable=True))
 
 
 def open_tuned(step: Step) -> Tuned:
-    """What a finished tuning holds."""
+    """A finished tuning, read from its step."""
     report: dict[str, Any] = step.read_json("tune.json")
     files = [step.path / layer["file"] for layer in report["layers"]]
     return Tuned(

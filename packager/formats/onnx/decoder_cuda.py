@@ -1,13 +1,12 @@
 """A decoder as an ONNX graph for onnxruntime's CUDA provider: float16 between the operators, the same packed integers.
 
-Which types have CUDA kernels decides it (docs/OperatorKernels.md there): GroupQueryAttention has float16 and bfloat16
-alone, and a T4 has no bfloat16. MatMulNBits and GatherBlockQuantized take uint8 with scales in float16, norms,
-QuickGelu and the rest take float16. Every node has a kernel there, so a session can be told to refuse any other
-provider (runtimes/engines/onnxruntime/cuda.py). The graph runs on the processor too, which is how it is scored on the
-build machine.
+The types follow from onnxruntime's CUDA kernels (docs/OperatorKernels.md there): GroupQueryAttention has only float16
+and bfloat16, and a T4 has no bfloat16. MatMulNBits and GatherBlockQuantized take uint8 with float16 scales; norms,
+QuickGelu and the others take float16. Every node has a CUDA kernel, so a session can refuse any other provider
+(runtimes/engines/onnxruntime/cuda.py). The graph also runs on the CPU, where the build machine scores it.
 
-Inputs as in onnx_graph, but for ``wanted`` (kept,), which of the tokens get logits: a Gather stays on the GPU, where a
-Slice would read its bounds from main memory. Caches and logits are float16.
+Inputs as in decoder_graph, except ``wanted`` (kept,), the indices of the tokens that get logits: a Gather stays on the
+GPU, while a Slice reads its bounds from main memory. Caches and logits are float16.
 """
 
 from __future__ import annotations
@@ -30,26 +29,25 @@ if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.target import Target
 
-CAPABILITY = (7, 5)  # the oldest GPU that the wheel's libonnxruntime_providers_cuda.so has machine code for
-# the first driver of CUDA 13, which onnxruntime-gpu is built with from 1.27 on
+CAPABILITY = (7, 5)  # the oldest GPU with machine code in the wheel's libonnxruntime_providers_cuda.so
+# the first driver for CUDA 13, with which onnxruntime-gpu is built from 1.27 on
 DRIVER = "580.65.06"
 VERSION = "1.31.1"  # locks/box-ort_cuda.in pins it; the newest on the package index
-# cuDNN and cuFFT are loaded when an operator wants them (from 1.28 and 1.29 on), and none here does
-WHEEL_BYTES, WHEELS_BYTES = 256_000_000, 582_000_000  # for one Python, and CUDA's libraries for all (measured)
-DEQUANTIZED_ROWS = 32768  # of a large matrix at once, where MatMulNBits widens it for a product of many rows
-# CUDA's context, cuBLAS's workspace, the arena's rounding. An assumption: nobody here has a T4.
+# cuDNN and cuFFT are loaded only by operators that use them (from 1.28 and 1.29 on), and no operator here does
+WHEEL_BYTES, WHEELS_BYTES = 256_000_000, 582_000_000  # for each Python, and CUDA's libraries for all (measured)
+DEQUANTIZED_ROWS = 32768  # rows of a large matrix that MatMulNBits dequantizes at once for a product of many rows
+# CUDA's context, cuBLAS's workspace, the arena's rounding: an assumption, not measured on a T4.
 DEVICE_BYTES = 1 << 30
-# Python, FastAPI, the tokenizer, and the host's side of CUDA and cuBLAS. An assumption too.
+# Python, FastAPI, the tokenizer, and CUDA's and cuBLAS's host memory: an assumption.
 HOST_BYTES = 2 << 30
 
 
 PROVIDER = "CUDAExecutionProvider"
-NOT_ASKED = "float16 takes a second or more a token on a processor; what is kept is read from the answers' own scores"
 SCORED_BY = "onnxruntime on the build machine's processor, in float16, not on a GPU"
 
 
 class Options(Protocol):
-    """What is read of the recipe's options."""
+    """The recipe's options that this module reads."""
 
     @property
     def context(self) -> int: ...
@@ -58,21 +56,21 @@ class Options(Protocol):
 
 
 def why_not(checkpoint: Checkpoint, target: Target) -> str | None:
-    """None, or one sentence why provider=cuda cannot serve this model there and what does."""
+    """None, or one sentence why provider=cuda cannot serve this model on the target, and what can."""
     gpu, other = target.gpu, "leave provider=cpu."
-    found = re.fullmatch(r"sm_(\d+)(\d)", gpu.architecture) if gpu else None
-    if gpu is None or found is None:
+    digits = re.fullmatch(r"sm_(\d+)(\d)", gpu.architecture) if gpu else None
+    if gpu is None or digits is None:
         return f"provider=cuda needs an NVIDIA GPU, and {target.title} has none in its target file; {other}"
     if (target.system, target.machine, gpu.memory) != ("linux", "x86_64", "discrete"):
         return (
             f"provider=cuda is for cards with memory of their own under Linux on x86-64 (onnxruntime-gpu {VERSION} "
             f"with CUDA 13), and {target.title} is not such a box; {other}"
         )
-    if (int(found[1]), int(found[2])) < CAPABILITY:
+    if (int(digits[1]), int(digits[2])) < CAPABILITY:
         least = ".".join(map(str, CAPABILITY))
         return (
             f"onnxruntime-gpu {VERSION} has machine code from compute capability {least} on, and the {gpu.name} has "
-            f"{found[1]}.{found[2]}; {other}"
+            f"{digits[1]}.{digits[2]}; {other}"
         )
     if checkpoint.family.model_type in GEMMAS:
         return (
@@ -83,8 +81,8 @@ def why_not(checkpoint: Checkpoint, target: Target) -> str | None:
 
 
 def scratch_bytes(checkpoint: Checkpoint, context: int, slots: int) -> int:
-    """Bytes that one operator needs beside its output: a matrix widened to float16 for a prompt's product, or keys and
-    values of every slot repeated for each query head (attention without FlashAttention, which begins with SM 8.0).
+    """Bytes of one operator's scratch memory: a matrix dequantized to float16 for a prompt's product, or keys and
+    values of every slot repeated for each query head (attention without FlashAttention, which needs SM 8.0).
     """
     shape = checkpoint.shape
     widest = max(
@@ -99,14 +97,16 @@ def scratch_bytes(checkpoint: Checkpoint, context: int, slots: int) -> int:
 def estimate(
     checkpoint: Checkpoint, target: Target, options: Options, *, weights: int, read: int, ram: int, seconds: float
 ) -> Estimate:
-    """Sizes from the headers. weights: bytes of the data file. read: of them a token. ram, seconds: of the build."""
+    """Sizes from the headers. weights: bytes of the data file. read: bytes of it read for a token. ram, seconds: of
+    the build.
+    """
     shape = checkpoint.shape
     # nodes; norms; cosines and sines, half a head's width each
     rotated = rope.dims(checkpoint.config, shape.head_dim)
     graph = (4_500 + 4 * shape.hidden) * shape.layers + 2 * options.context * rotated
     cache = kv_cache_bytes(shape.layers, shape.kv_heads, shape.head_dim, options.context, options.slots, "f16")
     own = DEVICE_BYTES + scratch_bytes(checkpoint, options.context, options.slots)
-    pythons = sum(int(version.partition(".")[2]) >= 11 for version in target.python)  # what the wheel is made for
+    pythons = sum(int(version.partition(".")[2]) >= 11 for version in target.python)  # the Pythons of the wheel
     added = WHEELS_BYTES + pythons * WHEEL_BYTES
     return Estimate(
         artifact_bytes=weights + graph,
@@ -132,7 +132,7 @@ def estimate(
 
 
 def gpu_needs(size: Estimate) -> dict[str, Any]:
-    """What the box's GPU has to be, for the manifest."""
+    """The required GPU, for the manifest."""
     return {
         "capability": ".".join(map(str, CAPABILITY)),
         "count": 1,
@@ -142,12 +142,12 @@ def gpu_needs(size: Estimate) -> dict[str, Any]:
 
 
 def facts() -> dict[str, Any]:
-    """What the manifest says of the provider."""
+    """The provider's entry in the manifest."""
     return {"name": PROVIDER, "onnxruntime": VERSION, "executed": False}
 
 
 class HalfGraph(Graph):
-    """A graph whose constants of float32 are stored as float16. Raises ValueError for one beyond its range."""
+    """A graph that stores float32 constants as float16. Raises ValueError for one beyond float16's range."""
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         import numpy as np
@@ -160,9 +160,9 @@ class HalfGraph(Graph):
 
 
 class HalfPacked(Packed):
-    """Packed matrices for products in float16: scales as they are stored, the middle of the integers said aloud."""
+    """Packed matrices for products in float16: scales as stored, with explicit zero points."""
 
-    product: Mapping[str, Any] = {}  # no accuracy_level: activations stay float16, on the GPU and where it is scored
+    product: Mapping[str, Any] = {}  # no accuracy_level: activations stay float16, on the GPU and on the CPU
 
     def embedding(self, graph: Graph, ids: str) -> str:
         from onnx import TensorProto
@@ -176,7 +176,7 @@ class HalfPacked(Packed):
             place.integers,
             place.rows * place.inputs,
         )
-        # without zero points the first CUDA kernels of this operator took 0 for the middle, not 128
+        # without zero points this operator's first CUDA kernels used 0, not 128
         middle = graph.external(
             f"{EMBEDDING}.middle",
             TensorProto.UINT8,
@@ -199,21 +199,21 @@ class HalfPacked(Packed):
         return self._stored_scales(graph, name, place)
 
     def _middle(self, place: Place) -> int:
-        """Where the zero points of a matrix begin: a 128 for each of its blocks."""
+        """Write a matrix's zero points, 128 for each of its blocks, and return their offset."""
         begin = self._aligned()
         self.file.write(bytes([1 << (place.bits - 1)]) * (place.rows * place.inputs // self.block))
         return begin
 
 
 class HalfDecoder(Decoder):
-    """Writes the graph of one checkpoint. context: tokens that positions are tabulated for."""
+    """Writes the float16 graph of one checkpoint. context: length of the position tables, tokens."""
 
     def __init__(self, checkpoint: Checkpoint, weights: HalfPacked, context: int) -> None:
         super().__init__(checkpoint, weights, context)
         self.graph = HalfGraph()
 
     def model(self) -> onnx.ModelProto:
-        """The finished model; its bytes depend on the checkpoint and the weights' places alone."""
+        """The finished model; its bytes depend only on the checkpoint and the weights' places."""
         from onnx import TensorProto, helper
 
         graph, shape = self.graph, self.shape

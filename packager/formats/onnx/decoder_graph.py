@@ -1,12 +1,13 @@
 """A decoder as an ONNX graph for onnxruntime, written from a checkpoint's config and headers.
 
-onnxruntime-genai's builder loads the whole model in float32 and leaves the embedding so; here a graph is written
-without weights in memory, and what it points to is decided by Weights: the checkpoint's own files (to prove the graph),
-or packed integers (to ship). Operators are onnxruntime's contrib ones (docs/ContribOperators.md there).
+onnxruntime-genai's builder loads the whole model in float32 and leaves the embedding in it. This module writes a graph
+without weights in memory; its Weights refer to the checkpoint's own files (to prove the graph) or to packed integers
+(to ship). Operators are onnxruntime's contrib ones (docs/ContribOperators.md there).
 
-Inputs: input_ids (batch, tokens); seqlens_k (batch,), each row's tokens in all less one; total_length (), the longest
-row's; kept (1,), how many of the last tokens get logits; the caches, (batch, heads, capacity, dimensions), which
-GroupQueryAttention writes in place when past and present are one buffer. Outputs: logits (batch, kept, vocabulary).
+Inputs: input_ids (batch, tokens); seqlens_k (batch,), each row's total tokens less one; total_length (), the longest
+row's total tokens; kept (1,), the number of last tokens that get logits; the caches (batch, heads, capacity,
+dimensions), which GroupQueryAttention writes in place when past and present are one buffer. Outputs: logits (batch,
+kept, vocabulary).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 
 @dataclass(frozen=True)
 class Layer:
-    """What differs between a family's layers. window: 0 for none. scale: of the attention scores."""
+    """The properties that differ between layers. window: sliding window in tokens, 0 for none. rotated: with RoPE."""
 
     kind: str
     window: int
@@ -41,11 +42,11 @@ class Layer:
 
 
 def why_not(checkpoint: Checkpoint) -> str | None:
-    """None, or why this model has no graph here, as the end of a sentence."""
+    """None, or why this model has no graph, as the beginning of a sentence."""
     if checkpoint.family.model_type not in FAMILIES:
         return f"no ONNX graph is known for {checkpoint.architecture}"
     if checkpoint.shape.head_dim % 16:
-        return f"onnxruntime's attention takes heads of 16, 32, … dimensions, not {checkpoint.shape.head_dim}"
+        return f"onnxruntime's attention needs heads of 16, 32, … dimensions, not {checkpoint.shape.head_dim}"
     turned = rope.dims(checkpoint.config, checkpoint.shape.head_dim)
     if turned % 16:
         return f"onnxruntime's attention rotates 16, 32, … dimensions of a head, not {turned}"
@@ -53,7 +54,7 @@ def why_not(checkpoint: Checkpoint) -> str | None:
 
 
 def layers(checkpoint: Checkpoint, context: int) -> list[Layer]:
-    """Each layer's kind of attention. A window no shorter than the context is none."""
+    """Each layer's kind of attention. A window as long as the context is left out."""
     config, count = checkpoint.config, checkpoint.shape.layers
     family = checkpoint.family.model_type
     window = int(config.get("sliding_window") or 0)
@@ -68,7 +69,7 @@ def layers(checkpoint: Checkpoint, context: int) -> list[Layer]:
 
 
 def _kind(config: Mapping[str, Any], family: str, index: int, windowed: bool) -> str:
-    """For a config without layer_types: each family's default in transformers."""
+    """A layer's kind for a config without layer_types: the family's default in transformers."""
     every = {"gemma2": 2, "gemma3_text": int(config.get("sliding_window_pattern") or 6)}.get(family)
     if every:
         sliding = (index + 1) % every != 0
@@ -80,7 +81,7 @@ def _kind(config: Mapping[str, Any], family: str, index: int, windowed: bool) ->
 
 
 class Decoder:
-    """Writes the graph of one checkpoint. context: tokens that positions are tabulated for."""
+    """Writes the graph of one checkpoint. context: length of the position tables, tokens."""
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights, context: int) -> None:
         self.checkpoint, self.weights, self.context = checkpoint, weights, context
@@ -89,7 +90,7 @@ class Decoder:
         self.graph = Graph()
 
     def model(self) -> onnx.ModelProto:
-        """The finished model; its bytes depend on the checkpoint and the weights' places alone."""
+        """The finished model; its bytes depend only on the checkpoint and the weights' places."""
         from onnx import TensorProto, helper
 
         graph, shape = self.graph, self.shape
@@ -143,7 +144,7 @@ class Decoder:
         return self.weights.embedding(self.graph, "input_ids")
 
     def _logits(self, x: str) -> str:
-        """The logits of the tokens that are asked for."""
+        """The logits of the last ``kept`` tokens."""
         graph = self.graph
         begin = graph.add("Neg", ["kept"])
         last = graph.add("Slice", [x, begin, self._integers("end", [2**62]), self._integers("tokens.axis", [1])])
@@ -171,12 +172,12 @@ class Decoder:
 
     @property
     def _scale(self) -> float:
-        """Of the attention scores."""
+        """The scale of the attention scores."""
         scored = self.config.get("query_pre_attn_scalar") if self.family in ("gemma2", "gemma3_text") else None
         return 1.0 / math.sqrt(float(scored or self.shape.head_dim))
 
     def _mixed(self, name: str, index: int, layer: Layer, query: str, key: str, value: str) -> str:
-        """The values as attention mixes them, (batch, tokens, heads x dimensions). key "": query holds all three."""
+        """The output of attention, (batch, tokens, heads x dimensions). key "": query holds all three."""
         graph, shape = self.graph, self.shape
         rotation = ["", ""]
         if layer.rotated:
@@ -236,17 +237,17 @@ class Decoder:
         return self.graph.add("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # x · sigmoid(x): SiLU
 
     def _linear(self, x: str, modules: Sequence[str]) -> str:
-        """Weights, and biases where the checkpoint has them."""
+        """The product with the weights, plus the biases that the checkpoint has."""
         import numpy as np
 
         product = self._product(x, modules)
         names = [f"{module}.bias" for module in modules]
-        found = [name for name in names if name in self.checkpoint.tensors]
-        if not found:
+        present = [name for name in names if name in self.checkpoint.tensors]
+        if not present:
             return product
         rows = {name: self.checkpoint.tensors[name.removesuffix("bias") + "weight"].shape[0] for name in names}
-        parts = [self.weights.vector(name) if name in found else np.zeros(rows[name], np.float32) for name in names]
-        return self.graph.add("Add", [product, self.graph.constant(found[0], np.concatenate(parts))])
+        parts = [self.weights.vector(name) if name in present else np.zeros(rows[name], np.float32) for name in names]
+        return self.graph.add("Add", [product, self.graph.constant(present[0], np.concatenate(parts))])
 
     def _product(self, x: str, modules: Sequence[str]) -> str:
         return self.weights.linear(self.graph, x, modules)
@@ -265,7 +266,7 @@ class Decoder:
         )
 
     def _add_norm(self, x: str, branch: str, name: str) -> tuple[str, str]:
-        """The next norm of x + branch, and the sum itself."""
+        """(the next norm of x + branch, the sum itself)."""
         normed, total = f"{name}.normed", f"{name}.sum"
         self.graph.add(
             "SkipSimplifiedLayerNormalization",

@@ -1,16 +1,16 @@
-"""An encoder's ONNX file from its exported graph and the checkpoint's tensors: in float32, or in 8 bits.
+"""Writes an encoder's ONNX file from its exported graph and the checkpoint's tensors, in float32 or in 8 bits.
 
-The weights stand in ``model.onnx.data`` beside ``model.onnx`` (ONNX external data), so the writer holds a few rows of
-one tensor at a time and the box maps the file. In 8 bits every linear layer's weight has one scale for each output
-(per channel) or for each 64 inputs (blocks), every embedding table one for each row; layer norms, biases and the heads
-of classifiers stay in float32.
+The weights are in ``model.onnx.data`` beside ``model.onnx`` (ONNX external data), so the writer holds a few rows of one
+tensor at a time and the box maps the file. In 8 bits every linear layer's weight has one scale for each output (per
+channel) or for each 64 inputs (blocks), every embedding table one for each row; layer norms, biases and the heads of
+classifiers stay in float32.
 
-``speed``: standard operators only. An activation is rounded to 8 bits with a scale and an offset of its own for every
-token (LLM.int8(), Dettmers et al. 2022, "vector-wise"), multiplied as integers, and scaled back. onnxruntime's own
-quantize_dynamic takes one scale for a whole batch: then a text's vector depends on its neighbours (measured: a
-difference of 0.03 in MiniLM's components), and outliers cost everybody (cosine 0.992). Weights keep to seven of the
-eight bits: x86 processors without VNNI add pairs of products in 16 bits, which 255 × 127 × 2 would overflow
-(onnxruntime's "reduce_range").
+``speed``: standard operators only. An activation is rounded to 8 bits with its own scale and offset for every token
+(LLM.int8(), Dettmers et al. 2022, "vector-wise"), multiplied as integers, and scaled back. onnxruntime's
+quantize_dynamic has one scale for a whole batch: a text's vector then depends on the other texts of its batch
+(measured: a difference of 0.03 in MiniLM's components), and an outlier affects all of them (cosine 0.992). Weights use
+seven of the eight bits: x86 processors without VNNI add pairs of products in 16 bits, which 255 × 127 × 2 would
+overflow (onnxruntime's "reduce_range").
 
 ``fidelity``: onnxruntime's MatMulNBits, weights in blocks of 64 in all eight bits.
 """
@@ -27,10 +27,10 @@ from packager.formats.onnx.external_data import (
     MODEL,
     Part,
     external,
-    forget_where_it_was_made,
     layout,
     make_node,
     name_dimensions,
+    remove_metadata,
     source_of,
     store,
     tensors_of,
@@ -38,22 +38,21 @@ from packager.formats.onnx.external_data import (
 )
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
     from packager.checkpoint.checkpoint import Checkpoint
 
 Form = Literal["float32", "speed", "fidelity"]
 
-BLOCKS = (64, 32, 16)  # inputs that share a scale: the first that divides
+BLOCKS = (64, 32, 16)  # inputs that share a scale: the first that divides a layer's inputs
 ROW_LIMIT, BLOCK_LIMIT = 63, 127  # largest magnitude of a stored weight
-SMALL = 1024  # elements: below, a tensor stays as it is
+SMALL = 1024  # elements: a smaller tensor is not counted among the weights
 
 
 @dataclass(frozen=True)
 class Written:
-    """What stands in the file: bytes and number of tensors by ONNX type ("INT8", "FLOAT"), and how many matrices are
-    in 8 bits.
-    """
+    """The tensors of a file: bytes and number by ONNX type ("INT8", "FLOAT"). rounded: number of matrices in 8 bits."""
 
     bytes_by_type: Mapping[str, int]
     count_by_type: Mapping[str, int]
@@ -80,7 +79,7 @@ def fill(skeleton: Path, checkpoint: Checkpoint, folder: Path, form: Form) -> No
         del entries[:]
         entries.extend(fresh)
     del graph.value_info[:]
-    forget_where_it_was_made(model)
+    remove_metadata(model)
     if any(node.domain == "com.microsoft" for node in nodes):
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     offsets, total = layout(writer.parts)
@@ -94,15 +93,15 @@ def fill(skeleton: Path, checkpoint: Checkpoint, folder: Path, form: Form) -> No
 
 
 class _Writer:
-    """Turns the graph's products and look-ups by parameters into those by what is stored."""
+    """Replaces the graph's products with and look-ups in parameters by those with the stored tensors."""
 
     def __init__(self, checkpoint: Checkpoint, form: Form) -> None:
         self.checkpoint, self.form = checkpoint, form
         self.parts: list[Part] = []
-        self.constants: list[Any] = []
+        self.constants: list[onnx.TensorProto] = []
         self.rounded: dict[str, str] = {}  # an activation -> the name its rounded form begins with
 
-    def rewrite(self, nodes: list[Any], parameters: set[str]) -> list[Any]:
+    def rewrite(self, nodes: list[onnx.NodeProto], parameters: set[str]) -> list[onnx.NodeProto]:
         turned = {
             node.output[0]: node.input[0]
             for node in nodes
@@ -112,27 +111,27 @@ class _Writer:
         for node in nodes:
             for name in node.input:
                 readers.setdefault(turned.get(name, name), []).append(node.op_type)
-        found: list[Any] = []
+        rewritten: list[onnx.NodeProto] = []
         quantized: set[str] = set()
         for node in nodes:
             weight = turned.get(node.input[1]) if node.op_type == "MatMul" else None
             table = node.input[0] if node.op_type == "Gather" and node.input[0] in parameters else None
             if self.form != "float32" and weight is not None and set(readers[weight]) == {"Transpose", "MatMul"}:
-                found += self._product(node, weight)
+                rewritten += self._product(node, weight)
                 quantized.add(weight)
             elif self.form != "float32" and table is not None and set(readers[table]) == {"Gather"}:
-                found += self._look_up(node, table)
+                rewritten += self._look_up(node, table)
                 quantized.add(table)
             else:
-                found.append(node)
-        found = [node for node in found if not (node.op_type == "Transpose" and node.input[0] in quantized)]
-        used = {name for node in found for name in node.input}
+                rewritten.append(node)
+        rewritten = [node for node in rewritten if not (node.op_type == "Transpose" and node.input[0] in quantized)]
+        used = {name for node in rewritten for name in node.input}
         for name in sorted((parameters - quantized) & used):
             source = source_of(self.checkpoint, name)
             self.parts.append(Part(name, "<f4", source.shape, source, "float"))
-        return found
+        return rewritten
 
-    def _product(self, node: Any, weight: str) -> list[Any]:
+    def _product(self, node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
         source = source_of(self.checkpoint, weight)
         outputs, inputs = source.shape
         if self.form == "fidelity":
@@ -174,8 +173,8 @@ class _Writer:
             make_node("Add", [f"{out}.product", f"{out}.offset"], out),
         ]
 
-    def _activation(self, name: str) -> tuple[str, list[Any]]:
-        """The rounded form of an activation, made once however many layers read it."""
+    def _activation(self, name: str) -> tuple[str, list[onnx.NodeProto]]:
+        """The rounded form of an activation, made once for all layers that read it."""
         if name in self.rounded:
             return name, []
         self.rounded[name] = name
@@ -195,7 +194,7 @@ class _Writer:
             make_node("QuantizeLinear", [f"{name}.levels", "one", "zero"], f"{name}.q8"),
         ]
 
-    def _look_up(self, node: Any, table: str) -> list[Any]:
+    def _look_up(self, node: onnx.NodeProto, table: str) -> list[onnx.NodeProto]:
         source = source_of(self.checkpoint, table)
         if not any(part.name == f"{table}.q8" for part in self.parts):
             self.parts += [
@@ -219,10 +218,10 @@ class _Writer:
 
 
 def _transformed(rows: NDArray[Any], part: Part) -> NDArray[Any]:
-    """What is stored of some rows of a weight [rows, inputs]."""
+    """The stored form, by ``part.role``, of some rows of a weight [rows, inputs]."""
     import numpy as np
 
-    found: NDArray[Any]
+    stored: NDArray[Any]
     if part.role == "float":
         return rows
     limit = {"rows": 127, "scale_rows": 127, "blocks": BLOCK_LIMIT, "scale_blocks": BLOCK_LIMIT}.get(
@@ -232,27 +231,27 @@ def _transformed(rows: NDArray[Any], part: Part) -> NDArray[Any]:
     scale = np.abs(grouped).max(axis=-1, keepdims=True) / np.float32(limit)
     scale[scale == 0] = 1
     if part.role.startswith("scale"):
-        found = scale.reshape(len(rows), *part.shape[1:])
-        return found
+        stored = scale.reshape(len(rows), *part.shape[1:])
+        return stored
     whole = np.rint(grouped / scale)
     if part.role == "sums":
-        found = (whole.sum(axis=-1, dtype=np.float64, keepdims=True) * scale).astype(np.float32)[:, 0]
+        stored = (whole.sum(axis=-1, dtype=np.float64, keepdims=True) * scale).astype(np.float32)[:, 0]
     elif part.role == "blocks":
-        found = (whole + 128).astype(np.uint8)
+        stored = (whole + 128).astype(np.uint8)
     else:
-        found = whole.astype(np.int8)
-    return found
+        stored = whole.astype(np.int8)
+    return stored
 
 
 def read_back(folder: Path) -> Written:
-    """What the file really holds, from its own tensors."""
+    """The types of the file's tensors, read from the file."""
     held = tensors_of(folder / MODEL)
     rounded = sum(kind in ("INT8", "UINT8") and dimensions > 1 for kind, _, dimensions in held)
     return Written(*totals(held), rounded)
 
 
 def linear_inputs(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
-    """Name and inputs of every matrix of the encoder's layers, for the plan."""
+    """(name, number of inputs) of every matrix of the encoder's layers, for the plan."""
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) == 2 and "embeddings" not in name and ".layer." in name:
             yield name, tensor.shape[1]

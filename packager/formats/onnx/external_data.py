@@ -1,8 +1,7 @@
-"""What every encoder graph is written with: tensors that lie beside the graph, and the graph without its origin.
+"""Writes an encoder's tensors as ONNX external data, and removes the exporting machine's metadata from its graph.
 
-The weights stand in ``model.onnx.data`` beside ``model.onnx`` (ONNX external data). A writer lists its tensors as
-Parts, ``layout`` says where each begins, and ``store`` writes one from the checkpoint's safetensors, some rows at a
-time.
+The weights are in ``model.onnx.data`` beside ``model.onnx``. A writer lists its tensors as Parts, ``layout`` computes
+their offsets, and ``store`` writes one from the checkpoint's safetensors, some rows at a time.
 """
 
 from __future__ import annotations
@@ -16,18 +15,20 @@ from packager.core.errors import InputError
 from packager.tensors.safetensors import TensorInfo, read_rows, row_chunks, to_float32
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
     from packager.checkpoint.checkpoint import Checkpoint
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-ALIGN = 4096  # of each tensor in the file, so that it can be mapped by itself
+ALIGN = 4096  # bytes: alignment of each tensor, so that it can be mapped separately
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the data file. kind: numpy's, little-endian. source: the checkpoint's. role: what is stored of it,
-    a name that its writer knows. transposed: what is written of some rows of the source are columns.
+    """One tensor of the data file. kind: numpy's dtype, little-endian. source: the checkpoint's tensor. role: the
+    writer's name for what is stored of it. block: inputs that share a scale, 0 for none. transposed: rows of the source
+    are written as columns.
     """
 
     name: str
@@ -43,7 +44,7 @@ Stored = Callable[["NDArray[Any]", Part], "NDArray[Any]"]
 
 
 def source_of(checkpoint: Checkpoint, name: str) -> TensorInfo:
-    """The checkpoint's tensor for a parameter of transformers' model. Raises InputError when it has none.
+    """The checkpoint's tensor for a parameter of transformers' model. Raises InputError when it is missing.
 
     Checkpoints differ in the prefix before the encoder's names; BERT's first ones call a layer norm's weight gamma.
     """
@@ -62,15 +63,15 @@ def source_of(checkpoint: Checkpoint, name: str) -> TensorInfo:
     )
 
 
-def make_node(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
-    """A node of one output, named after it."""
+def make_node(kind: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    """A node with one output, named after it."""
     from onnx import helper
 
     return helper.make_node(kind, inputs, [output], name=f"{kind}:{output}", **attributes)
 
 
-def name_dimensions(inputs: list[Any], outputs: list[Any]) -> None:
-    """Call what is not fixed "batch" and "length"."""
+def name_dimensions(inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> None:
+    """Name the dimensions without a fixed size "batch" and "length"."""
     for value in (*inputs, *outputs):
         names = ("batch", "length")
         for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
@@ -78,8 +79,8 @@ def name_dimensions(inputs: list[Any], outputs: list[Any]) -> None:
                 dimension.dim_param = name
 
 
-def forget_where_it_was_made(model: Any) -> None:
-    """Stack traces and file names of the exporting machine stand in the metadata."""
+def remove_metadata(model: onnx.ModelProto) -> None:
+    """Remove metadata and doc strings, which contain stack traces and file names of the exporting machine."""
     graph = model.graph
     for holder in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del holder.metadata_props[:]
@@ -87,7 +88,7 @@ def forget_where_it_was_made(model: Any) -> None:
 
 
 def layout(parts: list[Part]) -> tuple[dict[str, int], int]:
-    """Where each tensor begins in the data file, and the file's size."""
+    """(offset of each tensor in the data file, the file's size), bytes."""
     import math
 
     import numpy as np
@@ -99,8 +100,8 @@ def layout(parts: list[Part]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def external(part: Part, offset: int) -> Any:
-    """The graph's side of a part: its type, shape and place."""
+def external(part: Part, offset: int) -> onnx.TensorProto:
+    """The graph's entry for a part: its type, shape and place in the data file."""
     import math
 
     import numpy as np
@@ -116,8 +117,8 @@ def external(part: Part, offset: int) -> Any:
 
 
 def store(source: Path, data: Path, part: Part, offset: int, stored: Stored) -> None:
-    """Write one tensor, a few million elements at a time. stored: what is written of float32 rows of its source.
-    Raises what that raises, and the disk.
+    """Write one tensor, a few million elements at a time. stored: float32 rows of its source -> the stored rows.
+    Raises the errors of stored, and OSError.
     """
     import numpy as np
 
@@ -137,7 +138,7 @@ def store(source: Path, data: Path, part: Part, offset: int, stored: Stored) -> 
 
 
 def tensors_of(model: Path) -> list[tuple[str, int, int]]:
-    """Type's name, bytes and number of dimensions of every tensor that an ONNX file holds, its data unread."""
+    """(type's name, bytes, number of dimensions) of every tensor of an ONNX file, without reading its data."""
     import math
 
     import onnx
@@ -155,7 +156,7 @@ def tensors_of(model: Path) -> list[tuple[str, int, int]]:
 
 
 def totals(held: Iterable[tuple[str, int, int]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes and number of tensors by type, types in alphabetical order."""
+    """(bytes, number of tensors) by type, types in alphabetical order."""
     sizes: dict[str, int] = {}
     counts: dict[str, int] = {}
     for kind, size, _ in sorted(held):

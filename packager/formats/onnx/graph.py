@@ -1,4 +1,4 @@
-"""An ONNX graph under construction, and where its weights come from."""
+"""An ONNX graph under construction, and the interface to its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Graph:
-    """Nodes and initializers under way. Names are the tensors' own or count up: the same calls give the same bytes."""
+    """Nodes and initializers. Names are the tensors' own or numbered in order: the same calls give the same bytes."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -22,7 +22,7 @@ class Graph:
     def add(
         self, operator: str, inputs: Sequence[str], *, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
     ) -> str:
-        """Append a node; the name of its first output."""
+        """Append a node and return the name of its first output."""
         from onnx import helper
 
         self._count += 1
@@ -33,7 +33,7 @@ class Graph:
         return names[0]
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        """A small tensor inside the graph; the same name is the same tensor."""
+        """A small tensor stored in the graph; a name that exists is kept."""
         if name not in self.initializers:
             from onnx import numpy_helper
 
@@ -41,7 +41,9 @@ class Graph:
         return name
 
     def external(self, name: str, kind: int, shape: Sequence[int], file: str, start: int, length: int) -> str:
-        """A tensor whose bytes lie in a file beside the graph. kind: onnx.TensorProto's number."""
+        """A tensor whose bytes are in a file beside the graph. kind: onnx.TensorProto's number. start, length: in
+        bytes.
+        """
         from onnx import TensorProto
 
         if name not in self.initializers:
@@ -54,14 +56,14 @@ class Graph:
 
 
 class Weights(Protocol):
-    """Where a graph's matrices come from."""
+    """The source of a graph's matrices."""
 
     def embedding(self, graph: Graph, ids: str) -> str:
         """Rows of the embedding, (batch, tokens, hidden)."""
         ...
 
     def linear(self, graph: Graph, x: str, modules: Sequence[str]) -> str:
-        """x times the modules' transposed weights, their outputs side by side; no bias."""
+        """x times the modules' transposed weights without bias, their outputs concatenated."""
         ...
 
     def head(self, graph: Graph, x: str) -> str:

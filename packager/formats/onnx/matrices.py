@@ -1,9 +1,8 @@
-"""Where an ONNX decoder's matrices lie: in the checkpoint's own files, or packed beside the graph as integers.
+"""The matrices of an ONNX decoder: in the checkpoint's own files, or packed as integers beside the graph.
 
-Packed matrices are what onnxruntime's MatMulNBits and GatherBlockQuantized read: (rows, blocks, bytes) unsigned, the
-zero point in the middle (128 or 8), one scale for ``block`` inputs. Scales are stored as float16 and cast when a
-session is made, which halves what they take; int4's are the tuned ones bit for bit. A tied head is the embedding's
-bytes.
+Packed matrices have the layout of onnxruntime's MatMulNBits and GatherBlockQuantized: (rows, blocks, bytes) unsigned,
+zero point 128 or 8, one scale for ``block`` inputs. Scales are stored as float16, which halves their size, and cast
+when a session is made; int4's are the tuned ones, bit for bit. A tied head uses the embedding's bytes.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 DATA = "model.onnx.data"
-ALIGNED = 64  # bytes, where a packed tensor begins
-HEAD_ROWS = 16384  # of the exact head at once: what is cast to float32 while it is multiplied
-ACCURACY = 4  # activations as int8 a block, the only fast kernels on a CPU: at float32 a token took fifty times as long
+ALIGNED = 64  # bytes: alignment of a packed tensor
+HEAD_ROWS = 16384  # rows of the exact head that are cast to float32 at once
+ACCURACY = 4  # activations as int8 in blocks, the only fast kernels on a CPU: float32 took fifty times as long
 
 
 class Base:
-    """What both kinds of weights share."""
+    """The part that both kinds of weights share."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -52,7 +51,7 @@ class Base:
 
 
 class Exact(Base):
-    """The checkpoint's own numbers, read out of its own files where they lie and cast to float32 as they are used."""
+    """The checkpoint's own numbers, read from its own files and cast to float32 when they are used."""
 
     def embedding(self, graph: Graph, ids: str) -> str:
         rows = graph.add("Gather", [self._stored(graph, EMBEDDING), ids])
@@ -109,10 +108,10 @@ class Place:
 
 
 class Packed(Base):
-    """Integers written to ``file`` the first time a graph asks for them; a second graph finds the same places.
+    """Integers, written to ``file`` when a graph first uses them; a second graph uses the same places.
 
     block: inputs that share a scale. tuned: int4 for the layers' matrices, None for int8. Embedding and head are int8.
-    wrote: called with the bytes of the checkpoint that are done.
+    wrote: called with the number of checkpoint bytes that are done.
     """
 
     product: Mapping[str, Any] = {"accuracy_level": ACCURACY}  # MatMulNBits's attributes beside the matrix's own
@@ -128,7 +127,7 @@ class Packed(Base):
         from onnx import TensorProto
 
         place = self._place((EMBEDDING,))
-        # the very bytes of the head where that is tied, in the shape that this operator wants
+        # the same bytes as a tied head, in this operator's shape
         table = graph.external(
             f"{EMBEDDING}.rows",
             TensorProto.UINT8,
@@ -175,7 +174,7 @@ class Packed(Base):
         return self.linear(graph, x, (self.head_module,))
 
     def _scales(self, graph: Graph, name: str, place: Place) -> str:
-        """The scales in the type that the products have."""
+        """The scales in the type of the products."""
         from onnx import TensorProto
 
         return graph.add("Cast", [self._stored_scales(graph, name, place)], to=TensorProto.FLOAT)
@@ -221,7 +220,7 @@ class Packed(Base):
 
 
 def link(source: Path, folder: Path) -> None:
-    """The file ``source`` in ``folder`` too; a copy where the two lie on different disks."""
+    """Hard-link the file ``source`` into ``folder``, or copy it when they are on different disks."""
     import shutil
 
     try:

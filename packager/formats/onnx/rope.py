@@ -1,7 +1,7 @@
 """Rotary position tables from a config.json, as transformers computes them (modeling_rope_utils.py, 5.x).
 
 transformers 5 keeps ``rope_parameters`` (one object, or one for each kind of layer), older versions ``rope_theta`` and
-``rope_scaling``. Kinds served here: default (Su et al. 2021, arXiv 2104.09864), linear, and llama3's bands.
+``rope_scaling``. Supported kinds: default (Su et al. 2021, arXiv 2104.09864), linear, and llama3.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KINDS = ("default", "linear", "llama3")
-LOCAL_THETA = 10000.0  # Gemma 3's sliding layers, where the config does not say
+LOCAL_THETA = 10000.0  # default of Gemma 3's sliding layers
 
 
 def parameters(config: Mapping[str, Any], layer_type: str = "full_attention") -> dict[str, Any]:
-    """rope_type, rope_theta and what the type needs, for one kind of layer."""
-    found = config.get("rope_parameters")
-    if isinstance(found, Mapping):
-        own = found.get(layer_type)
-        return {"rope_type": "default", **(own if isinstance(own, Mapping) else found)}
+    """rope_type, rope_theta and the type's own keys, for one kind of layer."""
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        own = rope.get(layer_type)
+        return {"rope_type": "default", **(own if isinstance(own, Mapping) else rope)}
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     theta = config.get("rope_theta", 10000.0)
@@ -33,7 +33,7 @@ def parameters(config: Mapping[str, Any], layer_type: str = "full_attention") ->
 
 
 def why_not(config: Mapping[str, Any]) -> str | None:
-    """None, or which kind of position encoding is not served here."""
+    """None, or the kind of position encoding that is not supported, as the beginning of a sentence."""
     for layer_type in ("full_attention", "sliding_attention"):
         kind = parameters(config, layer_type)["rope_type"]
         if kind not in KINDS:
@@ -42,7 +42,7 @@ def why_not(config: Mapping[str, Any]) -> str | None:
 
 
 def dims(config: Mapping[str, Any], head_dim: int) -> int:
-    """How many of a head's dimensions are rotated."""
+    """The number of a head's dimensions that are rotated."""
     share = parameters(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     return int(head_dim * float(share))
 
@@ -50,7 +50,7 @@ def dims(config: Mapping[str, Any], head_dim: int) -> int:
 def tables(
     config: Mapping[str, Any], layer_type: str, head_dim: int, length: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines, both (length, rotated dimensions / 2), float32 all the way as transformers has it."""
+    """Cosines and sines, both (length, rotated dimensions / 2), computed in float32 as transformers does."""
     import numpy as np
 
     rope = parameters(config, layer_type)
@@ -66,7 +66,7 @@ def tables(
 
 
 def _llama3(inverse: NDArray[np.float32], rope: Mapping[str, Any]) -> NDArray[np.float32]:
-    """Low frequencies divided by ``factor``, high ones kept, those between blended."""
+    """Low frequencies divided by ``factor``, high ones kept, those between interpolated."""
     import numpy as np
 
     factor, trained = float(rope["factor"]), float(rope["original_max_position_embeddings"])
@@ -74,6 +74,6 @@ def _llama3(inverse: NDArray[np.float32], rope: Mapping[str, Any]) -> NDArray[np
     lengths = 2 * math.pi / inverse
     blend = (trained / lengths - low) / (high - low)
     between = (1 - blend) * inverse / factor + blend * inverse
-    found = np.where(lengths > trained / low, inverse / factor, inverse)
+    outer = np.where(lengths > trained / low, inverse / factor, inverse)
     middle = (lengths <= trained / low) & (lengths >= trained / high)
-    return np.where(middle, between, found).astype(np.float32)
+    return np.where(middle, between, outer).astype(np.float32)

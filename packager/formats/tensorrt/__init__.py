@@ -1,1 +1,1 @@
-"""TensorRT: typed graphs, engine plans, and the compiler that needs no GPU."""
+"""TensorRT: strongly typed graphs, engine plans, and ahead-of-time compilation without a GPU."""

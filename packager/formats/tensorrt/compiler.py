@@ -1,8 +1,9 @@
-"""Sole owner of TensorRT-RTX: fetched once, pinned by hashes, and run in a child that compiles an engine without a GPU.
+"""Compiles engines with TensorRT-RTX, which is fetched once, pinned by hashes, and run in a child without a GPU. The
+only owner of TensorRT-RTX.
 
-TensorRT-RTX compiles ahead of time for the compute capabilities it is given (NVIDIA, "CPU-Only AOT and TensorRT-RTX
-Engines"); what is left to the GPU is done there, just in time. Its package on the index has dependencies that a build
-machine has no use for, so two of its wheels are fetched without them: the bindings and the libraries.
+TensorRT-RTX compiles ahead of time for the given compute capabilities (NVIDIA, "CPU-Only AOT and TensorRT-RTX
+Engines"); the rest is compiled just in time on the GPU. Its package on the index has dependencies that a build machine
+does not need, so only two of its wheels are fetched: the bindings and the libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from packager.core.errors import ToolError
 from packager.core.folders import lock_file
 from packager.core.pip import pip
 from packager.core.processes import WORKERS, ChildFailed, follow, last_words
-from packager.core.store import cache_root, code_digest, fetched_once
+from packager.core.store import cache_root, fetched_once
 
 if TYPE_CHECKING:
     from packager.core.progress import Progress
@@ -31,17 +32,17 @@ BUILD = "1.7.1.116"  # the wheels' own number
 LIBRARY = "tensorrt-rtx"
 MODULE = "tensorrt_rtx_bindings"
 DOWNLOAD_MB = 91
-# Compute capabilities that 1.7.1 compiles for ("TensorRT-RTX Support Matrix"): no Jetson is among them.
+# Compute capabilities of 1.7.1 ("TensorRT-RTX Support Matrix"); no Jetson is among them.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0")
 # "TensorRT-RTX 1.5 Support Matrix", GPU Architecture and Precision Support: FP32 and FP16 alone.
 FLOAT_ONLY = ("7.5",)
 ENGINE = "engine.rtx"
-TOLD = "told.json"  # beside the engine, by the child
-CHILD, MEMORY = WORKERS / "tensorrt_compile.py", WORKERS / "fixed_addresses.py"
-OURS = WORKERS.parent.parent  # the child takes this install's own modules
-# What glibc reads when a process begins, for workers/fixed_addresses.py: its limit of arenas hangs on the number of
-# processors; and a thread that gives back small pieces of another's memory keeps them all for itself, so that the other
-# does not find them sooner or later, as the processor was shared.
+RESULT = "told.json"  # written by the child beside the engine
+CHILD = WORKERS / "tensorrt_compile.py"
+OURS = WORKERS.parent.parent  # the child imports this installation's modules
+# glibc's settings for workers/fixed_addresses.py. The default limit of arenas depends on the number of processors. With
+# tcache_count=65535 a thread keeps all small blocks that it frees of another thread's arena, so that their reuse does
+# not depend on scheduling.
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "128",
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=65535:glibc.malloc.mmap_threshold=131072",
@@ -50,12 +51,12 @@ SYSTEMS = ("Linux x86_64", "Windows AMD64")
 
 
 def lock() -> Path:
-    """The lock of the two wheels."""
+    """The lock file of the two wheels."""
     return lock_file("tensorrt")
 
 
 def folder() -> Path:
-    """Where the unpacked wheels lie once they are fetched; named after the lock and this Python."""
+    """The cache folder of the unpacked wheels; its name contains the lock's digest and this Python's version."""
     pin = hashlib.sha256(lock().read_bytes()).hexdigest()[:12]
     return cache_root() / "tools" / f"tensorrt-rtx-{VERSION}-cp{sys.version_info.major}{sys.version_info.minor}-{pin}"
 
@@ -72,7 +73,7 @@ def why_not_here() -> str | None:
 
 
 def to_fetch() -> str | None:
-    """What a build will download, in one sentence; None when it is in the cache."""
+    """One sentence on a build's download; None when it is in the cache."""
     if folder().is_dir():
         return None
     return (
@@ -82,7 +83,7 @@ def to_fetch() -> str | None:
 
 
 def unlisted(capability: str | None, precision: str) -> str | None:
-    """A sentence where NVIDIA lists no products in 8 bits for this GPU, though the compiler takes the file."""
+    """A warning when NVIDIA lists no INT8 products for this GPU, although the compiler accepts the file; else None."""
     if precision == "fp16" or capability not in FLOAT_ONLY:
         return None
     return (
@@ -92,9 +93,9 @@ def unlisted(capability: str | None, precision: str) -> str | None:
 
 
 def compiler(progress: Progress) -> Path:
-    """The folder that holds tensorrt_rtx_bindings and its libraries, fetched once into the cache.
+    """The folder with tensorrt_rtx_bindings and its libraries, fetched once into the cache.
 
-    Raises NetworkError when the wheels cannot be had, ToolError when they are not what was pinned.
+    Raises NetworkError when the wheels cannot be fetched, ToolError when they are not the pinned ones.
     """
     title = f"fetching TensorRT-RTX {VERSION} ({DOWNLOAD_MB} MB, once)"
     return fetched_once(folder(), title, lambda work: _install(work / "tree"), progress)
@@ -120,16 +121,16 @@ def compile_engine(
     place = compiler(job.progress)
 
     def make(work: Path, cost: Cost) -> None:
-        asked = {
+        child_job = {
             "onnx": str(model.resolve()),
             "profile": dict(profile),
             "sm": list(sm),
             "output": str(work / ENGINE),
-            "told": str(work / TOLD),
+            "told": str(work / RESULT),
         }
         name = f"compiling for SM {', '.join(sm)} with TensorRT-RTX {VERSION}"
         try:
-            follow(CHILD, asked, name, job.progress, cost, work=work, path=(place, OURS), env=ENVIRONMENT)
+            follow(CHILD, child_job, name, job.progress, cost, work=work, path=(place, OURS), env=ENVIRONMENT)
         except ChildFailed as error:
             raise _explained(error, place) from error
         if not (work / ENGINE).is_file() or not (work / ENGINE).stat().st_size:
@@ -141,7 +142,6 @@ def compile_engine(
         "sm": list(sm),
         "version": BUILD,
         "lock": hashlib.sha256(lock().read_bytes()).hexdigest()[:16],
-        "code": code_digest(CHILD, MEMORY),
         "environment": dict(ENVIRONMENT),
     }
     step = job.store.step("tensorrt-engine", inputs, make, progress=job.progress)
@@ -150,12 +150,12 @@ def compile_engine(
 
 
 def same_bytes(engine: Step) -> bool:
-    """Whether the engine's step was made where the same ONNX gives the same engine again."""
-    return bool(json.loads((engine.path / TOLD).read_text(encoding="utf-8"))["settled"])
+    """Whether the engine was compiled with fixed addresses, so that the same ONNX gives the same engine again."""
+    return bool(json.loads((engine.path / RESULT).read_text(encoding="utf-8"))["settled"])
 
 
 def _explained(error: ChildFailed, place: Path) -> ToolError:
-    """What a failed child means for the user."""
+    """The error for the user from a failed child."""
     text = error.output
     if "ModuleNotFoundError" in text or "ImportError" in text or "OSError" in text or error.code in (-11, -6, -7):
         return ToolError(

@@ -1,21 +1,20 @@
-"""Language models under recipes/tensorrt_engine.py: a typed graph with a key/value cache, compiled without a GPU.
+"""Language models of recipes/tensorrt_engine.py: a typed graph with a KV cache, compiled without a GPU.
 
 TensorRT-RTX reads the graph's TensorScatter as its KVCacheUpdate, which writes the cache in place; the rest are
-products, norms and a softmax. What ships is scored against the source by onnxruntime on this machine's processor, with
-float16 where the graph says so. A Jetson has TensorRT Edge-LLM for this (packager/formats/edge_llm.py): no plan is made
-for one.
+products, norms and a softmax. onnxruntime scores the shipped graph on this machine's CPU, in the graph's types. A
+Jetson uses TensorRT Edge-LLM instead (packager/formats/edge_llm.py) and gets no plan.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.checkpoint.families import kv_cache_bytes
-from packager.core.store import code_digest
 from packager.formats.onnx import decoder_graph, rope
-from packager.formats.onnx import matrices as onnx_weights
-from packager.formats.tensorrt import decoder_graph as onnx_typed_decoder
+from packager.formats.onnx import matrices as onnx_matrices
+from packager.formats.tensorrt import decoder_graph as typed_graph
 from packager.formats.tensorrt import matrices
 from packager.formats.tensorrt import plan as plans
 from packager.formats.tensorrt.compiler import (
@@ -28,57 +27,55 @@ from packager.formats.tensorrt.compiler import (
     unlisted,
     why_not_here,
 )
-from packager.formats.tokenizer_files import tokenizer_files, tokenizer_paths
+from packager.formats.tokenizer_files import tokenizer_files
 from packager.metrics.thresholds import Thresholds
-from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost, Step
-    from packager.fidelity.artifact import Scored
-    from packager.fidelity.source import Samples
+    from packager.fidelity.artifact import Candidate
+    from packager.fidelity.samples import Samples
     from packager.target import Target
 
-MODEL, DATA = "model.onnx", onnx_weights.DATA
-PIECE, KEPT, LEAST_SPAN = (
-    128,
-    64,
-    64,
-)  # runtimes/decoding/scheduler.py's pieces of a prompt and of what is scored; places looked at
-# CUDA's context, what TensorRT-RTX compiles at run time and activations. An assumption: nobody here has a T4.
+MODEL, DATA = "model.onnx", onnx_matrices.DATA
+# Tokens of runtimes/decoding/scheduler.py's prompt pieces, tokens with logits in one, and the least places to read.
+PIECE, KEPT, LEAST_SPAN = 128, 64, 64
+# CUDA's context, TensorRT-RTX's run-time compilation and activations: an assumption, not measured on a T4.
 DEVICE_BYTES = 1 << 30
 # workers/fixed_addresses.py. SmolLM2's engine was the same in 15 of 15 compilations, 10 of them under load.
-SAME = "all, as far as was seen: TensorRT-RTX numbers lengths by their addresses, and these were settled"
-NOT_SAME = "all but the engine: TensorRT-RTX numbers lengths by their addresses, which differ where it was compiled"
+SAME = "all, in every compilation so far: TensorRT-RTX numbers lengths by their addresses, and these were fixed"
+NOT_SAME = "all but the engine: TensorRT-RTX numbers lengths by their addresses, which could not be fixed"
+DECODE_RATE = 1e8  # parameters per second when two cores decode: float16 is cast for every product
 SCORED_BY = "onnxruntime on the build machine's processor, not by TensorRT"
 
 
 class Options(ServingOptions, Protocol):
-    """What is read of the recipe's options."""
+    """The recipe's options that this module reads."""
 
     @property
     def precision(self) -> str: ...
 
 
 def bits(options: Options) -> int:
-    """Of the layers' matrices; a language model's activations stay 16 bit, and "auto" is fp16."""
+    """Bits of the layers' matrices; a language model's activations stay 16 bit, and "auto" is fp16."""
     return 8 if options.precision == "int8" else 16
 
 
 def thresholds(options: Options) -> Thresholds:
-    """float16 is the source; eight bits a row cost a model of 135 M parameters this much at most."""
+    """float16 equals the source; the int8 limits are those of a model of 135 M parameters."""
     return Thresholds(max_kl=0.001, min_top1=0.995) if bits(options) == 16 else Thresholds(max_kl=0.1, min_top1=0.85)
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
-    """None, or one sentence that names what serves the model there."""
+    """None, or one sentence with the recipes that serve the model on the target."""
     if target.software:
         return f"on a Jetson TensorRT serves language models by Edge-LLM alone; {_served(checkpoint, target)}."
     if reason := plans.why_not(target) or why_not_here():
         return f"{reason.rstrip('.')}; {_served(checkpoint, target)}."
-    if reason := onnx_typed_decoder.why_not(checkpoint):
+    if reason := typed_graph.why_not(checkpoint):
         return f"{reason}; {_served(checkpoint, target)}."
     if options.context > checkpoint.shape.context:
         return (
@@ -91,7 +88,7 @@ def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | N
 
 
 def _served(checkpoint: Checkpoint, target: Target) -> str:
-    """The recipes that take the model for the target, its own default first, as the end of a sentence."""
+    """The recipes that can build the model for the target, its default first, as the end of a sentence."""
     from packager.planning.catalog import load_recipe
     from packager.planning.options import parse_options
 
@@ -105,7 +102,7 @@ def _served(checkpoint: Checkpoint, target: Target) -> str:
 
 
 def weight_bytes(checkpoint: Checkpoint, width: int) -> int:
-    """Bytes of the data file: embedding and head in 16 bits always, a tied one once."""
+    """Bytes of the data file: embedding and head always in 16 bits, a tied head not stored again."""
     shape = checkpoint.shape
     total = 0
     for name, info in checkpoint.tensors.items():
@@ -116,7 +113,7 @@ def weight_bytes(checkpoint: Checkpoint, width: int) -> int:
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estimate:
-    """Sizes from the headers. The bundle has the graph's weights and the engine, which holds them again."""
+    """Sizes from the headers. The bundle has the weights twice: the graph's and the engine's."""
     shape = checkpoint.shape
     weights = weight_bytes(checkpoint, bits(options))
     # nodes; norms in float32; cosines and sines, half a head's width each (SmolLM2: 0.9 MB and 2 MB)
@@ -148,11 +145,11 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 
 def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
-    """Shapes that the engine takes; most of its work is a token for every row."""
+    """The shapes of the engine, optimised for one token in every row."""
     shape = checkpoint.shape
     cache = [shape.kv_heads, context, shape.head_dim]
     tokens = min(PIECE, context)
-    found: plans.Profile = {
+    shapes: plans.Profile = {
         "input_ids": {"min": [1, 1], "opt": [rows, 1], "max": [rows, tokens]},
         "start": {"min": [1], "opt": [rows], "max": [rows]},
         "places": {"min": [LEAST_SPAN], "opt": [min(512, context)], "max": [context]},
@@ -160,42 +157,41 @@ def profile(checkpoint: Checkpoint, rows: int, context: int) -> plans.Profile:
     }
     for index in range(shape.layers):
         for part in ("key", "value"):
-            found[decoder_graph.PAST.format(index, part)] = {
+            shapes[decoder_graph.PAST.format(index, part)] = {
                 "min": [1, *cache],
                 "opt": [rows, *cache],
                 "max": [rows, *cache],
             }
-    return found
+    return shapes
 
 
 def build(job: Job, options: Options) -> Artifact:
-    """Write the typed graph, score it, compile it. Raises GateFailed or ToolError."""
-    from packager.fidelity.artifact import measure, require_contract
-    from packager.fidelity.source import make_samples, source_scores
-    from packager.metrics.thresholds import require_kept
+    """Write, prove and compile the typed graph. Raises GateFailed or ToolError."""
+    from packager.fidelity.gate import Subject, prove
 
     steps: list[Step] = []
-    samples = make_samples(job) if job.verify else None
-    written = _written(job, options)
-    steps.append(written)
-    report: dict[str, Any] = {"tensorrt": {"library": LIBRARY, "version": VERSION, "executed": False}}
-    if samples:
-        source, step = source_scores(job, samples)
-        steps += [samples.step, step]
-        found = _score(job, written, samples, steps)
-        said = require_contract(job, samples, found, "the bundle's tokenizer")
-        report["contract"] = {**samples.contract(), "notes": [*samples.notes, *said]}
-        fidelity = measure(samples, source, found.distributions)
-        limits = thresholds(options).changed(job.limits)
-        report["fidelity"] = {**fidelity.as_dict(limits), "scored": SCORED_BY}
-        report["prompts_equal"] = len(samples.prompts)
-        require_kept(fidelity, limits, f"the {_precision(options)} graph", "Set precision=fp16, or use another recipe.")
+
+    def ship(samples: Samples | None) -> tuple[Step, Candidate]:
+        written = _written(job, options)
+        steps.append(written)
+        return written, _candidate(job, options, written)
+
+    subject = Subject(
+        tokenizer="the bundle's tokenizer",
+        context=options.context,
+        thresholds=thresholds(options),
+        fix="Set precision=fp16, or use another recipe.",
+        ship=ship,
+        scored_by=SCORED_BY,
+    )
+    proof = prove(job, subject, steps)
+    written = proof.made
     shapes = profile(job.checkpoint, options.slots, options.context)
     sm = [str(plans.capability(job.target))]
     engine = compile_engine(job, written.path / MODEL, written.key, shapes, sm, steps)
-    report["tensorrt"]["same_bytes"] = SAME if same_bytes(engine) else NOT_SAME
     planned = _plan(job, options, written, engine, shapes)
     steps.append(planned)
+    about = {"library": LIBRARY, "version": VERSION, "executed": False}
     files = {
         MODEL: written.path / MODEL,
         DATA: written.path / DATA,
@@ -206,8 +202,8 @@ def build(job: Job, options: Options) -> Artifact:
     return Artifact(
         format="tensorrt",
         files={**files, **tokenizer_files(job)},
-        run=_run(job, options, files),
-        report=report,
+        run=_run(job, options, files[ENGINE]),
+        report={**proof.report, "tensorrt": {**about, "same_bytes": SAME if same_bytes(engine) else NOT_SAME}},
         provenance=provenance(
             job,
             options,
@@ -224,8 +220,7 @@ def _precision(options: Options) -> str:
 
 
 def _written(job: Job, options: Options) -> Step:
-    """The graph, its weights, and the plan without an engine, by which it is scored."""
-    from packager.core.processes import version_of
+    """The step with the graph, its weights, and a plan without an engine for scoring."""
 
     checkpoint = job.checkpoint
 
@@ -235,20 +230,17 @@ def _written(job: Job, options: Options) -> Step:
             job.progress.step("writing the typed ONNX", float(checkpoint.weight_bytes), "B") as task,
         ):
             weights = matrices.Half(checkpoint, file, bits(options), task.advance)
-            made = onnx_typed_decoder.TypedDecoder(checkpoint, weights, options.context).model()
+            made = typed_graph.TypedDecoder(checkpoint, weights, options.context).model()
         (folder / MODEL).write_bytes(made.SerializeToString(deterministic=True))
         shapes = profile(checkpoint, 1, options.context)
         plain = plain_plan(checkpoint, job.target, folder, _precision(options), shapes, None)
         (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
 
-    modules = (decoder_graph, matrices, onnx_typed_decoder, onnx_weights, rope, plans)
     inputs = {
         "checkpoint": checkpoint.digest,
         "context": options.context,
         "bits": bits(options),
         "target": job.target.digest,
-        "onnx": version_of("onnx"),
-        "code": code_digest(*(Path(str(module.__file__)) for module in modules), Path(__file__)),
     }
     return job.store.step("onnx-typed-decoder", inputs, make, progress=job.progress)
 
@@ -258,8 +250,7 @@ def _plan(job: Job, options: Options, written: Step, engine: Step, shapes: plans
         plain = plain_plan(job.checkpoint, job.target, written.path, _precision(options), shapes, engine.path / ENGINE)
         (folder / plans.PLAN).write_text(plans.to_text(plain), encoding="utf-8")
 
-    code = code_digest(Path(__file__), Path(plans.__file__))
-    inputs = {"model": written.key, "engine": engine.key, "target": job.target.digest, "code": code}
+    inputs = {"model": written.key, "engine": engine.key, "target": job.target.digest}
     return job.store.step("tensorrt-plan", inputs, make, progress=job.progress)
 
 
@@ -286,40 +277,28 @@ def plain_plan(
     )
 
 
-def _run(job: Job, options: Options, files: Mapping[str, Path]) -> dict[str, Any]:
-    return {
-        "engine": "tensorrt_decoder",
-        "task": "generate",
-        "model": f"model/{plans.PLAN}",
-        **tokenizer_paths(job.checkpoint),
-        **job.checkpoint.tokenizer.as_run(),
-        "context": options.context,
-        "slots": options.slots,
-        "threads": 0,
-        "read_per_token_bytes": estimate(job.checkpoint, job.target, options).read_per_token_bytes,
-        "model_bytes": files[ENGINE].stat().st_size,
-        "settings": {"library": LIBRARY},
-    }
-
-
-def _score(job: Job, written: Step, samples: Samples, steps: list[Step]) -> Scored:
-    """Score the graph through the engine that serves it, on the processor."""
-    from packager.core.processes import version_of
-    from packager.fidelity.artifact import score
-
-    own = tokenizer_files(job)
-    run = {
-        "engine": "tensorrt_decoder",
-        "model": str(written.path / plans.PLAN),
-        **{key: str(own[Path(name).name]) for key, name in tokenizer_paths(job.checkpoint).items() if name},
-        **job.checkpoint.tokenizer.as_run(),
-        "context": 1024,
-        "slots": 1,
-        "settings": {"library": LIBRARY, "device": "cpu"},
-    }
-    version = version_of("onnxruntime")
-    found, step = score(
-        job, run, samples, what="the typed ONNX", inputs={"model": written.key, "engine": version}, max_rss_bytes=0
+def _run(job: Job, options: Options, engine: Path | None) -> Run:
+    """The run object. engine: the compiled file; None before it is compiled."""
+    return Run.of(
+        job.checkpoint,
+        "tensorrt_decoder",
+        f"model/{plans.PLAN}",
+        options,
+        read_per_token_bytes=estimate(job.checkpoint, job.target, options).read_per_token_bytes,
+        model_bytes=engine.stat().st_size if engine else 0,
+        settings={"library": LIBRARY},
     )
-    steps.append(step)
-    return found
+
+
+def _candidate(job: Job, options: Options, written: Step) -> Candidate:
+    """The graph with the engine that opens it on the CPU of this machine."""
+    from packager.core.processes import version_of
+    from packager.fidelity.artifact import Candidate
+
+    run = _run(job, options, None).here(written.path / plans.PLAN, tokenizer_files(job))
+    return Candidate(
+        f"the {_precision(options)} graph",
+        replace(run, settings={"library": LIBRARY, "device": "cpu"}),
+        {"model": written.key, "engine": version_of("onnxruntime")},
+        seconds_a_token=job.checkpoint.parameters / DECODE_RATE,
+    )

@@ -1,15 +1,15 @@
 """A decoder as a strongly typed ONNX graph of standard operators, for TensorRT: products in float16, else float32.
 
-The structure of each family is onnx_graph's; here is what stands in for onnxruntime's own operators. The residual
-stream, norms, positions and the softmax are float32, so nothing that grows with depth meets float16's 65504; what is
-multiplied by weights, and the key/value cache, are float16.
+The structure of each family is that of formats/onnx/decoder_graph.py; this module replaces onnxruntime's own operators.
+The residual stream, norms, positions and the softmax are float32, so values that grow with depth do not exceed
+float16's 65504; the inputs of products with weights, and the KV cache, are float16.
 
-Inputs, for ``rows`` conversations of which each gives ``tokens`` new tokens: input_ids (rows, tokens) int64; start
-(rows,) int64, tokens that each row's cache holds already; places (span,) int64: 0, 1, … the places of the caches that
-are looked at, at least as many as the longest row has afterwards; wanted (kept,) int64, which of the tokens get logits;
-the caches (rows, heads, capacity, dimensions) float16. Outputs: logits (rows, kept, vocabulary) float32, and the caches
-with the new tokens written at start (TensorScatter of opset 24, which TensorRT reads as KVCacheUpdate, in place).
-``span`` is an input's length so that no shape depends on a tensor's values.
+Inputs, for ``rows`` conversations with ``tokens`` new tokens each: input_ids (rows, tokens) int64; start (rows,) int64,
+tokens in each row's cache; places (span,) int64: 0, 1, … the places of the caches that attention reads, at least as
+many as the longest row's tokens; wanted (kept,) int64, the indices of the tokens that get logits; the caches (rows,
+heads, capacity, dimensions) float16. Outputs: logits (rows, kept, vocabulary) float32, and the caches with the new
+tokens written at start (TensorScatter of opset 24, which TensorRT reads as KVCacheUpdate, in place). ``span`` is an
+input's length so that no shape depends on a tensor's values.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ MASKED = -1.0e9  # added to scores in float32, before a softmax in float32
 
 
 def why_not(checkpoint: Checkpoint) -> str | None:
-    """None, or why this model has no typed graph, as the end of a sentence."""
+    """None, or why this model has no typed graph, as the beginning of a sentence."""
     return why_no_graph(checkpoint)
 
 
 class TypedDecoder(Decoder):
-    """Writes the graph of one checkpoint. context: places of a row's cache; positions are tabulated for as many."""
+    """Writes the graph of one checkpoint. context: places of a row's cache, and length of the position tables."""
 
     def model(self) -> onnx.ModelProto:
-        """The finished model; its bytes depend on the checkpoint and the weights' places alone."""
+        """The finished model; its bytes depend only on the checkpoint and the weights' places."""
         from onnx import TensorProto, helper
 
         graph, shape = self.graph, self.shape
@@ -62,7 +62,7 @@ class TypedDecoder(Decoder):
             made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="packager"
         )
 
-    # -- what the structure asks for -------------------------------------------------------------------------
+    # -- parts of the structure ------------------------------------------------------------------------------
 
     def _embedded(self) -> str:
         graph = self.graph
@@ -109,7 +109,7 @@ class TypedDecoder(Decoder):
         keys, values = (
             self._remembered(index, part, self._narrow(new)) for part, new in (("key", key), ("value", value))
         )
-        # queries that share a key head lie one after the other: (rows, key heads, group x tokens, dimensions)
+        # queries that share a key head are adjacent: (rows, key heads, group x tokens, dimensions)
         group, size = shape.heads // shape.kv_heads, shape.head_dim
         query = graph.add("Reshape", [query, self._integers("heads.grouped", [0, shape.kv_heads, -1, size])])
         scores = self._wide(graph.add("MatMul", [query, graph.add("Transpose", [keys], perm=[0, 1, 3, 2])]))
@@ -136,7 +136,7 @@ class TypedDecoder(Decoder):
         return self.graph.add("Transpose", [apart], perm=[0, 2, 1, 3])
 
     def _remembered(self, index: int, part: str, new: str) -> str:
-        """Write into the cache; gives the places of it that are looked at."""
+        """Write the new tokens into the cache; returns the part of it that attention reads."""
         graph = self.graph
         present = PRESENT.format(index, part)
         graph.add("TensorScatter", [PAST.format(index, part), new, "start"], outputs=[present], axis=2, mode="linear")
@@ -149,7 +149,7 @@ class TypedDecoder(Decoder):
         return self._span_name
 
     def _mask(self, window: int) -> str:
-        """(rows, 1, 1, tokens, span): 0 where a token may look, MASKED elsewhere. window: 0 for none."""
+        """(rows, 1, 1, tokens, span): 0 for the places that a token attends to, else MASKED. window: 0 for none."""
         if window not in self.masks:
             graph = self.graph
             positions = graph.add("Unsqueeze", [self.positions, self._integers("axes.124", [1, 2, 4])])
@@ -162,7 +162,7 @@ class TypedDecoder(Decoder):
         return self.masks[window]
 
     def _turned(self, x: str, kind: str) -> str:
-        """x (rows, heads, tokens, dimensions) with the first of its dimensions rotated by position, halves apart."""
+        """x (rows, heads, tokens, dimensions) with RoPE on its first dimensions, in the split-half layout."""
         graph = self.graph
         width, size = rope.dims(self.config, self.shape.head_dim), self.shape.head_dim
         cos, sin = self._turns(kind)

@@ -1,53 +1,52 @@
-"""TensorRT for an encoder: a strongly typed ONNX, compared with its source, and its engine or the plan for one.
+"""TensorRT for an encoder: a strongly typed ONNX that is compared with its source, and its engine or the plan for one.
 
-The graph comes from onnx_int8's export (packager/formats/onnx/encoder.py) and is proven in float32 as there; what is
-made of it here is float16, or float16 with INT8 layers. The comparison runs the very file that ships, on onnxruntime's
-CPU provider, with the box's own tokenizing and pooling: an engine itself cannot be run without its GPU.
+The graph comes from onnx_int8's export (packager/formats/onnx/encoder.py) and is proven in float32 as there. This
+module writes it in float16, or in float16 with INT8 layers. The comparison runs the shipped file on onnxruntime's CPU
+provider, with the box's tokenization and pooling, because an engine does not run without its GPU.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from packager.checkpoint.encoder import EncoderFacts
 from packager.core.errors import GateFailed, InputError
 from packager.core.processes import version_of
-from packager.core.store import code_digest
 from packager.formats.onnx import encoder
-from packager.formats.onnx.encoder_graph import linear_inputs
+from packager.formats.onnx.encoder_graph import Form, linear_inputs
 from packager.formats.onnx.external_data import DATA, MODEL
 from packager.formats.tensorrt import compiler, encoder_graph
 from packager.formats.tensorrt import plan as tensorrt_plan
-from packager.metrics.encoders import EncoderThresholds, as_dict, require_exact, require_kept
-from packager.recipe import Artifact, Estimate, Job, ServingOptions, provenance
+from packager.metrics.encoders import EncoderThresholds
+from packager.recipe import Artifact, Estimate, Job, Run, ServingOptions, provenance
 
 if TYPE_CHECKING:
     from packager.checkpoint.checkpoint import Checkpoint
     from packager.core.store import Cost, Step
-    from packager.fidelity.encoders import Encoded, Texts
+    from packager.fidelity.encoders import Encoded
+    from packager.fidelity.gate_encoder import EncoderProof
     from packager.formats.tensorrt.int8 import Choice
-    from packager.metrics.encoders import Score
     from packager.target import Target
 
-# What each precision has to keep of the source's vectors, unless the user says otherwise.
+# The default threshold of each precision: mean cosine to the source's vectors.
 COSINES = {"fp16": 0.999, "int8": 0.99}
 FIXES = {
     "fp16": "The recipe onnx_int8 keeps float32 where float16 does not reach.",
     "int8": "A higher --min-cosine keeps more layers in fp16; precision=fp16 keeps all.",
 }
-# Assumption, not measured here: what a CUDA context, TensorRT and the server take beside weights and activations.
+# Memory of a CUDA context, TensorRT and the server besides weights and activations: an assumption, not measured.
 CUDA_BYTES, SERVER_BYTES = 500_000_000, 120_000_000
 COMPILE_SECONDS = 10
-# Measured on MiniLM: bytes that choosing layers takes for a parameter (746 MB in all), seconds of a million parameters.
+# Measured on MiniLM: bytes per parameter to choose layers (746 MB in total), seconds per million parameters.
 LAYERS_RAM, FP16_PACE, INT8_PACE = 13, 0.6, 3.5
 
 
 class Options(ServingOptions, Protocol):
-    """What is read of the recipe's options."""
+    """The recipe's options that this module reads."""
 
     @property
     def precision(self) -> str: ...
@@ -63,7 +62,7 @@ class _Exported:
     slots: int
     pooling: str
     bits: int = 8
-    favour: Any = "speed"
+    favour: Form = "speed"
 
 
 def why_not(checkpoint: Checkpoint, target: Target, options: Options) -> str | None:
@@ -90,7 +89,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
         if facts.prompt:
             notes.append(f"Every text gets the prompt {facts.prompt!r} before it, as the model's files say.")
     except InputError as error:
-        notes.append(str(error))  # it is refused; a figure is shown all the same
+        notes.append(str(error))  # why_not refuses it; the plan still shows sizes
     here = tensorrt_plan.compiled_here(target)
     if here and (fetched := compiler.to_fetch()):
         notes.append(fetched)
@@ -120,29 +119,28 @@ def estimate(checkpoint: Checkpoint, target: Target, options: Options) -> Estima
 
 @dataclass
 class _Work:
-    """One build under way."""
+    """The state of one build."""
 
     job: Job
     options: Options
     facts: EncoderFacts
     steps: list[Step]
     graph: Step
-    texts: Texts
-    source: Encoded | None = None
+    proof: EncoderProof
 
 
 def build(job: Job, options: Options) -> Artifact:
-    from packager.fidelity.encoders import make_texts, source_outputs
+    """Export, prove, write the typed graph, prove it, compile or plan it. Raises GateFailed or ToolError."""
+    from packager.fidelity.gate_encoder import EncoderProof
 
     facts = encoder.facts_of(job.checkpoint, _Exported(options.context, options.slots, options.pooling))
     steps: list[Step] = []
-    graph = encoder.exported(job, facts, steps)
-    work = _Work(job, options, facts, steps, graph, make_texts(job.calibration, facts.labels))
+    proof = EncoderProof.begin(job, facts, steps)
+    work = _Work(job, options, facts, steps, encoder.exported(job, facts, steps), proof)
     report: dict[str, Any] = {}
     if job.verify:
-        work.source, step = source_outputs(job, facts, work.texts)
-        steps.append(step)
-        report["unquantized"] = _proven(work)
+        whole = encoder.filled(job, work.graph, "float32", steps)
+        report["unquantized"] = proof.exact(whole, _here(work, whole), "the unquantized ONNX")
     made = _made(work, report)
     engine = None
     if tensorrt_plan.compiled_here(job.target):
@@ -174,37 +172,22 @@ def build(job: Job, options: Options) -> Artifact:
     )
 
 
-def _proven(work: _Work) -> dict[str, Any]:
-    """The float32 graph against the source. Raises GateFailed when the export is not the model."""
-    from packager.fidelity.encoders import compare, require_same_ids
-
-    assert work.source is not None
-    whole = encoder.filled(work.job, work.graph, "float32", work.steps)
-    found = _asked(work, whole, "the unquantized ONNX")
-    require_same_ids(work.texts, work.source, found)
-    scores = compare(work.facts, work.texts, work.source, found)
-    for score in scores.values():
-        if score is not None:
-            require_exact(score, "the unquantized ONNX")
-    return {name: asdict(score) for name, score in scores.items() if score is not None}
-
-
 @dataclass(frozen=True)
 class _Made:
-    """What ships. found: its answers, None when nothing was compared."""
+    """The shipped ONNX. outputs: for the comparison's texts, None when nothing was compared."""
 
     model: Step
     precision: str
-    found: Encoded | None
+    outputs: Encoded | None
 
 
 def _made(work: _Work, report: dict[str, Any]) -> _Made:
-    """The typed ONNX in the precision that was asked for, or that "auto" comes to; its figures go into the report."""
+    """The typed ONNX in the chosen precision, or in that which "auto" selects; adds its figures to the report."""
     precision = work.options.precision
     if precision == "fp16":
         return _fp16(work, report)
     plain: dict[str, Any] = {}
-    # what is rounded has to be right before, whatever the user allows the rounding
+    # the float16 file must be right before rounding, whatever thresholds the user sets for INT8
     _fp16(work, plain, limits=replace(EncoderThresholds(), min_cosine=COSINES["fp16"]))
     try:
         made = _int8(work, report)
@@ -220,17 +203,17 @@ def _made(work: _Work, report: dict[str, Any]) -> _Made:
 
 def _fp16(work: _Work, report: dict[str, Any], *, limits: EncoderThresholds | None = None) -> _Made:
     model = _typed(work, None)
-    found = _compared(work, model, "fp16", limits or _limits(work, "fp16"), report)
+    outputs = _compared(work, model, "fp16", limits or _limits(work, "fp16"), report)
     report |= _types(model)
-    return _Made(model, "fp16", found)
+    return _Made(model, "fp16", outputs)
 
 
 def _int8(work: _Work, report: dict[str, Any]) -> _Made:
-    """Raises GateFailed when the accuracy leaves too little in 8 bits, or the file misses a threshold."""
+    """Raises GateFailed when too few layers can be in 8 bits, or the file misses a threshold."""
     from packager.formats.tensorrt.int8 import choose
 
     limits = _limits(work, "int8")
-    choice = choose(work.job, work.facts, work.graph, work.texts, limits, work.steps)
+    choice = choose(work.job, work.facts, work.graph, work.proof.texts, limits, work.steps)
     rounded, every = choice.matrices
     least = every / 2 if work.options.precision == "auto" else 1
     if rounded < least:
@@ -242,15 +225,15 @@ def _int8(work: _Work, report: dict[str, Any]) -> _Made:
         )
     model = _typed(work, choice)
     inner: dict[str, Any] = {}
-    found = _compared(work, model, "int8", limits, inner)
+    outputs = _compared(work, model, "int8", limits, inner)
     types = _types(model)
     if types["int8_matrices"] != rounded:
         raise GateFailed(
-            f"{rounded} layers were to be in 8 bits, and {types['int8_matrices']} are.",
+            f"the file has {types['int8_matrices']} layers in 8 bits instead of {rounded}.",
             fix="Do not ship it; report the architecture.",
         )
     report |= inner | types | {"int8": choice.report()}
-    return _Made(model, "int8", found)
+    return _Made(model, "int8", outputs)
 
 
 def _limits(work: _Work, precision: str) -> EncoderThresholds:
@@ -262,23 +245,16 @@ def _limits(work: _Work, precision: str) -> EncoderThresholds:
 def _compared(
     work: _Work, model: Step, precision: str, limits: EncoderThresholds, report: dict[str, Any]
 ) -> Encoded | None:
-    """The file's answers beside the source's. Raises GateFailed when it misses a threshold."""
-    from packager.fidelity.encoders import compare
-
-    if work.source is None:
-        return None
-    what = f"the {precision} ONNX"
-    found = _asked(work, model, what)
-    scores: dict[str, Score | None] = compare(work.facts, work.texts, work.source, found)
-    by = f"onnxruntime {version_of('onnxruntime')} on the CPU, the ONNX file that ships"
-    report["fidelity"] = {**as_dict(scores, limits), "measured_by": by}
-    require_kept(scores, limits, what, FIXES[precision])
-    return found
+    """The file's outputs, compared with the source's. Raises GateFailed when it misses a threshold."""
+    outputs, fidelity = work.proof.kept(model, _here(work, model), f"the {precision} ONNX", limits, FIXES[precision])
+    if fidelity:
+        by = f"onnxruntime {version_of('onnxruntime')} on the CPU, the ONNX file that ships"
+        report["fidelity"] = {**fidelity, "measured_by": by}
+    return outputs
 
 
 def _typed(work: _Work, choice: Choice | None) -> Step:
-    """The typed ONNX file: all in float16, or with the chosen layers in 8 bits."""
-    from packager.formats.onnx import external_data
+    """The step with the typed ONNX file: all in float16, or with the chosen layers in 8 bits."""
 
     rounded = {} if choice is None else choice.rounded
     graph = work.graph.path / "graph.onnx"
@@ -291,8 +267,6 @@ def _typed(work: _Work, choice: Choice | None) -> Step:
         "checkpoint": work.job.checkpoint.digest,
         "graph": work.graph.key,
         "rounded": {name: [one.scale, one.smooth] for name, one in rounded.items()},
-        "onnx": version_of("onnx"),
-        "code": code_digest(Path(encoder_graph.__file__), Path(external_data.__file__)),
     }
     step = work.job.store.step("typed-onnx", inputs, make, progress=work.job.progress)
     work.steps.append(step)
@@ -300,29 +274,19 @@ def _typed(work: _Work, choice: Choice | None) -> Step:
 
 
 def _types(model: Step) -> dict[str, Any]:
-    found = encoder_graph.read_back(model.path)
+    written = encoder_graph.read_back(model.path)
     return {
-        "tensor_types": dict(found.count_by_type),
-        "bytes_by_type": dict(found.bytes_by_type),
-        "int8_matrices": found.int8,
+        "tensor_types": dict(written.count_by_type),
+        "bytes_by_type": dict(written.bytes_by_type),
+        "int8_matrices": written.int8,
     }
 
 
-def _asked(work: _Work, model: Step, what: str) -> Encoded:
-    """The texts through onnxruntime, with the encoders' own tokenizing, batching and pooling."""
-    from packager.fidelity.encoders import shipped_outputs
-
-    run = {
-        **_run(work, "fp16", {}),
-        "engine": "ort_encoder",
-        "model": str(model.path / MODEL),
-        "tokenizer": str(work.job.checkpoint.path / "tokenizer.json"),
-        "model_bytes": 0,
-        "settings": work.facts.settings(),
-    }
-    found, step = shipped_outputs(work.job, run, work.texts, what=what, model=model.key)
-    work.steps.append(step)
-    return found
+def _here(work: _Work, model: Step) -> Run:
+    """The run object of an ONNX file in the store: onnxruntime, with the encoders' tokenization and pooling."""
+    files = {"tokenizer.json": work.job.checkpoint.path / "tokenizer.json"}
+    run = _run(work, "fp16", {}).here(model.path / MODEL, files)
+    return replace(run, engine="ort_encoder", model_bytes=0, settings=work.facts.settings())
 
 
 def _inputs(facts: EncoderFacts) -> list[str]:
@@ -334,11 +298,12 @@ def _profiles(work: _Work) -> list[tensorrt_plan.Profile]:
 
 
 def _planned(work: _Work, made: _Made, engine: Path | None) -> dict[str, Path]:
-    """plan.json, and reference.json where there are answers to compare with."""
+    """plan.json, and reference.json when outputs were compared."""
     name = "last_hidden_state" if work.facts.task == "embed" else "logits"
     answers = None
-    if made.found is not None and work.source is not None:
-        answers = tensorrt_plan.references(work.texts.sets["general"], work.source, made.found)
+    source = work.proof.source
+    if made.outputs is not None and source is not None:
+        answers = tensorrt_plan.references(work.proof.texts.sets["general"], source, made.outputs)
 
     def make(folder: Path, cost: Cost) -> None:
         reference = None
@@ -363,7 +328,6 @@ def _planned(work: _Work, made: _Made, engine: Path | None) -> dict[str, Path]:
         "profiles": _profiles(work),
         "engine": next((step.key for step in work.steps if step.name == "tensorrt-engine"), None) if engine else None,
         "reference": answers,
-        "code": code_digest(Path(tensorrt_plan.__file__)),
     }
     step = work.job.store.step("tensorrt-plan", inputs, make, progress=work.job.progress)
     work.steps.append(step)
@@ -371,27 +335,25 @@ def _planned(work: _Work, made: _Made, engine: Path | None) -> dict[str, Path]:
     return {name: step.path / name for name in names}
 
 
-def _run(work: _Work, precision: str, files: Mapping[str, Path]) -> dict[str, Any]:
+def _run(work: _Work, precision: str, files: Mapping[str, Path]) -> Run:
     size = estimate(work.job.checkpoint, work.job.target, work.options)
     here = tensorrt_plan.compiled_here(work.job.target)
     loaded = (compiler.ENGINE,) if here else (MODEL, DATA)
-    return {
-        "engine": "tensorrt",
-        "task": work.facts.task,
-        "model": f"model/{tensorrt_plan.PLAN}",
-        "tokenizer": "model/tokenizer.json",
-        "chat_template": None,
-        **work.job.checkpoint.tokenizer.as_run(),
-        "context": work.facts.max_length,
-        "slots": work.options.slots,
-        "threads": 0,
-        "read_per_token_bytes": size.read_per_token_bytes,
-        "model_bytes": sum(files[name].stat().st_size for name in loaded if name in files),
-        "settings": {
+    serving = _Exported(work.facts.max_length, work.options.slots, work.options.pooling)
+    return Run.of(
+        work.job.checkpoint,
+        "tensorrt",
+        f"model/{tensorrt_plan.PLAN}",
+        serving,
+        read_per_token_bytes=size.read_per_token_bytes,
+        model_bytes=sum(files[name].stat().st_size for name in loaded if name in files),
+        task=work.facts.task,
+        chat_template=None,
+        settings={
             **work.facts.settings(),
             "library": compiler.LIBRARY if here else "tensorrt",
             "precision": precision,
-            # beside a GPU with memory of its own: the engine's file, and what runs it
+            # main memory of a box with a discrete GPU: the engine's file, CUDA and the server
             **({"host_bytes": 2 * size.load_bytes + CUDA_BYTES + SERVER_BYTES} if here else {}),
         },
-    }
+    )

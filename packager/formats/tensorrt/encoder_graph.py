@@ -1,17 +1,17 @@
-"""An encoder's strongly typed ONNX for TensorRT: float16, and INT8 where a layer was rounded.
+"""An encoder's strongly typed ONNX for TensorRT: float16, with INT8 for chosen layers.
 
-Strongly typed means that the file's types are the precision: TensorRT takes no flag and chooses nothing. Everything is
-float16 but the softmax, which is float32 between two Casts, and LayerNormalization, which says itself that it computes
-in float32 (``stash_type``); the output is float32 again.
+In a strongly typed network the file's types are the precision: TensorRT has no flag for it and chooses nothing. All
+tensors are float16 except the softmax, which is float32 between two Casts, and LayerNormalization, which computes in
+float32 by its ``stash_type``; the output is float32.
 
-An INT8 layer is what TensorRT calls explicit quantization ("Working with Quantized Types", TensorRT documentation): a
+An INT8 layer uses TensorRT's explicit quantization ("Working with Quantized Types", TensorRT documentation): a
 QuantizeLinear and DequantizeLinear pair with one scale before the product (all layers that read one activation share
-it), and weights stored as 8-bit integers with one scale an output, both symmetric. Before it stands, where calibration
-found it better, a product with one number an input, which evens out channels that stand out; the weights hold its
-inverse (SmoothQuant, Xiao et al. 2022, arXiv 2211.10438).
+it), and weights stored as 8-bit integers with one scale for each output, both symmetric. When calibration shows it to
+be better, the activation is first multiplied by one number for each input, which reduces outlier channels, and the
+weights contain its inverse (SmoothQuant, Xiao et al. 2022, arXiv 2211.10438).
 
 The exporter's attention mask (ranges, a gather of booleans, [batch, 1, length, length]) becomes one of [batch, 1, 1,
-length], the same for every text: padding is never attended to.
+length], which masks the padding of each text.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from packager.formats.onnx.external_data import (
     MODEL,
     Part,
     external,
-    forget_where_it_was_made,
     layout,
     make_node,
     name_dimensions,
+    remove_metadata,
     source_of,
     store,
     tensors_of,
@@ -38,23 +38,24 @@ from packager.formats.onnx.external_data import (
 )
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
     from packager.checkpoint.checkpoint import Checkpoint
 
-# The newest that JetPack 6.2's TensorRT 10.3 reads (its ONNX parser: 9 to 20); the graph has nothing of 21.
+# The newest opset of JetPack 6.2's TensorRT 10.3 (its ONNX parser reads 9 to 20); the graph needs nothing of 21.
 OPSET, IR_VERSION = 20, 9
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# What a masked score gets. float32's least is infinite in float16, and a row of infinities is no number after softmax.
+# Added to a masked score. float32's least is infinite in float16, and softmax of a row of infinities is NaN.
 MASKED = -30000.0
 HALF_MAX = 65504.0
-LIMIT = 127  # largest magnitude of an 8-bit integer; -128 is left out, so that both sides are alike
-LEAST_SCALE = 1e-6  # a row of zeros has no scale of its own; the least that float16 holds well enough
+LIMIT = 127  # largest magnitude of an 8-bit integer; -128 is not used, for symmetry
+LEAST_SCALE = 1e-6  # the scale of a row of zeros: small, and still accurate in float16
 
 
 @dataclass(frozen=True)
 class Group:
-    """An activation and the layers that read it. name: what their names have in common. weights: the matrices' names,
+    """An activation and the layers that read it. name: the common prefix of their names. weights: the matrices' names,
     in the graph's order.
     """
 
@@ -64,8 +65,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a group's activation is rounded. scale: of one step. smooth: the activation's input channels are multiplied
-    by these before (and the weights' divided), [inputs]; None where that is not done.
+    """The rounding of a group's activation. scale: of one step. smooth: factors [inputs] of the activation's channels
+    before rounding, by which the weights are divided; None for none.
     """
 
     scale: float
@@ -74,7 +75,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Typed:
-    """What stands in the file. bytes_by_type and count_by_type: by ONNX type. int8: matrices in 8 bits."""
+    """The tensors of a file. bytes_by_type, count_by_type: by ONNX type. int8: number of matrices in 8 bits."""
 
     bytes_by_type: Mapping[str, int]
     count_by_type: Mapping[str, int]
@@ -86,10 +87,10 @@ def groups(skeleton: Path) -> tuple[Group, ...]:
     import onnx
 
     graph = onnx.load(str(skeleton), load_external_data=False).graph
-    found: dict[str, list[str]] = {}
+    readers: dict[str, list[str]] = {}
     for activation, weight in _products(list(graph.node), _parameters(graph)):
-        found.setdefault(activation, []).append(weight)
-    return tuple(Group(_common(weights), tuple(weights)) for weights in found.values())
+        readers.setdefault(activation, []).append(weight)
+    return tuple(Group(_common(weights), tuple(weights)) for weights in readers.values())
 
 
 def _common(weights: Sequence[str]) -> str:
@@ -104,12 +105,12 @@ def _common(weights: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-def _parameters(graph: Any) -> set[str]:
+def _parameters(graph: onnx.GraphProto) -> set[str]:
     return {value.name for value in graph.input} - set(INPUTS)
 
 
-def _products(nodes: Sequence[Any], parameters: set[str]) -> list[tuple[str, str]]:
-    """(activation, weight) of every MatMul by the transpose of a parameter that nothing else reads."""
+def _products(nodes: Sequence[onnx.NodeProto], parameters: set[str]) -> list[tuple[str, str]]:
+    """(activation, weight) of every MatMul by the transpose of a parameter that no other node reads."""
     turned = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Transpose" and n.input[0] in parameters}
     readers: dict[str, int] = {}
     for node in nodes:
@@ -155,7 +156,7 @@ def write(skeleton: Path, checkpoint: Checkpoint, folder: Path, rounded: Mapping
         del entries[:]
         entries.extend(fresh)
     del graph.value_info[:]
-    forget_where_it_was_made(model)
+    remove_metadata(model)
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", OPSET))
     model.ir_version = IR_VERSION
@@ -170,8 +171,8 @@ def write(skeleton: Path, checkpoint: Checkpoint, folder: Path, rounded: Mapping
     (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _half(constant: Any) -> Any:
-    """A float32 constant of the graph as float16; any other as it is."""
+def _half(constant: onnx.TensorProto) -> onnx.TensorProto:
+    """A float32 constant of the graph as float16; other types unchanged."""
     import numpy as np
     from onnx import TensorProto, numpy_helper
 
@@ -181,14 +182,16 @@ def _half(constant: Any) -> Any:
     return numpy_helper.from_array(value, constant.name)
 
 
-def _shorter_mask(nodes: list[Any], constants: list[Any], outputs: set[str]) -> list[Any]:
-    """The graph with its attention mask made of attention_mask alone, where it is the exporter's Where(mask, 0, least);
-    what only the old mask needed is gone. A graph of another form comes back as it is.
+def _shorter_mask(
+    nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], outputs: set[str]
+) -> list[onnx.NodeProto]:
+    """The graph with its attention mask computed from attention_mask alone, when it has the exporter's form Where(mask,
+    0, least), and without the nodes that only the old mask needed. A graph of another form is returned unchanged.
     """
     import numpy as np
     from onnx import TensorProto, numpy_helper
 
-    readers: dict[str, list[Any]] = {}
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in nodes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
@@ -217,8 +220,8 @@ def _shorter_mask(nodes: list[Any], constants: list[Any], outputs: set[str]) -> 
     return _alive([*fresh, *(node for node in nodes if node is not mask)], outputs)
 
 
-def _alive(nodes: list[Any], outputs: set[str]) -> list[Any]:
-    """The nodes that the outputs come from, in their order."""
+def _alive(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """The nodes on which the outputs depend, in their order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if wanted & set(node.output):
@@ -227,8 +230,8 @@ def _alive(nodes: list[Any], outputs: set[str]) -> list[Any]:
     return kept[::-1]
 
 
-def _as_float32(nodes: list[Any], output: Any) -> list[Any]:
-    """Give the output's own name to a float32 copy of what is computed."""
+def _as_float32(nodes: list[onnx.NodeProto], output: onnx.ValueInfoProto) -> list[onnx.NodeProto]:
+    """Rename the computed output, and return the nodes of a float32 copy under its own name."""
     from onnx import TensorProto
 
     name = output.name
@@ -238,41 +241,41 @@ def _as_float32(nodes: list[Any], output: Any) -> list[Any]:
                 if entry == name:
                     entries[place] = f"{name}.half"
     cast = make_node("Cast", [f"{name}.half"], name, to=TensorProto.FLOAT)
-    cast.name = f"Cast:{name}:float32"  # the node that is renamed here keeps its own
+    cast.name = f"Cast:{name}:float32"  # the renamed node keeps its own name
     return [cast]
 
 
 class _Writer:
-    """Gives the graph float16 parameters, INT8 layers and a float32 softmax."""
+    """Rewrites the graph with float16 parameters, INT8 layers and a float32 softmax."""
 
     def __init__(self, checkpoint: Checkpoint, parameters: set[str], rounded: Mapping[str, Rounding]) -> None:
         self.checkpoint, self.parameters, self.rounded = checkpoint, parameters, rounded
         self.parts: list[Part] = []
-        self.constants: list[Any] = []
+        self.constants: list[onnx.TensorProto] = []
         self._made: set[str] = set()
 
-    def rewrite(self, nodes: list[Any]) -> list[Any]:
+    def rewrite(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         products = dict((weight, activation) for activation, weight in _products(nodes, self.parameters))
         turned = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Transpose" and n.input[0] in products}
-        found: list[Any] = []
+        rewritten: list[onnx.NodeProto] = []
         for node in nodes:
             weight = turned.get(node.input[1], "") if node.op_type == "MatMul" else ""
             if node.op_type == "Transpose" and node.input[0] in self.rounded:
-                continue  # stored the other way round
+                continue  # the matrix is stored transposed
             if weight in self.rounded:
-                found += self._product(node, weight)
+                rewritten += self._product(node, weight)
             elif node.op_type == "Softmax":
-                found += self._softmax(node)
+                rewritten += self._softmax(node)
             else:
-                found.append(self._plain(node))
-        used = {name for node in found for name in node.input}
+                rewritten.append(self._plain(node))
+        used = {name for node in rewritten for name in node.input}
         for name in sorted((self.parameters - set(self.rounded)) & used):
             source = source_of(self.checkpoint, name)
             self.parts.append(Part(name, "<f2", source.shape, source, "half"))
-        return found
+        return rewritten
 
-    def _plain(self, node: Any) -> Any:
-        """The node itself; one that says float32 says float16."""
+    def _plain(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """The node with float32 replaced by float16 in its attributes."""
         from onnx import TensorProto
 
         if node.op_type == "Cast":
@@ -285,7 +288,7 @@ class _Writer:
                     attribute.t.CopyFrom(_half(attribute.t))
         return node
 
-    def _softmax(self, node: Any) -> list[Any]:
+    def _softmax(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         from onnx import TensorProto
 
         inner, outer = node.input[0], node.output[0]
@@ -296,7 +299,7 @@ class _Writer:
             make_node("Cast", [f"{outer}.wide"], outer, to=TensorProto.FLOAT16),
         ]
 
-    def _product(self, node: Any, weight: str) -> list[Any]:
+    def _product(self, node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
         source = source_of(self.checkpoint, weight)
         outputs, inputs = source.shape
         self.parts += [
@@ -312,8 +315,8 @@ class _Writer:
             make_node("MatMul", [activation, f"{weight}.half"], out),
         ]
 
-    def _activation(self, name: str, rounding: Rounding) -> tuple[list[Any], str]:
-        """The activation rounded and back, made once for all that read it, and its name."""
+    def _activation(self, name: str, rounding: Rounding) -> tuple[list[onnx.NodeProto], str]:
+        """(nodes, name) of the activation quantized and dequantized, made once for all layers that read it."""
         if name in self._made:
             return [], f"{name}.rounded"
         self._made.add(name)
@@ -337,14 +340,14 @@ class _Writer:
             self.constants.append(numpy_helper.from_array(np.array(value, dtype=kind), name))
 
     def stored(self, rows: NDArray[Any], part: Part) -> NDArray[Any]:
-        """What is stored of some rows of a weight [rows, inputs]. Raises InputError for what float16 cannot hold."""
+        """The stored form of some rows of a weight [rows, inputs]. Raises InputError for a value beyond float16."""
         import numpy as np
 
         role, _, weight = part.role.partition(":")
         if role == "half":
             if rows.size and not float(np.abs(rows).max()) <= HALF_MAX:
                 raise InputError(
-                    f"The tensor {part.name} has a value that float16 cannot hold: above {HALF_MAX:.0f}, or no number.",
+                    f"The tensor {part.name} has a value that float16 cannot hold: above {HALF_MAX:.0f}, or NaN.",
                     why="TensorRT's engine computes in float16 here; the value would become infinite.",
                     fix="Use the recipe onnx_int8, which keeps such tensors in float32.",
                 )
@@ -359,6 +362,6 @@ class _Writer:
 
 
 def read_back(folder: Path) -> Typed:
-    """What the file really holds, from its own tensors."""
+    """The types of the file's tensors, read from the file."""
     held = tensors_of(folder / MODEL)
     return Typed(*totals(held), sum(kind == "INT8" and dimensions == 2 for kind, _, dimensions in held))

@@ -1,9 +1,9 @@
-"""Which layers of an encoder ship in 8 bits: found on texts, layer by layer, and told with figures.
+"""Chooses the layers of an encoder that ship in 8 bits, by a measurement on texts.
 
-workers/tensorrt_layers.py measures; here its texts are chosen, its step is kept in the store, and its answer becomes
-what packager/formats/tensorrt/encoder_graph.py writes and what the manifest says. Scales come from calibration texts,
-the choice from the texts that the artifact is compared on afterwards, with a margin: the measure is taken in float32
-and not in the engine.
+workers/tensorrt_layers.py measures each layer. This module chooses its texts and runs it as a step of the store; its
+output is the input of packager/formats/tensorrt/encoder_graph.py and goes into the manifest. Scales come from
+calibration texts, the choice from the texts on which the artifact is compared afterwards, with a margin, because the
+measurement is in float32 and not in the engine.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.core.processes import WORKERS, follow, version_of
-from packager.core.store import code_digest, digest_of
+from packager.core.processes import WORKERS, follow
+from packager.core.store import digest_of
 from packager.fidelity.encoders import Texts
 from packager.formats.tensorrt.encoder_graph import Group, Rounding, groups
 from packager.prompts.calibration import DATA
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from packager.recipe import Job
 
 CHILD = WORKERS / "tensorrt_layers.py"
-PASSAGES, OWN, CHOSEN = 64, 128, 128  # texts: of the package's own, of the user's, and to choose on
-MARGIN = 0.001  # of the cosine above its threshold
-LOGITS = 0.98  # a classifier's aim: this share of the logits' variance stays
+PASSAGES, OWN, CHOSEN = 64, 128, 128  # calibration texts of the package and of the user; texts to choose on
+MARGIN = 0.001  # added to the cosine's threshold
+LOGITS = 0.98  # a classifier's aim: the share of the logits' variance that is kept
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found. plain: the child's answer. rounded: how each group in 8 bits is rounded, by its name. texts and
-    calibration: how many were used. aim: what the measure had to reach.
+    """The result of the measurement. plain: the child's output. rounded: the rounding of each group in 8 bits, by its
+    name. texts, calibration: number of texts used. aim: the least value of the measure.
     """
 
     groups: tuple[Group, ...]
@@ -54,15 +54,15 @@ class Choice:
 
     @property
     def matrices(self) -> tuple[int, int]:
-        """Matrices in 8 bits, and all."""
+        """(number of matrices in 8 bits, number of all)."""
         inside = self.rounded
         return sum(len(group.weights) for group in self.groups if group.name in inside), sum(
             len(group.weights) for group in self.groups
         )
 
     def report(self) -> dict[str, Any]:
-        """The form that stands in the manifest: the measure with every layer rounded, what each costs alone, and which
-        stayed in float16.
+        """The form stored in the manifest: the measure with every layer rounded, the cost of each layer, and the layers
+        kept in float16.
         """
         kept = [name for name, _ in self.plain["path"]]
         what = "mean cosine" if self.plain["measure"] == "cosine" else "share of the logits' variance"
@@ -91,14 +91,14 @@ class Choice:
 def choose(
     job: Job, facts: EncoderFacts, graph: Step, texts: Texts, limits: EncoderThresholds, steps: list[Step]
 ) -> Choice:
-    """Measure and choose, once. graph: the step with the exported graph."""
-    found = groups(graph.path / "graph.onnx")
+    """Measure and choose, once. graph: the step with the exported graph. steps: the list to which the step is added."""
+    layers = groups(graph.path / "graph.onnx")
     aim = round(min(limits.min_cosine + MARGIN, 1.0), 6) if facts.task == "embed" else LOGITS
     calibration = calibration_texts(texts)
     measured = [texts.all[place] for places in texts.sets.values() for place in _spread(places, CHOSEN // 2 + 1)]
 
     def make(folder: Path, cost: Cost) -> None:
-        asked = {
+        measurement = {
             "checkpoint": str(job.checkpoint.path),
             "classify": facts.task == "classify",
             "max_length": facts.max_length,
@@ -108,17 +108,25 @@ def choose(
             "threads": os.cpu_count() or 1,
             "groups": [
                 {"name": group.name, "modules": [weight.removesuffix(".weight") for weight in group.weights]}
-                for group in found
+                for group in layers
             ],
             "calibration": calibration,
             "texts": measured,
             "aim": aim,
             "output": str(folder / "layers.json"),
         }
-        name = f"what 8 bits cost, layer by layer ({len(found)} of them)"
-        total = float(len(calibration) + 2 * len(found) + 1)
+        name = f"what 8 bits cost, layer by layer ({len(layers)} of them)"
+        total = float(len(calibration) + 2 * len(layers) + 1)
         follow(
-            CHILD, asked, name, job.progress, cost, work=folder, total=total, unit="runs", path=[WORKERS.parent.parent]
+            CHILD,
+            measurement,
+            name,
+            job.progress,
+            cost,
+            work=folder,
+            total=total,
+            unit="runs",
+            path=[WORKERS.parent.parent],
         )
 
     inputs = {
@@ -127,19 +135,14 @@ def choose(
         "settings": {**facts.settings(), "max_length": facts.max_length},
         "texts": digest_of([calibration, measured])[:40],
         "aim": aim,
-        "torch": version_of("torch"),
-        "transformers": version_of("transformers"),
-        "code": code_digest(CHILD, WORKERS / "source_encoder.py"),
     }
     step = job.store.step("tensorrt-layers", inputs, make, progress=job.progress)
     steps.append(step)
-    return Choice(found, step.read_json("layers.json"), len(measured), len(calibration), aim)
+    return Choice(layers, step.read_json("layers.json"), len(measured), len(calibration), aim)
 
 
 def calibration_texts(texts: Texts) -> list[str]:
-    """Passages of the package's text, and the user's own texts where there are some; never those that the package
-    compares on.
-    """
+    """Passages of the package's text, and the user's own texts, without the package's texts for the comparison."""
     passages = [" ".join(part.split()) for part in (DATA / "general.txt").read_text(encoding="utf-8").split("\n\n")]
     passages = [passage for passage in passages if len(passage) > 40]
     own = texts.sets["tuning"]
@@ -149,7 +152,7 @@ def calibration_texts(texts: Texts) -> list[str]:
 
 
 def _spread(places: range, most: int) -> Sequence[int]:
-    """At most ``most`` of some places, evenly apart."""
+    """At most ``most`` of some indices, evenly spaced."""
     if len(places) <= most:
         return places
     return [places[number * len(places) // most] for number in range(most)]

@@ -1,8 +1,8 @@
-"""The matrices of a strongly typed ONNX decoder: float16, or int8 by output row and a DequantizeLinear.
+"""The matrices of a strongly typed ONNX decoder: float16, or int8 by output row with a DequantizeLinear.
 
-TensorRT takes a network's types as they are written (strong typing), so what is stored decides how it computes. Rows
-are read a few at a time and written in the checkpoint's own order; the graph transposes them, which a compiler folds
-away. Matrices that are multiplied by the same input lie one after the other and are one product.
+With strong typing TensorRT computes in the types of the file. Rows are read a few at a time and written in the
+checkpoint's order; the graph transposes them, which a compiler folds away. Matrices with the same input are stored one
+after the other and are one product.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METHOD = "int8, rounded to nearest, symmetric, one float16 scale an output row; 
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix in the data file. scales: where those of its rows begin, None for float16."""
+    """A matrix in the data file. begin, scales: offsets of its values and of its rows' scales (None for float16)."""
 
     rows: int
     inputs: int
@@ -33,10 +33,10 @@ class Place:
 
 
 class Half(Base):
-    """Matrices written to ``file`` the first time a graph asks for them; a second graph finds the same places.
+    """Matrices, written to ``file`` when a graph first uses them; a second graph uses the same places.
 
-    bits: 16, or 8 for the layers' matrices (embedding and head stay float16). wrote: called with the bytes of the
-    checkpoint that are done. Raises ValueError for a weight that is no number or beyond float16.
+    bits: 16, or 8 for the layers' matrices (embedding and head stay float16). wrote: called with the number of
+    checkpoint bytes that are done. Raises ValueError for a weight that is not finite or beyond float16's range.
     """
 
     def __init__(self, checkpoint: Checkpoint, file: IO[bytes], bits: int, wrote: Callable[[int], None]) -> None:
@@ -95,9 +95,9 @@ class Half(Base):
                 for first, last in row_chunks(info):
                     values = to_float32(read_rows(self.checkpoint.path, info, first, last), info.dtype)
                     if eight:
-                        integers, found = by_row(values)
+                        integers, row_scales = by_row(values)
                         self.file.write(integers.tobytes())
-                        scales.append(found.tobytes())
+                        scales.append(row_scales.tobytes())
                     else:
                         self.file.write(half(values, module).tobytes())
                 self.wrote(info.nbytes)

@@ -1,9 +1,9 @@
-"""plan.json: how a box makes an engine of the ONNX file, and where that engine may run. Written here, read by
+"""plan.json: how a box builds an engine from the ONNX file, and where that engine may run. Written here, read by
 runtimes/engines/tensorrt/plan.py.
 
-An engine is compiled here where TensorRT-RTX knows the GPU; a Jetson builds its own with its own TensorRT, because a
-default engine runs with the very version and architecture it was built with alone (TensorRT documentation, "Version
-Compatibility"). The plan holds no time and no path: equal builds give equal plans.
+The build machine compiles an engine when TensorRT-RTX supports the GPU. A Jetson builds its own with its own TensorRT,
+because a default engine runs only with the version and architecture it was built with (TensorRT documentation, "Version
+Compatibility"). The plan contains no time and no path: equal builds give equal plans.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 PLAN, REFERENCE = "plan.json", "reference.json"
 SCHEMA_VERSION = 1
-# Strongly typed networks, without which the ONNX file's types would be hints: "TensorRT 10.0 Release Notes". 11 is not
-# known to read these plans.
+# Versions with strongly typed networks ("TensorRT 10.0 Release Notes"); before, the ONNX file's types are only hints.
+# 11 is not known to read these plans.
 LEAST, BELOW = (10, 0), "11"
-# TensorRT-RTX is built for CUDA 12, which runs from this driver on ("CUDA Toolkit Release Notes", drivers for Linux).
+# The oldest driver for CUDA 12, for which TensorRT-RTX is built ("CUDA Toolkit Release Notes", drivers for Linux).
 DRIVER, CUDA = "525.60.13", "12.0"
 MIB = 1 << 20
-REFERENCES = 6  # texts that travel with the bundle, with the source's answers
-SLACK = 0.005  # of the cosine, for another machine's order of sums
+REFERENCES = 6  # texts in the bundle, with the source's outputs
+SLACK = 0.005  # subtracted from the cosine, for another machine's order of sums
 Profile = dict[str, dict[str, list[int]]]
 
 
 def capability(target: Target) -> str | None:
     """The GPU's compute capability as "8.7"; None for a target without one."""
-    found = re.fullmatch(r"sm_(\d+)(\d)", target.gpu.architecture) if target.gpu is not None else None
-    return f"{found[1]}.{found[2]}" if found else None
+    match = re.fullmatch(r"sm_(\d+)(\d)", target.gpu.architecture) if target.gpu is not None else None
+    return f"{match[1]}.{match[2]}" if match else None
 
 
 def compiled_here(target: Target) -> bool:
-    """Whether the bundle carries an engine: TensorRT-RTX knows the GPU, and no system image brings its own TensorRT."""
+    """Whether the bundle has an engine: TensorRT-RTX supports the GPU, and no system image has its own TensorRT."""
     return not target.software and capability(target) in CAPABILITIES
 
 
@@ -58,7 +58,7 @@ def releases(target: Target) -> list[tuple[str, str]]:
 
 
 def why_not(target: Target) -> str | None:
-    """None, or why no engine for this target can come about, as one sentence."""
+    """None, or why no engine can be made for this target, as one sentence."""
     version = capability(target)
     if target.gpu is None or version is None:
         return f"{target.title} has no NVIDIA GPU that the target names, and TensorRT runs on nothing else."
@@ -86,26 +86,26 @@ def why_not(target: Target) -> str | None:
 
 
 def profiles(inputs: Sequence[str], texts: int, length: int) -> list[Profile]:
-    """The shapes an engine takes, [texts, tokens] of every input: the first for ``texts`` at once, then half as many
-    and so on down to one, for a box that runs out of memory. The longest text is the same in all.
+    """The shapes of an engine, [texts, tokens] of every input: the first for ``texts`` at once, then half as many down
+    to one, for a box that runs out of memory. The longest text is the same in all.
     """
-    found = []
+    shrinking = []
     batch = texts
     while True:
         shape = {"min": [1, 1], "opt": [max(1, batch // 2), max(1, min(64, length // 2))], "max": [batch, length]}
-        found.append({name: {key: list(value) for key, value in shape.items()} for name in inputs})
+        shrinking.append({name: {key: list(value) for key, value in shape.items()} for name in inputs})
         if batch == 1:
-            return found
+            return shrinking
         batch //= 2
 
 
 def workspace(target: Target) -> int:
-    """Bytes that the builder may take for its trials: a sixteenth of the machine's memory, at most 1 GiB."""
+    """Bytes of the builder's workspace: a sixteenth of the machine's memory, at most 1 GiB."""
     return min(1024, target.memory_bytes // 16 // MIB) * MIB
 
 
 def allowed(target: Target) -> dict[str, Any]:
-    """Where the plan, and an engine of it, may be used."""
+    """The GPUs, TensorRT versions and JetPacks of the plan and its engine."""
     known = releases(target) if target.software else []
     return {
         "sm": [capability(target)],
@@ -115,7 +115,7 @@ def allowed(target: Target) -> dict[str, Any]:
 
 
 def trtexec(profile: Profile, workspace_bytes: int) -> list[str]:
-    """The arguments for the box's own trtexec; it adds the engine's place itself."""
+    """The arguments for the box's own trtexec; the box adds the engine's path."""
 
     def shapes(key: str) -> str:
         return ",".join(f"{name}:{'x'.join(map(str, shape[key]))}" for name, shape in profile.items())
@@ -142,8 +142,8 @@ def make_plan(
     reference: Path | None,
     kinds: Mapping[str, str] = {},
 ) -> dict[str, Any]:
-    """The plan. folder: holds the ONNX file and its data. engine: compiled here, or None. reference: what the source
-    answers to some texts, or None when nothing was compared. kinds: types of inputs that are not int64.
+    """The plan. folder: with the ONNX file and its data. engine: compiled here, or None. reference: the file with the
+    source's outputs for some texts, None when nothing was compared. kinds: types of inputs that are not int64.
     """
     room = workspace(target)
     own = None
@@ -176,9 +176,10 @@ def make_plan(
     }
 
 
-def references(places: Sequence[int], source: Encoded, found: Encoded) -> dict[str, Any]:
-    """Some texts of different lengths as token ids, with the source's answers, for the engine that a box builds or
-    loads. cosine_min: what the file that ships reaches on them here (``found``), less a little.
+def references(places: Sequence[int], source: Encoded, artifact: Encoded) -> dict[str, Any]:
+    """Some texts of different lengths as token ids, with the source's outputs, to check the engine on a box.
+
+    places: indices of the texts. cosine_min: the least cosine of the shipped file (``artifact``), less SLACK.
     """
     import numpy as np
 
@@ -186,7 +187,7 @@ def references(places: Sequence[int], source: Encoded, found: Encoded) -> dict[s
     chosen = [order[number * (len(order) - 1) // (REFERENCES - 1)] for number in range(REFERENCES)]
     cosines = []
     for place in chosen:
-        one, other = (np.asarray(side.outputs[place], np.float64) for side in (source, found))
+        one, other = (np.asarray(side.outputs[place], np.float64) for side in (source, artifact))
         size = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
         cosines.append(float(one @ other) / max(size, 1e-12))
     return {
@@ -198,7 +199,7 @@ def references(places: Sequence[int], source: Encoded, found: Encoded) -> dict[s
 
 
 def gpu_needs(target: Target, size: int) -> dict[str, Any]:
-    """What the box's GPU has to be, for the manifest: exactly the plan's architecture, and ``size`` bytes of memory."""
+    """The required GPU, for the manifest: exactly the plan's architecture, with ``size`` bytes of memory."""
     where = allowed(target)
     here = compiled_here(target)
     return {
@@ -206,7 +207,7 @@ def gpu_needs(target: Target, size: int) -> dict[str, Any]:
         "exact": True,
         "count": 1,
         "bytes": size,
-        "driver_min": DRIVER if here else None,  # JetPack's own TensorRT brings what it needs
+        "driver_min": DRIVER if here else None,  # JetPack has the driver of its TensorRT
         "cuda": {"min": CUDA} if here else None,
         "tensorrt": where["tensorrt"],
         "jetpack": where["jetpack"],
@@ -214,5 +215,5 @@ def gpu_needs(target: Target, size: int) -> dict[str, Any]:
 
 
 def to_text(plan: Mapping[str, Any]) -> str:
-    """As it stands in the file: sorted keys."""
+    """The text of plan.json, with sorted keys."""
     return json.dumps(plan, indent=1, sort_keys=True) + "\n"

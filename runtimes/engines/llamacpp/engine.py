@@ -1,18 +1,18 @@
 """llama.cpp in this process, through xllamacpp's Server: continuous batching, grammars, no compiler on the box.
 
-What xllamacpp 2026.10 was found to do (each point is covered by a test in tests/real):
+The behaviour of xllamacpp 2026.10 (a test in tests/real covers each point):
 
-* A callback that returns True ends the request, and the slot is free one decoding step later. While a long prompt is
-  read callbacks come only with ``return_progress``, one per batch: that is what makes cancelling work there too.
-* The server always opens a listener. A host name that ends in ``.sock`` makes it a Unix socket; it is created in a
-  private folder and unlinked once the model is up, so nothing can reach it. Windows gets a random loopback port with
-  a random key instead.
-* Its constructor holds Python's lock until the model is loaded, and a destructor that comes before the first pass of
-  its loop waits for ever: so loading blocks the whole process, and one token is asked for at once.
-* A JSON Schema that llguidance cannot compile is dropped without an error, and the model answers freely. So every
-  schema is probed once: a token that no JSON can begin with is forced, and only a live grammar stops it.
-* In a stream, tokens that end in the middle of a character are not reported; ``exact_ids`` takes the plain answer.
-* ``cache_ram_mib`` is 8 GiB by default: off, the plan's memory figure would be a lie.
+* A callback that returns True ends the request; its slot is free one decoding step later. During prefill, callbacks
+  come only with ``return_progress``, one per batch; with it a request can be cancelled there too.
+* The server always opens a listener. A host name that ends in ``.sock`` makes it a Unix socket. The socket is created
+  in a private folder and unlinked once the model is loaded, so nothing can connect. On Windows it is a random loopback
+  port with a random key.
+* Its constructor holds the GIL until the model is loaded, so loading blocks the whole process. A destructor that runs
+  before the first pass of its loop never returns, so one token is generated right after loading.
+* A JSON Schema that llguidance cannot compile is dropped without an error, and the answer is unconstrained. So every
+  schema is tested once: a logit bias forces a token that no JSON begins with, and only a working grammar prevents it.
+* In a stream, tokens that end inside a character are not reported; ``exact_ids`` uses the answer that is not streamed.
+* ``cache_ram_mib`` is 8 GiB by default; it is set to 0, because the plan's memory figure does not include it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import socket
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,23 @@ from runtimes.engine import (
     iterate,
 )
 from runtimes.engines.llamacpp.logits import open_scorer as open_scorer
-from runtimes.engines.llamacpp.page_cache import bounded
-from runtimes.engines.llamacpp.replies import Streamed, captured, log_reason, logprobs, refusal
+from runtimes.engines.llamacpp.page_cache import bounded_memory
+from runtimes.engines.llamacpp.replies import StreamedAnswer, capture_stderr, log_reason, logprobs, refusal
 from runtimes.manifest import Run
+from runtimes.process import limit_spinning
 from runtimes.process import resident_bytes as resident_bytes
-from runtimes.process import wait_politely
 
-# Prompt tokens read between two chances to cancel, without a GPU. llama.cpp's own micro-batch is 512.
+# Prompt tokens per prefill batch on a CPU, between two checks for a cancel. llama.cpp's own micro-batch is 512.
 CPU_BATCH = 512
 SCHEMAS_REMEMBERED = 256
 
 
 class LlamaCpp:
-    """One loaded GGUF. ``slots`` requests are decoded together, each with ``context`` tokens of its own.
+    """One loaded GGUF. ``slots`` requests are decoded together, each with its own ``context`` tokens.
 
-    batch: tokens a prompt is read in. extra_buffers: allow llama.cpp's repacked copies of the weights (faster, but
-    outside the mapped file). keep_listener: leave the private socket in place (benchmarks ask it).
-    Raises EngineError when the file does not load.
+    batch: prompt tokens per prefill batch. extra_buffers: allow llama.cpp's repacked copies of the weights (faster, but
+    outside the mapped file). keep_listener: keep the private socket (benchmarks use it). Raises EngineError when the
+    file does not load.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LlamaCpp:
         keep_listener: bool = False,
         verbose: bool = False,
     ) -> None:
-        wait_politely()
+        limit_spinning()
         import xllamacpp
 
         self.context, self.slots = run.context, run.slots
@@ -80,17 +80,21 @@ class LlamaCpp:
         self._schemas_lock = threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="runtimes-"))
         self._key = secrets.token_urlsafe(32)
-        said: Sequence[str] = ()
+        log: Sequence[str] = ()
         try:
             parameters = self._parameters(xllamacpp, run, batch, warmup, extra_buffers, verbose)
-            with captured(not verbose) as said:
+            with capture_stderr(not verbose) as log:
                 self._server: Any = xllamacpp.Server(parameters)
         except (RuntimeError, ValueError) as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise EngineError(f"llama.cpp cannot load {run.model.name}: {log_reason(said) or error}") from None
+            raise EngineError(f"llama.cpp cannot load {run.model.name}: {log_reason(log) or error}") from None
         self.address = str(self._server.listening_address)
-        # The first token also proves that llama.cpp's loop runs: a Server destroyed before that hangs for ever.
-        self._call({"prompt": [0], "n_predict": 1, "temperature": 0.0}, lambda _: False)
+        # One token shows that llama.cpp's loop runs: a Server that is destroyed before that never returns.
+        try:
+            self._call({"prompt": [0], "n_predict": 1, "temperature": 0.0}, lambda _: False)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         if not keep_listener:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -102,7 +106,7 @@ class LlamaCpp:
         parameters.model_alias = [run.name]
         parameters.n_ctx = run.context * run.slots
         parameters.n_parallel = run.slots
-        parameters.kv_unified = False  # every slot keeps its whole context, whatever the others do
+        parameters.kv_unified = False  # every slot has its whole context, independent of the others
         parameters.n_batch = parameters.n_ubatch = batch
         parameters.n_gpu_layers = run.gpu_layers
         parameters.no_extra_bufts = not extra_buffers
@@ -140,7 +144,7 @@ class LlamaCpp:
         if sampling.exact_ids:
             self._whole(request, sampling, emit)
             return
-        state = Streamed(sampling, self._stop_ids, emit)
+        state = StreamedAnswer(sampling, self._stop_ids, emit)
         request["stream"] = True
         self._call(request, state.take)
         if state.error is not None:
@@ -155,14 +159,14 @@ class LlamaCpp:
             "prompt": list(prompt),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            # greedy: the same choice, but without a softmax over the whole vocabulary (5 % of a small model's time)
+            # greedy: the same choice without a softmax over the whole vocabulary (5 % of a small model's time)
             "top_k": sampling.top_k if sampling.temperature > 0 else 1,
             "min_p": sampling.min_p,
             "repeat_penalty": sampling.repetition_penalty,
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,
             "seed": -1 if sampling.seed is None else sampling.seed & 0xFFFFFFFF,
-            "verbose": True,  # the only place where a chunk carries its token id
+            "verbose": True,  # only the verbose part of a chunk has its token id
             "return_tokens": True,
             "return_progress": True,
             "n_predict": -1 if sampling.max_tokens is None else sampling.max_tokens,
@@ -176,7 +180,7 @@ class LlamaCpp:
         return request
 
     def _whole(self, request: dict[str, Any], sampling: Sampling, emit: Emit, end: tuple[int, ...] = ()) -> None:
-        """The plain answer in one piece: it alone carries every token id. end: the end token that comes after it."""
+        """The answer in one piece, not streamed: only it has every token id. end: the end token to add to its ids."""
         request["stream"] = False
         if sampling.stop:
             request["stop"] = list(sampling.stop)
@@ -194,7 +198,7 @@ class LlamaCpp:
         text, ids, finish = choice["text"], tuple(extra["tokens"]), choice["finish_reason"]
         met = next((at for at, token in enumerate(ids) if token in self._stop_ids), None)
         if met is not None and (met + 1 < len(ids) or finish == "length"):
-            # an end token that the GGUF does not know as one, so its text is in the answer: rare, so done again
+            # an end token that the GGUF does not mark as one: its text is in the answer, so generate up to it again
             if met == 0:
                 emit(Piece("", ids[:1], 1, (), "stop", usage["prompt_tokens"]))
                 return
@@ -212,14 +216,14 @@ class LlamaCpp:
             )
         )
 
-    def _call(self, request: Mapping[str, Any], take: Any) -> None:
+    def _call(self, request: Mapping[str, Any], take: Callable[[bytes], object]) -> None:
         try:
             self._server.handle_completions(json.dumps(request).encode(), take)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp failed: {error}") from None
 
     def _check_schema(self, schema: str) -> None:
-        """Refuse a schema that llguidance would silently ignore."""
+        """Raise RequestRefused for a schema that llguidance would silently ignore."""
         with self._schemas_lock:
             known = self._schemas.get(schema)
         if known is None:
@@ -245,13 +249,13 @@ class LlamaCpp:
     # -- the rest of the protocol -------------------------------------------------------------------------------
 
     def top(self, prompts: Sequence[Sequence[int]], top: int) -> list[dict[int, float]]:
-        """The ``top`` likeliest next tokens of each prompt with their log-probabilities, as the model gives them.
+        """The ``top`` likeliest next tokens of each prompt with their log-probabilities, before any sampling.
 
-        All prompts are decoded in one batch, one slot each; a prompt that extends the one its slot saw before costs
+        All prompts are decoded in one batch, one slot each; a prompt that extends the one in its slot's cache costs
         only the new tokens. Raises EngineError. (logits.Scorer does this faster, without a Server.)
         """
-        # llama.cpp reports no probabilities when the token it picks ends inside a UTF-8 character: a bias makes it
-        # pick a plain letter. The bias acts on the choice only; what n_probs reports are the model's own logits.
+        # llama.cpp reports no probabilities when the chosen token ends inside a UTF-8 character, so a bias makes it
+        # choose a letter. The bias changes the choice only; n_probs reports the model's own logits.
         request = {
             "prompt": [list(prompt) for prompt in prompts],
             "temperature": 0.0,
@@ -269,7 +273,7 @@ class LlamaCpp:
         return [{entry["id"]: entry["logprob"] for entry in row} for row in rows]
 
     def score(self, tokens: Sequence[int], top: int) -> Iterator[Mapping[int, float]]:
-        """The distribution after every prefix of ``tokens``, cut to the ``top`` likeliest tokens."""
+        """The ``top`` likeliest tokens after every prefix of ``tokens``."""
         for end in range(1, len(tokens) + 1):
             yield self.top([tokens[:end]], top)[0]
 
@@ -278,10 +282,10 @@ class LlamaCpp:
         """The id of the plain letter "a", which every vocabulary has."""
         from tokenizers import Tokenizer
 
-        found = Tokenizer.from_file(str(self._tokenizer)).token_to_id("a")
-        if found is None:
+        token = Tokenizer.from_file(str(self._tokenizer)).token_to_id("a")
+        if token is None:
             raise EngineError("the tokenizer has no token for the letter a, so positions cannot be scored")
-        return int(found)
+        return int(token)
 
     def memory(self) -> int:
         """Resident bytes of this process; the model runs in it."""
@@ -300,10 +304,10 @@ def load(run: Run, *, verbose: bool) -> LlamaCpp:
 
 @contextlib.contextmanager
 def load_within(run: Run, max_rss_bytes: int | None, *, verbose: bool) -> Iterator[LlamaCpp]:
-    """The engine with resident memory near a ceiling, for the build machine. Not warmed up: that touches all weights
-    while the constructor holds Python's lock, and with it the thread that gives them back.
+    """The engine with resident memory near ``max_rss_bytes``, for the build machine. Without the warm-up, which reads
+    all weights while the constructor holds the GIL and so blocks the thread that drops their pages. Raises EngineError.
     """
-    with bounded(run.model, max_rss_bytes) as mapped:
+    with bounded_memory(run.model, max_rss_bytes) as mapped:
         engine = LlamaCpp(run, warmup=False, extra_buffers=max_rss_bytes is None, verbose=verbose)
         mapped()
         yield engine

@@ -1,11 +1,11 @@
-"""The model's own distributions, straight from llama.cpp's C interface in the library that xllamacpp ships.
+"""The model's own distributions, from the C interface of the llama.cpp library in xllamacpp.
 
-xllamacpp has no Python call for logits, and its Server gives one position a request, reads all weights while it holds
-Python's lock, and hides positions whose greedy token ends inside a character. The shared library exports the C
-functions; called through ctypes they free the lock, and one pass over a sequence answers all of its positions.
+xllamacpp has no Python call for logits. Its Server gives one position per request, reads all weights while it holds the
+GIL, and leaves out positions whose greedy token ends inside a character. The shared library exports the C functions;
+called through ctypes they release the GIL, and one pass over a sequence gives all of its positions.
 
-The two parameter structs below are those of llama.h as xllamacpp 2026.10 bundles it. They are filled by the library's
-own ``*_default_params`` and compared with the known defaults before use, so another layout is refused, not misread.
+The two parameter structs below are those of llama.h in xllamacpp 2026.10. The library's own ``*_default_params`` fill
+them, and they are compared with the known defaults before use, so that another layout is refused and not misread.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 from runtimes.engine import EngineError
-from runtimes.engines.llamacpp.page_cache import bounded
+from runtimes.engines.llamacpp.page_cache import bounded_memory
 from runtimes.manifest import Run
-from runtimes.process import wait_politely
+from runtimes.process import limit_spinning
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 _ERROR = 4
@@ -73,11 +73,11 @@ class _Batch(Structure):
     )
 
 
-_MODEL_DEFAULTS: dict[str, Any] = {
+_MODEL_DEFAULTS: dict[str, object] = {
     **{"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "kv_overrides": None},
     **{"check_tensors": False, "use_extra_bufts": True, "no_alloc": False},
 }
-_CONTEXT_DEFAULTS: dict[str, Any] = {
+_CONTEXT_DEFAULTS: dict[str, object] = {
     **{"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1},
     **{"flash_attention": -1, "yarn_slow": -1.0, "defrag": -1.0, "eval_callback": None, "type_k": 1, "type_v": 1},
     **{"abort_data": None, "offload_kqv": True, "no_perf": True, "kv_unified": False, "other": None},
@@ -85,7 +85,7 @@ _CONTEXT_DEFAULTS: dict[str, Any] = {
 
 
 class Scorer:
-    """One loaded model for scoring. batch: tokens computed at once; logits take batch x vocabulary x 4 bytes.
+    """One loaded model for scoring. batch: tokens per decode; logits take batch x vocabulary x 4 bytes.
 
     extra_buffers: allow repacked copies of the weights. loaded: called once the file is mapped. Raises EngineError.
     """
@@ -93,7 +93,7 @@ class Scorer:
     def __init__(
         self, run: Run, *, batch: int, extra_buffers: bool, verbose: bool, loaded: Callable[[], None] = lambda: None
     ) -> None:
-        wait_politely()
+        limit_spinning()
         import xllamacpp
 
         self.version = f"xllamacpp {xllamacpp.__version__}"
@@ -111,8 +111,10 @@ class Scorer:
         context.n_threads = context.n_threads_batch = run.threads or _cores()
         context.flash_attention = int(run.flash_attention)
         context.type_k = context.type_v = KV_TYPES[run.kv_type]
-        said: list[str] = []
-        self._log = _LOG(lambda level, text, _: said.append(text.decode(errors="replace")) if level == _ERROR else None)
+        errors: list[str] = []
+        self._log = _LOG(
+            lambda level, text, _: errors.append(text.decode(errors="replace")) if level == _ERROR else None
+        )
         if not verbose:
             library.llama_log_set(self._log, None)
         library.llama_backend_init()
@@ -122,26 +124,26 @@ class Scorer:
             self._context = library.llama_init_from_model(self._model, context)
         if not self._context:
             self.close()
-            raise EngineError(f"llama.cpp cannot load {run.model.name}: {_reason(said)}")
+            raise EngineError(f"llama.cpp cannot load {run.model.name}: {_reason(errors)}")
         self._vocabulary = library.llama_model_get_vocab(self._model)
         self.size = int(library.llama_vocab_n_tokens(self._vocabulary))
 
     def top(self, ids: Sequence[int], positions: Sequence[int], top: int) -> Iterator[tuple[int, dict[int, float]]]:
         """For each position p, ascending: p and the ``top`` likeliest tokens after ids[:p], with log-probabilities."""
-        wanted = sorted(set(positions))
-        if not wanted:
+        ordered = sorted(set(positions))
+        if not ordered:
             return
-        if wanted[0] < 1 or wanted[-1] > len(ids):
-            raise ValueError(f"positions {wanted[0]} to {wanted[-1]} do not lie in a sequence of {len(ids)} tokens")
+        if ordered[0] < 1 or ordered[-1] > len(ids):
+            raise ValueError(f"positions {ordered[0]} to {ordered[-1]} do not lie in a sequence of {len(ids)} tokens")
         if any(not 0 <= token < self.size for token in ids):
             raise ValueError(f"a token id lies outside the vocabulary of {self.size}")
         library = self._library
         library.llama_memory_clear(library.llama_get_memory(self._context), True)
-        asked = set(wanted)
-        for start in range(0, wanted[-1], self._batch):
-            part = list(ids[start : min(start + self._batch, wanted[-1])])
-            rows = [at for at in range(len(part)) if start + at + 1 in asked]
-            self._decode(part, start, rows)
+        wanted = set(ordered)
+        for start in range(0, ordered[-1], self._batch):
+            chunk = list(ids[start : min(start + self._batch, ordered[-1])])
+            rows = [at for at in range(len(chunk)) if start + at + 1 in wanted]
+            self._decode(chunk, start, rows)
             for row in rows:
                 logits = library.llama_get_logits_ith(self._context, row)
                 if not logits:
@@ -149,7 +151,7 @@ class Scorer:
                 yield start + row + 1, top_logprobs(ctypes.cast(logits, POINTER(c_float * self.size)).contents, top)
 
     def _decode(self, part: Sequence[int], start: int, rows: Sequence[int]) -> None:
-        """Compute tokens at positions start…; logits are kept for ``rows`` of them only."""
+        """Compute tokens at positions start…; only ``rows`` of them get logits."""
         count = len(part)
         sequence = (c_int32 * 1)(0)
         kept = set(rows)
@@ -175,9 +177,9 @@ class Scorer:
             raise EngineError("llama.cpp cannot tokenize the text")
         return list(out[:count])
 
-    def vocabulary(self, ids: Sequence[int]) -> dict[str, Any]:
-        """What llama.cpp itself does with the GGUF's tokens: whether it puts BOS before a text, and which of ``ids``
-        end an answer by its own account.
+    def vocabulary(self, ids: Sequence[int]) -> dict[str, object]:
+        """llama.cpp's reading of the GGUF's tokens: whether it puts BOS before a text, and which of ``ids`` it takes
+        for end tokens.
         """
         library, vocabulary = self._library, self._vocabulary
         return {
@@ -196,12 +198,12 @@ class Scorer:
 
 @contextlib.contextmanager
 def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
-    """A Scorer with room for ``longest`` tokens. A ceiling also turns off llama.cpp's repacked copies of the weights,
-    which lie outside the mapped file. Raises EngineError.
+    """A Scorer for sequences of up to ``longest`` tokens. max_rss_bytes also turns off llama.cpp's repacked copies of
+    the weights, which are outside the mapped file. Raises EngineError.
     """
-    # llama.cpp rounds contexts up to 256 anyway
+    # llama.cpp rounds contexts up to multiples of 256
     run = replace(run, slots=1, context=max(256, (longest + 255) // 256 * 256))
-    with bounded(run.model, max_rss_bytes) as loaded:
+    with bounded_memory(run.model, max_rss_bytes) as loaded:
         scorer = Scorer(run, batch=SCORE_BATCH, extra_buffers=max_rss_bytes is None, verbose=verbose, loaded=loaded)
         with contextlib.closing(scorer):
             yield scorer
@@ -210,7 +212,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
 def top_logprobs(logits: Any, top: int) -> dict[int, float]:
     """The ``top`` likeliest tokens and their natural log-probabilities (softmax over all), likeliest first.
 
-    logits: a ctypes array of floats. Ties go to the lower id. numpy does it where it is installed.
+    logits: a ctypes array of floats. Of equal ones the lower id comes first. Uses numpy where it is installed.
     """
     with contextlib.suppress(ImportError):
         import numpy
@@ -234,7 +236,7 @@ def _plain_top(values: list[float], top: int) -> dict[int, float]:
 
 
 def _library(path: str) -> Any:
-    """The functions used here, with their C types."""
+    """The library with the C types of its functions that are used here. Raises EngineError."""
     library = ctypes.CDLL(path)
     for name, result, arguments in (
         ("llama_log_set", None, (_LOG, c_void_p)),
@@ -263,15 +265,15 @@ def _library(path: str) -> Any:
     return library
 
 
-def _check(parameters: Structure, defaults: dict[str, Any], version: str) -> None:
-    found = {name: getattr(parameters, name) for name in defaults}
-    if found != defaults:
+def _check(parameters: Structure, defaults: dict[str, object], version: str) -> None:
+    actual = {name: getattr(parameters, name) for name in defaults}
+    if actual != defaults:
         raise EngineError(f"{version} lays out llama.cpp's parameters in an unknown way; install the bundle's version.")
 
 
-def _reason(said: Sequence[str]) -> str:
+def _reason(errors: Sequence[str]) -> str:
     """The first error llama.cpp logged, without the name of the function."""
-    return said[0].partition(": ")[2].strip() if said else "--verbose shows its log"
+    return errors[0].partition(": ")[2].strip() if errors else "--verbose shows its log"
 
 
 def _cores() -> int:

@@ -1,9 +1,9 @@
-"""Keeps resident memory low while a large mapped model is read: its pages go back to the page cache. Linux only.
+"""Bounds resident memory while a large mapped model is read: drops its pages, which stay in the page cache. Linux only.
 
-llama.cpp maps the file with MAP_POPULATE, so all of it is resident the moment it is loaded.
-``mlockall(MCL_FUTURE | MCL_ONFAULT)`` makes the kernel skip the populating (mm/gup.c: a VM_LOCKONFAULT mapping is never
-faulted in ahead); it is taken back right after. That needs CAP_IPC_LOCK or a memory lock limit above the file's size;
-without it the watcher runs a race with the populating, and the pages are clean and shared in any case.
+llama.cpp maps the file with MAP_POPULATE, so all of it becomes resident during loading. With
+``mlockall(MCL_FUTURE | MCL_ONFAULT)`` the kernel does not populate (mm/gup.c: it never prefaults a VM_LOCKONFAULT
+mapping); the lock is released right after. That needs CAP_IPC_LOCK or a memory lock limit above the file's size.
+Without it the watcher drops pages while the kernel populates them; the pages are clean and shared in any case.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ MCL_FUTURE, MCL_ONFAULT = 2, 4
 
 
 @contextlib.contextmanager
-def bounded(model: Path, ceiling: int | None) -> Iterator[Callable[[], None]]:
-    """Keep resident memory near ``ceiling`` bytes. Yields what must be called once the model is mapped.
+def bounded_memory(model: Path, ceiling: int | None) -> Iterator[Callable[[], None]]:
+    """Keep resident memory near ``ceiling`` bytes. Yields a function to call once the model is mapped.
 
-    Elsewhere than on Linux, and without a ceiling, nothing is done. Touching a dropped page again costs a
-    minor fault and, while the page cache holds the file, no disk read.
+    Does nothing without a ceiling, and on other systems than Linux. Reading a dropped page again costs a minor fault
+    and, while the page cache has the file, no disk read.
     """
     if ceiling is None or not sys.platform.startswith("linux"):
         yield lambda: None
@@ -52,7 +52,7 @@ def _no_populating(libc: ctypes.CDLL, model: Path) -> None:
         with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
             return  # a mapping of this size is allowed
     except OSError:
-        libc.munlockall()  # beyond the limit: llama.cpp's own mapping would fail too
+        libc.munlockall()  # above the limit: llama.cpp's own mapping would fail too
 
 
 def _watch(libc: ctypes.CDLL, model: Path, ceiling: int, stop: threading.Event) -> None:
@@ -67,10 +67,10 @@ def _watch(libc: ctypes.CDLL, model: Path, ceiling: int, stop: threading.Event) 
 
 def mappings(model: Path) -> list[tuple[int, int]]:
     """Start address and size in bytes of this process's read-only mappings of the file, from /proc/self/maps."""
-    found = []
+    ranges = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[1].startswith("r-") and fields[5] == str(model):
             start, end = (int(part, 16) for part in fields[0].split("-"))
-            found.append((start, end - start))
-    return found
+            ranges.append((start, end - start))
+    return ranges

@@ -1,7 +1,4 @@
-"""What llama.cpp's server answers, as pieces and refusals; and the reason that its log gives for a failed load.
-
-Everything here reads what the library wrote; runtimes/engines/llamacpp/engine.py asks it.
-"""
+"""Parses llama.cpp's output: answers into pieces and errors, and the log of a failed load into its reason."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ from typing import Any
 from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner
 
 
-class Streamed:
-    """Turns llama.cpp's chunks into pieces: finds stop strings and end tokens, remembers what the last piece needs."""
+class StreamedAnswer:
+    """Turns llama.cpp's chunks into pieces: finds stop strings and end tokens, keeps the counts for the last piece."""
 
     def __init__(self, sampling: Sampling, stop_ids: frozenset[int], emit: Emit) -> None:
         self.sampling, self.stop_ids, self.emit = sampling, stop_ids, emit
@@ -59,7 +56,7 @@ class Streamed:
 
 
 def logprobs(choice: Mapping[str, Any], sampling: Sampling) -> tuple[Logprob, ...]:
-    """Those of an answer's tokens, with as many alternatives as were asked for."""
+    """The log-probabilities of an answer's tokens, with ``sampling.logprobs`` alternatives each."""
     if sampling.logprobs is None or choice["logprobs"] is None:
         return ()
 
@@ -73,7 +70,7 @@ def logprobs(choice: Mapping[str, Any], sampling: Sampling) -> tuple[Logprob, ..
 
 
 def refusal(error: Mapping[str, Any]) -> EngineError:
-    """A RequestRefused where the request is at fault."""
+    """The error of a server's error object: RequestRefused where the request is at fault, else EngineError."""
     message = str(error.get("message", error))
     if error.get("type") == "exceed_context_size_error":
         return RequestRefused(message, code="context_length_exceeded")
@@ -83,26 +80,26 @@ def refusal(error: Mapping[str, Any]) -> EngineError:
 
 
 @contextlib.contextmanager
-def captured(wanted: bool) -> Iterator[list[str]]:
-    """Collect what the C++ side writes to standard error, past Python, while the model loads."""
-    said: list[str] = []
+def capture_stderr(wanted: bool) -> Iterator[list[str]]:
+    """Collect the lines that the C++ library writes to file descriptor 2 while the model loads."""
+    log: list[str] = []
     if not wanted:
-        yield said
+        yield log
         return
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as sink:
         os.dup2(sink.fileno(), 2)
         try:
-            yield said
+            yield log
         finally:
             os.dup2(saved, 2)
             os.close(saved)
             sink.seek(0)
-            said += sink.read().decode(errors="replace").splitlines()
+            log += sink.read().decode(errors="replace").splitlines()
 
 
-def log_reason(said: Sequence[str]) -> str:
+def log_reason(log: Sequence[str]) -> str:
     """The first error in llama.cpp's log: "0.00.169.057 E llama_model_load: error loading model: …"."""
-    errors = [line.partition(" E ")[2] for line in said if " E " in line]
+    errors = [line.partition(" E ")[2] for line in log if " E " in line]
     return errors[0].partition(": ")[2].strip() if errors else ""

@@ -1,4 +1,4 @@
-"""ONNX decoders through onnxruntime, without torch: all slots are decoded together (slots.py)."""
+"""ONNX decoders on the CPU with onnxruntime, without torch; runtimes/decoding/scheduler.py batches the slots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtimes.decoding.scheduler import Scorer, Slots
+from runtimes.decoding.scheduler import Scheduler, Scorer
 from runtimes.manifest import Run
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
-    """A Scorer for sequences of up to ``longest`` tokens. onnxruntime repacks weights into memory of its own, so
-    max_rss_bytes bounds nothing.
+    """A Scorer for sequences of up to ``longest`` tokens. onnxruntime repacks weights into its own memory, so
+    max_rss_bytes has no effect. Raises EngineError.
     """
     yield Scorer(run, _open(run, context=max(longest, 1), slots=1, verbose=verbose))
 
@@ -28,6 +28,6 @@ def _open(run: Run, *, context: int, slots: int, verbose: bool) -> Model:
     return Model(run.model, context=context, slots=slots, threads=run.threads, optimized=optimized, verbose=verbose)
 
 
-def load(run: Run, *, verbose: bool) -> Slots:
+def load(run: Run, *, verbose: bool) -> Scheduler:
     """The engine of a manifest. Raises EngineError."""
-    return Slots(run, _open(run, context=run.context, slots=run.slots, verbose=verbose))
+    return Scheduler(run, _open(run, context=run.context, slots=run.slots, verbose=verbose))

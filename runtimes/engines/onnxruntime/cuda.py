@@ -1,12 +1,12 @@
-"""ONNX decoders on an NVIDIA GPU, through onnxruntime's CUDA provider: only ids go in and logits come out.
+"""ONNX decoders on an NVIDIA GPU with onnxruntime's CUDA provider. Only ids and logits cross to and from the GPU.
 
-The graph is packager/formats/onnx/decoder_cuda.py's: float16, an operator with a CUDA kernel in every node. onnxruntime
-goes on with the processor where its CUDA provider does not start, and says so in a log line; here that is an error: the
-session is made with that one provider, without a fall-back, and asked afterwards. ``--device cpu`` runs the same file
-by the same library on the processor, for whoever asks for it.
+The graph is that of packager/formats/onnx/decoder_cuda.py: float16, and a CUDA kernel for every node. onnxruntime falls
+back to the CPU when its CUDA provider does not start, with a log line only. Here that is an error: the session has that
+one provider and no fallback, and its providers are checked afterwards. ``--device cpu`` runs the same file with the
+same library on the CPU.
 
-The wheel is linked with CUDA's libraries and brings none. They lie beside it as NVIDIA's own wheels, and are loaded
-from there by name, so the box needs a driver and no CUDA (onnxruntime's preload_dlls does the like, and prints).
+The wheel is linked with CUDA's libraries and contains none. They are installed beside it as NVIDIA's own wheels and
+loaded from there by name, so the box needs a driver and no CUDA (onnxruntime's preload_dlls does the same, and prints).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtimes.decoding.scheduler import PIECE, Scorer, Slots
+from runtimes.decoding.scheduler import PREFILL_CHUNK, Scheduler, Scorer
 from runtimes.engine import EngineError
 from runtimes.engines.onnxruntime.decoder import Host, Model, Place, first_line
 from runtimes.engines.onnxruntime.session import quiet_onnxruntime
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 DEVICES = ("gpu", "cpu")
 PROVIDER = "CUDAExecutionProvider"
 DRIVER = "580.65.06"  # the first of CUDA 13
-# in the order of their needs, which is the order in which they are loaded; then the driver's own
+# in the order of their dependencies, which is the load order; the driver's own library comes last
 FOLDER = ("nvidia", "cu13", "lib")
 LIBRARIES = ("libcudart.so.13", "libnvrtc.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10")
 DRIVERS = "libcuda.so.1"
-# no cuDNN in the bundle; and memory is taken as it is needed, not doubled
+# the bundle has no cuDNN; the arena grows by the requested size, not by doubling
 OPTIONS = {"device_id": "0", "enable_cudnn": "0", "arena_extend_strategy": "kSameAsRequested"}
 FULL = ("out of memory", "failed to allocate memory", "available memory of")
 NO_GPU = ("cuda failure 100", "cuda failure 35", "cuda failure 803", "no cuda-capable device")
@@ -41,7 +41,7 @@ NO_KERNEL = ("no kernel image", "cuda failure 209")
 
 
 class Cuda:
-    """The first GPU and its memory. Raises EngineError with one sentence where there is none that can be used."""
+    """The first GPU and its memory. Raises EngineError with one sentence when no GPU can be used."""
 
     device = "cuda"
 
@@ -74,20 +74,20 @@ class Cuda:
     def zeros(self, names: Sequence[str], shape: Sequence[int], kind: Any) -> Mapping[str, int]:
         import numpy as np
 
-        empty: NDArray[Any] = np.zeros(shape, kind)  # attention skips what lies beyond a row's end, but 0 x NaN is NaN
-        found = {}
+        empty: NDArray[Any] = np.zeros(shape, kind)  # attention masks positions beyond a row's end, but 0 x NaN is NaN
+        addresses = {}
         try:
             for name in names:
                 value = self._ort.OrtValue.ortvalue_from_numpy(empty, self.device, 0)
                 self._held.append(value)
                 self._bytes += empty.nbytes
-                found[name] = int(value.data_ptr())
+                addresses[name] = int(value.data_ptr())
         except Exception as error:
             raise self.failed(error) from None
-        return found
+        return addresses
 
     def failed(self, error: Exception) -> EngineError:
-        """One sentence for what CUDA and onnxruntime say at length."""
+        """One sentence for the long errors of CUDA and onnxruntime."""
         text = str(error).lower()
         if any(words in text for words in FULL):
             return EngineError(
@@ -113,7 +113,7 @@ class Cuda:
         return EngineError(f"onnxruntime failed on the GPU: {first_line(error)}")
 
     def memory(self) -> int:
-        """Bytes on the device that are known: weights and caches, not what CUDA itself takes."""
+        """Known bytes on the device: weights and caches, without CUDA's own."""
         return self._bytes
 
     def close(self) -> None:
@@ -121,8 +121,8 @@ class Cuda:
 
 
 def load_libraries(packages: Path) -> None:
-    """Load CUDA's libraries from the wheels in ``packages``, or where the system finds them, for all that comes after.
-    Raises EngineError with one sentence.
+    """Load CUDA's libraries globally, from the wheels in ``packages`` or else from the system's path. Raises
+    EngineError with one sentence.
     """
     folder = packages.joinpath(*FOLDER)
     for name in LIBRARIES:
@@ -143,7 +143,7 @@ def load_libraries(packages: Path) -> None:
 
 
 def device_of(run: Run) -> str:
-    """What ``--device`` said, or else the manifest, or else the GPU. Raises EngineError for one that is not known."""
+    """The device: of ``--device``, else of the manifest, else the GPU. Raises EngineError for an unknown one."""
     device = run.device or str(run.settings.get("device", DEVICES[0]))
     if device not in DEVICES:
         raise EngineError(f"There is no device {device!r}; choose {', '.join(DEVICES)}.")
@@ -151,27 +151,28 @@ def device_of(run: Run) -> str:
 
 
 def open_model(run: Run, *, context: int, slots: int, verbose: bool) -> Model:
-    """The model on the device that was asked for, and no other. Raises EngineError."""
+    """The model on the chosen device, and on no other. Raises EngineError."""
     place: Place = Cuda() if device_of(run) == "gpu" else Host()
-    # the graph is written with the operators that it needs; fusing would skip roundings that were scored
+    # the graph has its final operators; fusing would skip roundings to float16 that the fidelity gate scored
     return Model(
         run.model, context=context, slots=slots, threads=run.threads, optimized=False, verbose=verbose, place=place
     )
 
 
 def warm_up(model: Model) -> None:
-    """A piece of a prompt and a token for every slot: a GPU that cannot answer, or has no room for it, is told now.
-    What is written at the caches' beginnings is overwritten by whoever comes first. Raises EngineError.
+    """Run one prefill chunk and one token for every slot, so that a GPU that cannot compute, or lacks memory, fails at
+    start-up and not on the first request. The first requests overwrite what this writes into the caches. Raises
+    EngineError.
     """
     import numpy as np
 
-    model.run(np.zeros((1, min(PIECE, model.context)), np.int64), [0])
+    model.run(np.zeros((1, min(PREFILL_CHUNK, model.context)), np.int64), [0])
     model.run(np.zeros((model.slots, 1), np.int64), [0] * model.slots)
 
 
 @contextlib.contextmanager
 def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
-    """A Scorer for sequences of up to ``longest`` tokens. max_rss_bytes bounds nothing."""
+    """A Scorer for sequences of up to ``longest`` tokens. max_rss_bytes has no effect. Raises EngineError."""
     model = open_model(run, context=max(longest, 1), slots=1, verbose=verbose)
     try:
         yield Scorer(run, model)
@@ -179,7 +180,7 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
         model.close()
 
 
-def load(run: Run, *, verbose: bool) -> Slots:
+def load(run: Run, *, verbose: bool) -> Scheduler:
     """The engine of a manifest. Raises EngineError."""
     model = open_model(run, context=run.context, slots=run.slots, verbose=verbose)
     try:
@@ -188,4 +189,4 @@ def load(run: Run, *, verbose: bool) -> Slots:
     except EngineError:
         model.close()
         raise
-    return Slots(run, model)
+    return Scheduler(run, model)

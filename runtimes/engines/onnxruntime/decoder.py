@@ -1,9 +1,9 @@
-"""One ONNX decoder in onnxruntime (graph: packager/formats/onnx/decoder_graph.py, onnx_cuda.py), its key/value caches
-in our buffers.
+"""One ONNX decoder in onnxruntime, with its KV cache in our buffers. Graphs: packager/formats/onnx/decoder_graph.py and
+decoder_cuda.py.
 
-Every slot has a row in the caches, which the attention operator writes in place; so one run can decode all slots at
-once, each at its own length. Runs release Python's lock (onnxruntime-genai's calls hold it, prompts included). Where
-the session computes and its caches lie is a Place: the processor's is here, a GPU's in ort_cuda.py.
+Every slot has a row in the KV cache, which the attention operator writes in place. So one run decodes all slots, each
+at its own length. Runs release the GIL (onnxruntime-genai's calls hold it, during prefill too). A Place is the device
+of the session and its cache: the CPU's is here, the GPU's in cuda.py.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ HALF = "tensor(float16)"
 
 
 class Place(Protocol):
-    """Where a session computes and keeps its caches. device: onnxruntime's name for that memory."""
+    """The device of a session and its KV cache. device: onnxruntime's name for its memory."""
 
     device: str
 
     def open(self, path: Path, options: Any) -> Any:
-        """A session. Raises what onnxruntime raises, or EngineError."""
+        """A session. Raises onnxruntime's exceptions, or EngineError."""
         ...
 
     def zeros(self, names: Sequence[str], shape: Sequence[int], kind: Any) -> Mapping[str, int]:
-        """The address of an array of zeros, in C order, for each name; given back by ``close``. Raises EngineError."""
+        """The address of an array of zeros, in C order, for each name; ``close`` frees them. Raises EngineError."""
         ...
 
     def failed(self, error: Exception) -> EngineError:
-        """What a run's failure means to whoever serves the model."""
+        """The one-sentence error for a failed run."""
         ...
 
     def memory(self) -> int:
-        """Bytes that the caches hold outside this process."""
+        """Bytes held outside this process's memory."""
         ...
 
     def close(self) -> None: ...
 
 
 class Host:
-    """The processor and main memory."""
+    """The CPU and main memory."""
 
     device = "cpu"
 
@@ -63,15 +63,15 @@ class Host:
         return quiet_onnxruntime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def zeros(self, names: Sequence[str], shape: Sequence[int], kind: Any) -> Mapping[str, int]:
-        found = {name: _zeros(shape, kind) for name in names}
-        self._held += found.values()
-        return {name: int(array.ctypes.data) for name, array in found.items()}
+        arrays = {name: _zeros(shape, kind) for name in names}
+        self._held += arrays.values()
+        return {name: int(array.ctypes.data) for name, array in arrays.items()}
 
     def failed(self, error: Exception) -> EngineError:
         return EngineError(f"onnxruntime failed: {first_line(error)}")
 
     def memory(self) -> int:
-        """Nothing: the arrays lie in this process."""
+        """0: the arrays are in this process."""
         return 0
 
     def close(self) -> None:
@@ -79,10 +79,10 @@ class Host:
 
 
 class Model:
-    """A loaded graph with ``slots`` rows of ``context`` tokens. Not for two threads at once. Raises EngineError.
+    """A loaded graph with ``slots`` rows of ``context`` tokens. Not thread-safe. Raises EngineError.
 
-    optimized: False keeps the graph as it is written. threads: 0 means one a physical core, onnxruntime's own default.
-    place: the processor where it is left out.
+    optimized: False runs the graph as it is in the file. threads: 0 means one per physical core, onnxruntime's default.
+    place: the CPU by default.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Model:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 1 if verbose else ERRORS_ONLY
-        options.enable_cpu_mem_arena = False  # it keeps what the longest prompt took
+        options.enable_cpu_mem_arena = False  # the arena keeps the memory of the longest prompt
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
@@ -121,10 +121,10 @@ class Model:
         self.vocabulary = int(logits.shape[2])
         self._logits: Any = np.float16 if logits.type == HALF else np.float32
         inputs = self._session.get_inputs()
-        self._asked = next((entry.name for entry in inputs if entry.name in ("kept", "wanted")), "")
+        self._kept_input = next((entry.name for entry in inputs if entry.name in ("kept", "wanted")), "")
         caches = [entry for entry in inputs if entry.name.startswith(PAST)]
-        if not caches or not self._asked:
-            raise EngineError(f"{path.name} is no decoder that this runtime knows: it has no key/value cache.")
+        if not caches or not self._kept_input:
+            raise EngineError(f"{path.name} is not a decoder that this runtime supports: it has no KV cache.")
         self._kind: Any = np.float16 if caches[0].type == HALF else np.float32
         self._row = (int(caches[0].shape[1]), context, int(caches[0].shape[3]))
         self._caches = self._place.zeros([entry.name for entry in caches], (slots, *self._row), self._kind)
@@ -134,7 +134,7 @@ class Model:
         self, ids: NDArray[np.int64], lengths: Sequence[int], *, slot: int = 0, kept: int = 1
     ) -> NDArray[np.float32]:
         """Compute tokens (rows, tokens) for the slots from ``slot`` on and give the logits of the last ``kept``, (rows,
-        kept, vocabulary). lengths: tokens that each row holds before. Raises EngineError.
+        kept, vocabulary). lengths: tokens in each row's cache before. Raises EngineError.
         """
         import numpy as np
 
@@ -143,12 +143,12 @@ class Model:
         if slot + rows > self.slots or int(after.max()) > self.context:
             raise EngineError(f"{rows} rows from slot {slot} or {after.max()} tokens are more than there is room for")
         logits = np.empty((rows, kept, self.vocabulary), self._logits)
-        asked = [kept] if self._asked == "kept" else range(tokens - kept, tokens)
+        wanted = [kept] if self._kept_input == "kept" else range(tokens - kept, tokens)
         inputs: dict[str, NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(ids, np.int64),
             "seqlens_k": np.ascontiguousarray(after - 1, np.int32),
             "total_length": np.array(after.max(), np.int32),
-            self._asked: np.array(asked, np.int64),
+            self._kept_input: np.array(wanted, np.int64),
         }
         try:
             binding = self._binding(slot, rows)
@@ -163,7 +163,7 @@ class Model:
         return logits.astype(np.float32, copy=False)
 
     def memory(self) -> int:
-        """Bytes outside this process that are known."""
+        """Known bytes outside this process's memory."""
         return self._place.memory()
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class Model:
         self._place.close()
 
     def _binding(self, slot: int, rows: int) -> Any:
-        """The caches of these slots as inputs and outputs alike."""
+        """An IO binding with the caches of these slots as both inputs and outputs."""
         import numpy as np
 
         if (slot, rows) not in self._bindings:
@@ -188,8 +188,8 @@ class Model:
 
 
 def _zeros(shape: Sequence[int], kind: Any) -> NDArray[Any]:
-    """Zeros that the system hands out as they are touched, so that memory follows what the conversations fill. numpy's
-    own come in pages of 2 MiB, and every head's row begins in another one.
+    """Zeros in pages that the system allocates at the first write, so that memory grows with the conversations. numpy
+    allocates huge pages of 2 MiB, of which every head's row would touch another one.
     """
     import numpy as np
 
@@ -201,5 +201,5 @@ def _zeros(shape: Sequence[int], kind: Any) -> NDArray[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of onnxruntime says, without its stack."""
+    """The first line of an error of onnxruntime, without its stack."""
     return str(error).strip().partition("\n")[0]

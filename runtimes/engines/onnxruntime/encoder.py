@@ -12,6 +12,7 @@ from runtimes.manifest import Run
 from runtimes.process import resident_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 APP = "encoder_app"
@@ -30,16 +31,16 @@ class OrtEncoder:
         self.reader = Reader(run, self.settings)
         self._session: Any = open_session(run.model, threads=run.threads, verbose=verbose)
         require_inputs([value.name for value in self._session.get_inputs()], self.settings, run.model.name)
-        self.compute([self.reader.read("a")])  # a model that cannot answer is told now, not to the first client
+        self.compute([self.reader.read("a")])  # a model that cannot compute fails at start-up, not on the first request
 
-    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         inputs = padded(texts, self.settings)
         try:
-            (found,) = self._session.run(None, inputs)
+            (output,) = self._session.run(None, inputs)
         except Exception as error:  # onnxruntime's errors share no class of their own
             raise EngineError(f"onnxruntime failed: {error}") from None
-        return rows(found, inputs["attention_mask"], self.task, self.settings)
+        return rows(output, inputs["attention_mask"], self.task, self.settings)
 
     def memory(self) -> int:
         """Resident bytes of this process; the model runs in it."""

@@ -1,8 +1,8 @@
-"""Builds an engine of a plan on this box: trtexec in a child, or TensorRT's Python interface in one.
+"""Builds the engine of a plan on this box, in a child: with trtexec, or with TensorRT's Python interface.
 
-A build takes minutes and, on a small Jetson, all the memory there is. So it says where it stands every few seconds, and
-one that ran out of memory is tried again with the plan's next smaller profile. What "out of memory" looks like: the
-builder's own words, or a child that the kernel ended. Standard library only.
+A build takes minutes and, on a small Jetson, all of its memory. So it reports progress every few seconds, and after a
+build that ran out of memory it tries the plan's next smaller profile. Signs of "out of memory" are the builder's
+messages, or a child that the kernel killed. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.cache import Say
 from runtimes.engines.tensorrt.device import RUNTIME, Device, environment
-from runtimes.engines.tensorrt.plan import Plan, Profile, file_sha256, trtexec_arguments
+from runtimes.engines.tensorrt.plan import Plan, Profile, trtexec_arguments
+from runtimes.files import file_sha256
 
 TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # where JetPack puts it (package libnvinfer-bin)
 EVERY = 5.0  # seconds between two lines of progress
-# Words of TensorRT 10 and of the Tegra kernel's allocator. They decide only for a build that failed, and in a warning
-# ([W]) they tell of a tactic that was skipped, as in every second build: that counts where no tactic was left.
+# Messages of TensorRT 10 and of the Tegra kernel's allocator. They count only for a build that failed. In a warning
+# ([W]) they mean a skipped tactic, which is frequent; that counts only where no tactic was left.
 MEMORY = re.compile(
     r"out of memory|OutOfMemory|could not be allocated|[Ii]nsufficient (memory|workspace)"
     r"|NvMapMemAlloc\w* *:? *\d* *error 12|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation"
@@ -41,55 +42,59 @@ ERROR = re.compile(r"\[E\]|^E[:\[]|rror")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended. said: the line that tells best why. memory: whether it ran out of it."""
+    """The result of a build. memory: whether it ran out of memory. reason: the most useful line of its log."""
 
     fine: bool
     memory: bool = False
-    said: str = ""
+    reason: str = ""
 
 
-def build(plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EVERY) -> tuple[int, Mapping[str, Any]]:
-    """Build at ``goal``; the number of the profile that was built, and how. Raises EngineError with one sentence."""
+def build(
+    plan: Plan, device: Device, goal: Path, say: Say, *, every: float = EVERY
+) -> tuple[int, Mapping[str, object]]:
+    """Build the engine into the file ``goal``. Returns the number of its profile and the facts of the build. Raises
+    EngineError with one sentence.
+    """
     require_model(plan)
     program = find_trtexec()
     begun = time.monotonic()
     outcome = Outcome(False)
     for number, profile in enumerate(plan.profiles):
-        what = shown(profile)
+        what = describe(profile)
         say(f"building the engine for {device.name} with TensorRT {device.version}, {what}; this takes minutes …")
-        outcome = attempt(command(plan, number, goal, program), plan, goal, say, every)
+        outcome = run_build(command(plan, number, goal, program), plan, goal, say, every)
         if outcome.fine:
             made = {"seconds": round(time.monotonic() - begun, 1), "by": "trtexec" if program else "python"}
             return number, {**made, "checked": check(plan, number, goal, say)}
         if not outcome.memory:
             raise EngineError(
-                f"TensorRT could not build the engine ({outcome.said}); the lines above are its own, "
+                f"TensorRT could not build the engine ({outcome.reason}); the lines above are its own, "
                 "`bin/engine build` tries again."
             )
         if number + 1 < len(plan.profiles):
-            say(f"the build ran out of memory ({outcome.said}); trying the next smaller profile")
+            say(f"the build ran out of memory ({outcome.reason}); trying the next smaller profile")
     raise EngineError(
-        f"Memory: expected enough to build even the smallest engine ({shown(plan.profiles[-1])}), found too little "
-        f"({outcome.said}; the box has {device.bytes / 1e9:.1f} GB, {free_memory()} free); end other programs and the "
+        f"Memory: expected enough to build even the smallest engine ({describe(plan.profiles[-1])}), found too little ("
+        f"{outcome.reason}; the box has {device.bytes / 1e9:.1f} GB, {free_memory()} free); end other programs and the "
         "desktop session, restart the box, and run bin/engine build."
     )
 
 
 def require_model(plan: Plan) -> None:
-    """Raise EngineError unless the ONNX and its data are those of the plan: an engine outlives a damaged file."""
+    """Raise EngineError unless the ONNX file and its data have the plan's digests."""
     for path, expected in ((plan.onnx, plan.onnx_sha256), *plan.data):
         try:
-            found = file_sha256(path)
+            digest = file_sha256(path)
         except OSError as error:
             raise EngineError(f"{path} cannot be read ({error.strerror}); copy the bundle again.") from None
-        if found != expected:
+        if digest != expected:
             raise EngineError(
-                f"{path.name}: expected sha256 {expected[:16]}…, found {found[:16]}…; copy the bundle again."
+                f"{path.name}: expected sha256 {expected[:16]}…, found {digest[:16]}…; copy the bundle again."
             )
 
 
 def find_trtexec() -> str | None:
-    """The program on PATH, else where JetPack has it; None for none."""
+    """The program trtexec on PATH, else JetPack's; None without one."""
     return shutil.which("trtexec") or shutil.which(TRTEXEC)
 
 
@@ -108,8 +113,8 @@ def command(plan: Plan, number: int, goal: Path, trtexec: str | None) -> list[st
     ]
 
 
-def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
-    """Run one build to its end, with a line of progress every few seconds."""
+def run_build(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float = EVERY) -> Outcome:
+    """Run one build to its end, with a line of progress every ``every`` seconds."""
     from runtimes.process import die_with_parent
 
     goal.unlink(missing_ok=True)
@@ -117,7 +122,7 @@ def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float
     lines: deque[str] = deque(maxlen=400)
     hints: list[str] = []
 
-    def read(stream: Any) -> None:
+    def read(stream: IO[bytes]) -> None:
         for raw in stream:
             line = raw.decode("utf-8", "replace").rstrip()
             lines.append(line)
@@ -136,7 +141,7 @@ def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
     except OSError as error:
-        return Outcome(False, said=f"{words[0]} cannot be started: {error.strerror}")
+        return Outcome(False, reason=f"{words[0]} cannot be started: {error.strerror}")
     reader = threading.Thread(target=read, args=(child.stdout,), daemon=True)
     reader.start()
     try:
@@ -153,20 +158,21 @@ def attempt(words: Sequence[str], plan: Plan, goal: Path, say: Say, every: float
     reader.join(timeout=10)
     if status == 0 and goal.is_file() and goal.stat().st_size:
         return Outcome(True)
-    outcome = judged(status, list(lines), hints, oom_kills() - killed)
+    outcome = judge_failure(status, list(lines), hints, oom_kills() - killed)
     if not outcome.memory:
         say("\n".join(list(lines)[-30:]))
     return outcome
 
 
-def judged(status: int, lines: Sequence[str], hints: Sequence[str], kills: int) -> Outcome:
-    """What a failed build means. status: the child's exit code. hints: its lines about memory, and about layers for
-    which nothing was left. kills: processes that the kernel ended for want of
-    memory meanwhile, as far as it tells.
+def judge_failure(status: int, lines: Sequence[str], hints: Sequence[str], kills: int) -> Outcome:
+    """The cause of a failed build. status: the child's exit code. hints: its lines about memory and about layers
+    without a tactic. kills: processes that the kernel's out-of-memory killer ended meanwhile, where known.
     """
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        sure = "the kernel ended it for want of memory" if kills else "it was killed, most likely for want of memory"
-        return Outcome(False, True, sure)
+        cause = (
+            "the kernel killed it because memory ran out" if kills else "it was killed, probably because memory ran out"
+        )
+        return Outcome(False, True, cause)
     errors = [line for line in hints if "[W]" not in line and MEMORY.search(line)]
     if not errors and any(NONE_LEFT in line for line in hints):
         errors = [line for line in hints if "[W]" in line]
@@ -175,18 +181,20 @@ def judged(status: int, lines: Sequence[str], hints: Sequence[str], kills: int) 
     if status < 0:
         return Outcome(False, False, f"it crashed with {signal.Signals(-status).name}")
     wrong = [line for line in lines if ERROR.search(line)]
-    said = wrong[-1] if wrong else lines[-1] if lines else "no message"
-    return Outcome(False, False, _plain(said) if status else f"it ended well but wrote no engine; {_plain(said)}")
+    last = wrong[-1] if wrong else lines[-1] if lines else "no message"
+    return Outcome(
+        False, False, _plain(last) if status else f"it exited with status 0 but wrote no engine; {_plain(last)}"
+    )
 
 
 def _plain(line: str) -> str:
-    """A line of a log without its time and level."""
+    """A line of a log without its time and level, at most 300 characters."""
     return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).strip()[:300].rstrip(".")
 
 
-def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] | None:
-    """Run an engine in a child on the texts that the bundle brings with the source's answers, where it does: never
-    trust a converter. Raises EngineError for an engine that answers otherwise.
+def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, object] | None:
+    """Run an engine in a child on the bundle's reference texts, where it has them, and compare with the source's
+    answers. Raises EngineError for an engine whose answers differ. None without reference texts.
     """
     if plan.reference is None:
         return None
@@ -196,31 +204,31 @@ def check(plan: Plan, number: int, engine: Path, say: Say) -> Mapping[str, Any] 
         words, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), cwd=RUNTIME, check=False
     )
     try:
-        found: dict[str, Any] = json.loads(done.stdout.decode().strip().splitlines()[-1])
+        result: dict[str, Any] = json.loads(done.stdout.decode().strip().splitlines()[-1])
     except (ValueError, IndexError):
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise EngineError(
             f"The engine could not be run (exit code {done.returncode}: "
-            f"{said[-1][:300] if said else 'no message'}); it is not used."
+            f"{errors[-1][:300] if errors else 'no message'}); it is not used."
         ) from None
-    if "error" in found:
-        raise EngineError(f"The engine could not be run and is not used: {found['error']}")
-    if found["cosine_min"] < found["least"]:
+    if "error" in result:
+        raise EngineError(f"The engine could not be run and is not used: {result['error']}")
+    if result["cosine_min"] < result["least"]:
         raise EngineError(
-            f"Engine: expected answers with a cosine of at least {found['least']} to the source's, found "
-            f"{found['cosine_min']:.4f}; it is not used, report it with TensorRT's version."
+            f"Engine: expected answers with a cosine of at least {result['least']} to the source's, found "
+            f"{result['cosine_min']:.4f}; it is not used, report it with TensorRT's version."
         )
-    return {"texts": found["texts"], "cosine_min": found["cosine_min"]}
+    return {"texts": result["texts"], "cosine_min": result["cosine_min"]}
 
 
-def shown(profile: Profile) -> str:
-    """A profile for people: "input_ids up to 8x256"."""
+def describe(profile: Profile) -> str:
+    """A profile for a message: "input_ids up to 8x256"."""
     name, shapes = next(iter(profile.items()))
     return f"{name} up to {'x'.join(map(str, shapes.max))}"
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has ended for want of memory since the start; 0 where it does not tell."""
+    """How many processes the out-of-memory killer has ended since boot; 0 where unknown."""
     for file in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
         try:
             fields = dict(line.split() for line in Path(file).read_text("ascii").splitlines())

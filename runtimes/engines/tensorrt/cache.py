@@ -1,9 +1,9 @@
-"""Engines that this box built for itself, one folder for each, named by everything that an engine depends on.
+"""The cache of engines that this box built: one folder per engine, named by everything that the engine depends on.
 
-TensorRT loads an engine only with the very version and on the very architecture it was built for. So the name holds the
-compute capability, the device, TensorRT's full version, the driver's CUDA and the plan's digest: an update of JetPack
-is another name, and is built again without anybody asking. An entry is made in a hidden sibling, flushed and renamed;
-a lock keeps two starts from building the same one. Standard library only.
+TensorRT loads an engine only with the exact version and on the exact architecture that it was built for. So the key has
+the compute capability, the device, TensorRT's full version, the driver's CUDA and the plan's digest. After an update of
+JetPack the key differs, and the engine is built again automatically. An entry is made in a hidden sibling, flushed and
+renamed; a lock prevents two starts from building the same engine. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.device import Device
-from runtimes.engines.tensorrt.plan import Plan, file_sha256
+from runtimes.engines.tensorrt.plan import Plan
+from runtimes.files import file_sha256, flush, lock
 
 ENGINE, ENTRY, LOCK = "engine.plan", "entry.json", ".lock"
 FORMAT = 1
-KEPT = "engines"  # below each of the places
+KEPT = "engines"  # subfolder of each possible cache folder
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Key:
-    """What an engine depends on. plan: the digest of plan.json, which holds the model's."""
+    """Everything that an engine depends on. plan: the digest of plan.json, which contains the model's digest."""
 
     sm: str
     device: str
@@ -48,7 +48,7 @@ class Key:
 
     @property
     def name(self) -> str:
-        """The folder's name: readable in front, and a digest of all of it."""
+        """The folder's name: a readable prefix and a digest of all fields."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.sm}-{self.tensorrt}-cuda{self.cuda}")
         return f"sm{plain}-{digest[:16]}"
@@ -56,13 +56,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """An engine in the cache. profile: which of the plan's it was built for. made: how long it took and by what."""
+    """An engine in the cache. profile: the number of its profile in the plan. made: the facts of its build."""
 
     path: Path
     profile: int
     sha256: str
     bytes: int
-    made: Mapping[str, Any]
+    made: Mapping[str, object]
 
     @property
     def engine(self) -> Path:
@@ -70,21 +70,21 @@ class Entry:
 
 
 def places(home: Path, environment: Mapping[str, str] = os.environ) -> list[Path]:
-    """Where engines of the install at ``home`` may lie, best first: what systemd gave a service of its own, the
-    install itself, and the user's cache where the install belongs to somebody else.
+    """The possible cache folders of the install at ``home``, best first: systemd's CacheDirectory, the install itself,
+    and the user's cache for an install that is not writable.
     """
-    found = []
+    folders = []
     if given := environment.get("CACHE_DIRECTORY"):  # CacheDirectory= of systemd.exec(5); several are parted by colons
-        found.append(Path(given.partition(":")[0]))
-    found.append(home / "cache")
+        folders.append(Path(given.partition(":")[0]))
+    folders.append(home / "cache")
     base = environment.get("XDG_CACHE_HOME") or (f"{environment['HOME']}/.cache" if environment.get("HOME") else "")
     if base:
-        found.append(Path(base) / "packager" / home.name)
-    return [place / KEPT for place in found]
+        folders.append(Path(base) / "packager" / home.name)
+    return [place / KEPT for place in folders]
 
 
 def writable(folders: list[Path]) -> Path | None:
-    """The first folder that this process can make and write; None for none."""
+    """The first folder that this process can create and write; None without one."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def writable(folders: list[Path]) -> Path | None:
 
 
 def find(folders: list[Path], key: Key, plan: Plan) -> Entry | None:
-    """The engine of this key, whole by its digest; None where no folder has it."""
+    """The engine of this key, checked by its digest; None where no folder has it."""
     for folder in folders:
         entry = read_entry(folder / key.name, key, plan)
         if entry is not None:
@@ -105,7 +105,7 @@ def find(folders: list[Path], key: Key, plan: Plan) -> Entry | None:
 
 
 def read_entry(path: Path, key: Key, plan: Plan) -> Entry | None:
-    """An entry, checked: of this very key, of a profile that the plan has, and undamaged. None else."""
+    """An entry, or None unless it has this key and a profile of the plan, and is undamaged."""
     try:
         plain = json.loads((path / ENTRY).read_text("utf-8"))
         if plain["schema_version"] != FORMAT or plain["key"] != asdict(key):
@@ -117,17 +117,18 @@ def read_entry(path: Path, key: Key, plan: Plan) -> Entry | None:
         return None
 
 
-Build = Callable[[Path], tuple[int, Mapping[str, Any]]]
-"""Makes the engine at the path it is given; the profile's number and what is told of the making. Raises EngineError."""
+Build = Callable[[Path], tuple[int, Mapping[str, object]]]
+"""Builds the engine into the given file. Returns the profile's number and the facts of the build. Raises EngineError.
+"""
 
 
 def ensure(folders: list[Path], key: Key, plan: Plan, build: Build, say: Say, *, force: bool = False) -> Entry:
-    """The engine of this key, built when it is in no folder; others in its folder are removed once it is there.
+    """The engine of this key; built when no folder has it, and then other engines in its folder are removed.
 
-    force: build it even so. Raises EngineError when it cannot be built, or no folder can be written.
+    force: build it in any case. Raises EngineError when it cannot be built, or no folder can be written.
     """
-    if not force and (found := find(folders, key, plan)):
-        return found
+    if not force and (entry := find(folders, key, plan)):
+        return entry
     folder = writable(folders)
     if folder is None:
         raise EngineError(
@@ -136,8 +137,8 @@ def ensure(folders: list[Path], key: Key, plan: Plan, build: Build, say: Say, *,
         )
     try:
         with locked(folder, say):
-            if not force and (found := find([folder], key, plan)):  # another start built it meanwhile
-                return found
+            if not force and (entry := find([folder], key, plan)):  # another start built it meanwhile
+                return entry
             sweep(folder)
             entry = publish(folder, key, plan, build)
             for other in sorted(entries(folder)):
@@ -174,7 +175,7 @@ def publish(folder: Path, key: Key, plan: Plan, build: Build) -> Entry:
             else:
                 flush(left)
         flush(work)
-        if goal.exists():  # damaged, or built anew on request
+        if goal.exists():  # damaged, or rebuilt with --force
             shutil.rmtree(goal)
         work.chmod(0o755)
         work.rename(goal)
@@ -185,18 +186,18 @@ def publish(folder: Path, key: Key, plan: Plan, build: Build) -> Entry:
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """The engines in a folder, of whatever key."""
+    """All engines in a folder."""
     return (path for path in folder.glob("sm*") if (path / ENTRY).is_file()) if folder.is_dir() else iter(())
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed builds left. Under the lock, so none of them lives."""
+    """Remove the remains of killed builds. Under the lock, so no build is running."""
     for left in folder.glob(".*.building-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def clear(folders: list[Path], say: Say) -> list[Path]:
-    """Remove every engine, and the kernels that were kept; what was removed."""
+    """Remove every engine and all cached kernels. Returns the removed paths."""
     removed = []
     for folder in folders:
         if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -211,50 +212,18 @@ def clear(folders: list[Path], say: Say) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path, say: Say, pause: float = 0.5) -> Iterator[None]:
-    """Hold a folder of engines; waits for a process that builds in it, and says so once. A killed one holds nothing."""
-    if sys.platform == "win32":  # engines are built on Jetsons alone
+    """Lock a cache folder; wait, with one message, for a process that builds in it. A killed process frees its lock."""
+    if sys.platform == "win32":  # engines are built on Jetsons only
         yield
         return
-    import fcntl
-
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        told = False
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    say("another process builds an engine here; waiting for it …")
-                told = True
-                time.sleep(pause)
+        waited = False
+        while not lock(handle):
+            if not waited:
+                say("another process builds an engine here; waiting for it …")
+            waited = True
+            time.sleep(pause)
         yield
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the file, flush, and rename over it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    work = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """A file or folder on disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

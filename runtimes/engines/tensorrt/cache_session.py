@@ -1,7 +1,7 @@
-"""An engine whose keys and values stay on the GPU: written where they lie, never copied out.
+"""A decoder's engine whose KV cache stays on the GPU: updated in place, never copied.
 
-TensorRT's KVCacheUpdate demands that a cache's input and output are one address. Each has room for all rows; a run for
-some of them begins at their first. Nothing of this could be run where it was written: no GPU was at hand.
+TensorRT's KVCacheUpdate requires one address for a cache's input and output. Each cache has room for all rows; a run
+for some rows starts at the first of them. This module has not been run on a GPU: none was available to its authors.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ if TYPE_CHECKING:
 PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
 
 
-class ResidentSession(NativeSession):
-    """Raises EngineError as NativeSession does."""
+class CacheSession(NativeSession):
+    """A NativeSession with a KV cache. Raises EngineError as NativeSession does."""
 
     def _take(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """One buffer for a cache's input and output, zeroed: what no token has written is masked, and nothing times a
-        number that is none would still be none.
-        """
-        found = super()._take({name: size for name, size in sizes.items() if not name.startswith(PRESENT)})
-        for name in [name for name in found if name.startswith(PAST)]:
-            self._cuda.clear(found[name], sizes[name])
-            found[PRESENT + name.removeprefix(PAST)] = found[name]
-        return found
+        """One zeroed buffer for a cache's input and output: masked positions may not hold NaN, as 0 x NaN is NaN."""
+        addresses = super()._take({name: size for name, size in sizes.items() if not name.startswith(PRESENT)})
+        for name in [name for name in addresses if name.startswith(PAST)]:
+            self._cuda.clear(addresses[name], sizes[name])
+            addresses[PRESENT + name.removeprefix(PAST)] = addresses[name]
+        return addresses
 
     def rows_at(self, slot: int, rows: int) -> dict[str, tuple[int, ...]]:
-        """Point the caches at the rows from ``slot`` on; their shapes."""
+        """Set the caches' addresses to the rows from ``slot`` on. Returns their shapes."""
         shapes = {}
         for name, (_, *rest) in self._largest.items():
             if name.startswith(PAST):
@@ -45,7 +43,7 @@ class ResidentSession(NativeSession):
         return shapes
 
     def step(self, inputs: Mapping[str, NDArray[Any]], slot: int, rows: int) -> NDArray[np.float32]:
-        """The logits of one step for the rows from ``slot`` on."""
+        """The logits of one step for the rows from ``slot`` on. Raises EngineError."""
         import numpy as np
 
         self._cuda.use()

@@ -1,7 +1,8 @@
-"""Tries an encoder's engine on the texts that its bundle brings: ``engine_check PLAN PROFILE ENGINE``.
+"""Runs an encoder's engine on the bundle's reference texts: ``python -m runtimes.engines.tensorrt.check PLAN PROFILE
+ENGINE``.
 
-A process of its own, because an engine may crash the one that runs it. Standard output: one JSON document, what
-``tried`` gives or {"error": sentence}.
+A separate process, because an engine may crash the process that runs it. Standard output: one JSON document, the result
+of ``try_engine`` or {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ import numpy as np
 
 from runtimes.engine import EngineError
 from runtimes.engines.encoder import Settings, Text, padded, rows
-from runtimes.engines.tensorrt.encoder import fitted
-from runtimes.engines.tensorrt.plan import Plan, file_sha256, read_plan
+from runtimes.engines.tensorrt.encoder import pad_to_profile
+from runtimes.engines.tensorrt.plan import Plan, read_plan
 from runtimes.engines.tensorrt.session import NativeSession
+from runtimes.files import file_sha256
 from runtimes.manifest import ManifestError, read_bundle
 
 
 def main(path: Path, number: int, engine: Path) -> None:
-    """Print what became of the engine of a plan's profile."""
+    """Print the result for the engine of a plan's profile."""
     try:
-        found = tried(read_plan(path), number, engine)
+        result = try_engine(read_plan(path), number, engine)
     except (EngineError, ManifestError) as error:
-        found = {"error": str(error)}
-    sys.stdout.write(json.dumps(found) + "\n")
+        result = {"error": str(error)}
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
-def tried(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
-    """The least cosine between an engine's answers and the source's, on the plan's own texts. Raises EngineError."""
+def try_engine(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
+    """The smallest cosine between the engine's and the source's vectors of the plan's texts. Raises EngineError."""
     if plan.reference is None:
         raise EngineError("The plan brings no texts to try an engine with.")
     file, digest = plan.reference
@@ -48,24 +50,24 @@ def tried(plan: Plan, number: int, engine: Path) -> dict[str, Any]:
     profile = plan.profiles[number]
     longest = next(iter(profile.values())).max[1]
     session = NativeSession(plan, profile, engine, kernels=None, verbose=False)
-    found: list[float] = []
+    cosines: list[float] = []
     try:
         for text, row in pairs:
-            if len(text.ids) > longest:  # a smaller profile than the first
+            if len(text.ids) > longest:  # too long for a smaller profile
                 continue
             inputs = padded([text], settings)
-            states = session.run(fitted(inputs, profile, settings.pad_id))[plan.outputs[0].name]
+            states = session.run(pad_to_profile(inputs, profile, settings.pad_id))[plan.outputs[0].name]
             cut = states[:1, : len(text.ids)] if states.ndim == 3 else states[:1]
             (vector,) = rows(cut, inputs["attention_mask"], run.task, settings)
             wanted = np.asarray(row, np.float32)
             if vector.shape != wanted.shape or not np.isfinite(vector).all():
-                raise EngineError("The engine gives vectors of another size, or ones that are no numbers.")
-            found.append(float(vector @ wanted / (np.linalg.norm(vector) * np.linalg.norm(wanted) + 1e-12)))
+                raise EngineError("The engine gives vectors of another size, or with NaN or infinity.")
+            cosines.append(float(vector @ wanted / (np.linalg.norm(vector) * np.linalg.norm(wanted) + 1e-12)))
     finally:
         session.close()
-    if not found:
+    if not cosines:
         raise EngineError("Every text that the plan brings is longer than the profile takes.")
-    return {"texts": len(found), "cosine_min": min(found), "least": least}
+    return {"texts": len(cosines), "cosine_min": min(cosines), "least": least}
 
 
 def home_of_plan(plan: Plan) -> Path:

@@ -1,4 +1,4 @@
-"""``engine``: build, show or clear the engine that this box makes for itself of a TensorRT bundle.
+"""``engine``: build, show or clear the engine that this box builds from a TensorRT bundle.
 
 Exit codes: 0 done, 2 usage, 3 the bundle is unusable, 4 the box does not fit, 9 the engine could not be made or kept.
 """
@@ -11,19 +11,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from runtimes.engine import EngineError
 from runtimes.engines.registry import COMPILED
 from runtimes.engines.tensorrt import cache
 from runtimes.engines.tensorrt.build import check
 from runtimes.engines.tensorrt.cache import Key
-from runtimes.engines.tensorrt.device import ask, unfit
-from runtimes.engines.tensorrt.open import home_of, prepare, say
+from runtimes.engines.tensorrt.device import query_device, unfit
+from runtimes.engines.tensorrt.open import home_of, prepare
 from runtimes.engines.tensorrt.plan import Plan, read_plan
+from runtimes.files import say
 from runtimes.manifest import ManifestError, Run, read_bundle
 
-PAST = "past_key_values."  # a language model's caches, two a layer: no news beside the other shapes
+PAST = "past_key_values."  # a language model's caches, two per layer; not shown
 FINE, UNUSABLE, REFUSED, FAILED = 0, 3, 4, 9
 
 
@@ -35,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = read_bundle(options.bundle)
         if run.engine not in COMPILED:
-            raise ManifestError(f"This bundle's engine is {run.engine!r}, which needs no engine of its own.")
+            raise ManifestError(
+                f"This bundle's engine is {run.engine!r}; only TensorRT bundles have an engine to build."
+            )
         plan = read_plan(run.model)
         document, code = WHAT[options.what](run, plan, options)
     except ManifestError as error:
@@ -53,26 +55,26 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``engine``."""
     options = argparse.ArgumentParser(
         prog="python -m runtimes engine",
-        description="The engine that this box makes for itself of a TensorRT bundle.",
+        description="The engine that this box builds from a TensorRT bundle.",
         epilog="Exit codes: 0 done, 3 the bundle is unusable, 4 the box does not fit, 9 the engine was not made.",
     )
     options.add_argument("what", choices=list(WHAT), help="build it where it is missing, show it, or clear all")
     options.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle, or an install of it")
-    options.add_argument("--force", action="store_true", help="build: again, though there is one")
+    options.add_argument("--force", action="store_true", help="build: rebuild an existing engine")
     options.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return options
 
 
-def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Have the engine there, and one that the bundle brings tried; a box that does not fit is told apart."""
+def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
+    """Build the engine where it is missing; check one that the bundle contains. Code 4 for a box that does not fit."""
     try:
-        device = ask(plan.library)
+        device = query_device(plan.library)
     except EngineError as error:
         return {"ok": False, "error": str(error)}, REFUSED
     if (refusal := unfit(plan, device)) is not None:
         return {"ok": False, "error": refusal, "device": asdict(device)}, REFUSED
     ready = prepare(plan, home_of(run), force=options.force and plan.compiled is None, device=device)
-    # an engine that the bundle brings was compiled where no GPU could run it: this is the first one that does
+    # an engine in the bundle was compiled without a GPU, so this is its first run
     checked = check(plan, 0, ready.engine, say) if plan.compiled is not None else None
     shapes = {name: list(shape.max) for name, shape in ready.profile.items() if not name.startswith(PAST)}
     return {
@@ -86,10 +88,10 @@ def build(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, 
     }, FINE
 
 
-def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """What this box is, what it would need, and what lies in the cache."""
+def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
+    """The device, the plan's requirements, and the engines in the cache."""
     folders = cache.places(home_of(run))
-    document: dict[str, Any] = {
+    document: dict[str, object] = {
         "precision": plan.precision,
         "bundled": plan.compiled and plan.compiled.file.name,
         "sha256": plan.compiled and plan.compiled.sha256,
@@ -98,7 +100,7 @@ def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, A
         "kept": sorted(str(path) for folder in folders for path in cache.entries(folder)),
     }
     try:
-        device = ask(plan.library)
+        device = query_device(plan.library)
     except EngineError as error:
         return {**document, "ok": False, "device": None, "error": str(error)}, REFUSED
     refusal = unfit(plan, device)
@@ -112,7 +114,7 @@ def show(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, A
     return document, REFUSED if refusal else FINE
 
 
-def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def clear(run: Run, plan: Plan, options: argparse.Namespace) -> tuple[dict[str, object], int]:
     """Remove every engine of this install."""
     removed = cache.clear(cache.places(home_of(run)), say)
     return {"ok": True, "removed": [str(path) for path in removed]}, FINE
@@ -122,7 +124,7 @@ WHAT = {"build": build, "show": show, "clear": clear}
 
 
 def child(path: Path, number: int, engine: Path) -> int:
-    """In a process of its own, because it may run out of memory or crash: build the engine of a profile."""
+    """Build the engine of a profile; run as a child, because it may run out of memory or crash."""
     try:
         from runtimes.engines.tensorrt.session import build as make
 
@@ -141,7 +143,7 @@ def _failed(sentence: str, code: int, as_json: bool) -> int:
     return code
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     return "\n  ".join(["", *map(str, value)]) if isinstance(value, list) else "none" if value is None else str(value)

@@ -1,8 +1,8 @@
-"""CUDA without torch: memory, copies and a stream, by the driver's own interface. Sole owner of cuda.bindings.
+"""CUDA without torch: memory, copies and a stream, through the driver API. The only module that imports cuda.bindings.
 
-The driver's interface (libcuda, which is part of every driver) and not the runtime's: no libcudart has to be found or
-matched, and cuda-bindings 12 works with every driver since CUDA 12.0, so with JetPack 6 (12.6), JetPack 7 (13.2) and
-the drivers of a T4. cuda-bindings 13 would ask for a driver 580; cupy is a whole library of arrays.
+It uses the driver API (libcuda, part of every driver), not the runtime API: so no libcudart has to be located or
+matched, and cuda-bindings 12 works with every driver since CUDA 12.0, which includes JetPack 6 (12.6), JetPack 7 (13.2)
+and the drivers of a T4. cuda-bindings 13 needs driver 580; cupy is a whole array library.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MISSING = "GPU: expected an NVIDIA GPU with its driver, found none ({}); use a b
 
 
 class Cuda:
-    """The first GPU's own context (the one that TensorRT uses), a stream, and the buffers taken so far.
+    """The first GPU's primary context (which TensorRT uses too), a stream, and the allocated buffers.
 
-    Raises EngineError with one sentence, from every method, where the driver refuses.
+    Every method raises EngineError with one sentence when the driver fails.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class Cuda:
             self._device = self._call(driver.cuDeviceGet, 0)
         except EngineError as error:
             raise error if str(error).startswith("GPU: ") else EngineError(MISSING.format(error)) from None
-        except RuntimeError:  # the bindings' own, where libcuda is not to be found
+        except RuntimeError:  # from the bindings, when libcuda is missing
             raise EngineError(MISSING.format("its library libcuda cannot be loaded")) from None
         self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
         self.use()
         self._stream = self._call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
-        """What a call of the driver gives beside its status."""
+        """Call the driver; its result beside the status. Raises EngineError for another status than 0."""
         status, *rest = function(*arguments)
         if int(status) != 0:
             _, name = self._driver.cuGetErrorName(status)
@@ -60,7 +60,7 @@ class Cuda:
         return rest[0] if rest else None
 
     def use(self) -> None:
-        """Make the context this thread's: loading and computing are done by different ones."""
+        """Make the context current in this thread; loading and computing use different threads."""
         self._call(self._driver.cuCtxSetCurrent, self._context)
 
     @property
@@ -69,7 +69,7 @@ class Cuda:
         return int(self._stream)
 
     def facts(self) -> dict[str, Any]:
-        """name, sm, bytes and cuda of tensorrt_device.Device."""
+        """The fields name, sm, bytes and cuda of device.Device."""
         driver = self._driver
         attribute = driver.CUdevice_attribute
         major, minor = (
@@ -89,29 +89,29 @@ class Cuda:
         }
 
     def take(self, size: int) -> int:
-        """The address of so many bytes of device memory; given back by ``close``."""
-        found = self._call(self._driver.cuMemAlloc, max(size, 1))
-        self._buffers.append(found)
-        return int(found)
+        """Allocate device memory; size in bytes. Returns the address; ``close`` frees it."""
+        buffer = self._call(self._driver.cuMemAlloc, max(size, 1))
+        self._buffers.append(buffer)
+        return int(buffer)
 
     def clear(self, address: int, size: int) -> None:
-        """Zero so many bytes of device memory, in the stream's turn."""
+        """Set ``size`` bytes of device memory to zero, in stream order."""
         self._call(self._driver.cuMemsetD8Async, address, 0, size, self._stream)
 
     def send(self, array: NDArray[Any], address: int) -> None:
-        """Copy an array in C order to the device, in the stream's turn."""
+        """Copy an array in C order to the device, in stream order."""
         self._call(self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self._stream)
 
     def fetch(self, address: int, array: NDArray[Any]) -> None:
-        """Copy from the device into an array in C order, in the stream's turn; ``wait`` before it is read."""
+        """Copy from the device into an array in C order, in stream order; call ``wait`` before reading it."""
         self._call(self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self._stream)
 
     def wait(self) -> None:
-        """Until everything in the stream is done."""
+        """Wait until the stream is idle."""
         self._call(self._driver.cuStreamSynchronize, self._stream)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free the buffers, the stream and the context."""
         driver = self._driver
         if self._context is None:
             return

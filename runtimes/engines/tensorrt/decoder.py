@@ -1,10 +1,9 @@
-"""Language models through TensorRT: the typed ONNX of packager/formats/tensorrt/decoder_graph.py, all slots decoded
-together.
+"""Language models through TensorRT: the typed ONNX of packager/formats/tensorrt/decoder_graph.py; slots are batched.
 
-The engine has no sampling, no template and no queue: those are slots.py's, as for onnxruntime. What is different is
-where keys and values lie: on the GPU an engine writes them in place (TensorRT's KVCacheUpdate), so input and output are
-one address and nothing of them is copied; on the CPU, for ``--device cpu`` and for the comparison on the build machine,
-they are arrays that the session gives back.
+Sampling, templates and the queue are in runtimes/decoding/ (scheduler.py), as for onnxruntime. The KV cache differs: on
+the GPU the engine updates it in place (TensorRT's KVCacheUpdate), so input and output have one address and nothing is
+copied. On the CPU, for ``--device cpu`` and for the comparison on the build machine, the cache is arrays that the
+session returns.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runtimes.decoding.scheduler import Scorer, Slots
+from runtimes.decoding.scheduler import Scheduler, Scorer
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt.open import home_of, kernels_file, prepare
 from runtimes.engines.tensorrt.plan import Plan, Profile, read_plan
@@ -28,7 +27,7 @@ PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
 
 
 class Caches(Protocol):
-    """A session and its rows of keys and values."""
+    """A session and its rows of the KV cache."""
 
     def step(self, inputs: Mapping[str, NDArray[Any]], slot: int, rows: int) -> NDArray[np.float32]:
         """The logits, with the new keys and values written for the rows from ``slot`` on. Raises EngineError."""
@@ -40,7 +39,7 @@ class Caches(Protocol):
 
 
 class Model:
-    """An opened engine with a row of the caches for each slot. Not for two threads at once. Raises EngineError."""
+    """An opened engine with a row of the KV cache for each slot. Not thread-safe. Raises EngineError."""
 
     def __init__(self, caches: Caches, profile: Profile, vocabulary: int, version: str, rows: int) -> None:
         self._caches, self.vocabulary, self.version = caches, vocabulary, version
@@ -51,7 +50,7 @@ class Model:
     def run(
         self, ids: NDArray[np.int64], lengths: Sequence[int], *, slot: int = 0, kept: int = 1
     ) -> NDArray[np.float32]:
-        """As slots.Model has it. Raises EngineError for more than the engine's profile takes."""
+        """See runtimes.decoding.scheduler.Model. Raises EngineError for more than the engine's profile allows."""
         import numpy as np
 
         rows, tokens = ids.shape
@@ -68,7 +67,7 @@ class Model:
         return self._caches.step(inputs, slot, rows)
 
     def memory(self) -> int:
-        """Bytes on the device that are known."""
+        """Known bytes on the device."""
         return self._caches.memory()
 
     def close(self) -> None:
@@ -77,15 +76,15 @@ class Model:
 
 
 def rounded(places: int) -> int:
-    """Places that are looked at: a power of two from 64 on, so that an engine meets few shapes (each new one costs)."""
+    """The attended cache positions, rounded up to a power of two from 64 on: few shapes, because each new one costs."""
     return max(64, 1 << (places - 1).bit_length())
 
 
 class HostCaches:
-    """onnxruntime on the processor, keys and values as arrays here: every run takes them in and gives new ones back.
+    """onnxruntime on the CPU, with the KV cache as arrays: every run takes them and returns new ones.
 
-    The graph stays as it is written: folding would hold every weight in float32, and fusing would skip roundings to
-    float16 that TensorRT makes. rows: conversations at once.
+    The graph is run as it is in the file: folding would keep every weight in float32, and fusing would skip roundings
+    to float16 that TensorRT does. rows: concurrent conversations. Raises EngineError.
     """
 
     def __init__(self, plan: Plan, rows: int, *, threads: int, verbose: bool) -> None:
@@ -105,14 +104,14 @@ class HostCaches:
             made = self._session.run(self._outputs, {**inputs, **past})
         except Exception as error:  # onnxruntime's errors share no class of their own
             raise EngineError(f"onnxruntime failed: {error}") from None
-        found = dict(zip(self._outputs, made, strict=True))
+        outputs = dict(zip(self._outputs, made, strict=True))
         for name, held in self._held.items():
-            held[slot : slot + rows] = found[PRESENT + name.removeprefix(PAST)]
-        logits: NDArray[np.float32] = found[LOGITS]
+            held[slot : slot + rows] = outputs[PRESENT + name.removeprefix(PAST)]
+        logits: NDArray[np.float32] = outputs[LOGITS]
         return logits
 
     def memory(self) -> int:
-        """The arrays lie in this process."""
+        """0: the arrays are in this process."""
         return 0
 
     def close(self) -> None:
@@ -127,24 +126,24 @@ def open_model(run: Run, *, rows: int, verbose: bool) -> Model:
     device = run.device or str(run.settings.get("device", DEVICES[0]))
     profile = plan.profiles[0]
     if not {"input_ids", "start", "places", "wanted"} <= profile.keys():
-        raise ManifestError(f"{run.model.name} is no language model's plan; copy the bundle again.")
+        raise ManifestError(f"{run.model.name} is not a language model's plan; copy the bundle again.")
     if device not in DEVICES:
         raise EngineError(f"There is no device {device!r}; choose {', '.join(DEVICES)}.")
     if device == "cpu":
-        held = HostCaches(plan, rows, threads=run.threads, verbose=verbose)
-        vocabulary = _vocabulary(run, held)
-        return Model(held, profile, vocabulary, held.version, rows)
-    from runtimes.engines.tensorrt.cache_session import ResidentSession
+        caches = HostCaches(plan, rows, threads=run.threads, verbose=verbose)
+        vocabulary = _vocabulary(run, caches)
+        return Model(caches, profile, vocabulary, caches.version, rows)
+    from runtimes.engines.tensorrt.cache_session import CacheSession
 
     home = home_of(run)
     ready = prepare(plan, home)
     kernels = kernels_file(plan, home, ready.device)
-    session = ResidentSession(plan, ready.profile, ready.engine, kernels=kernels, verbose=verbose)
+    session = CacheSession(plan, ready.profile, ready.engine, kernels=kernels, verbose=verbose)
     return Model(session, ready.profile, _vocabulary(run, session), session.version, rows)
 
 
 def _vocabulary(run: Run, caches: Caches) -> int:
-    """Entries of the logits, by asking for one token; a model that cannot answer is told now."""
+    """The size of the vocabulary, from one decoded token; a model that cannot compute fails here, at start-up."""
     import numpy as np
 
     one = {
@@ -158,7 +157,7 @@ def _vocabulary(run: Run, caches: Caches) -> int:
 
 @contextlib.contextmanager
 def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
-    """A Scorer. The plan's own profile bounds the length; max_rss_bytes bounds nothing."""
+    """A Scorer. The plan's profile limits the length; max_rss_bytes has no effect."""
     model = open_model(run, rows=1, verbose=verbose)
     try:
         yield Scorer(run, model)
@@ -166,6 +165,6 @@ def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: b
         model.close()
 
 
-def load(run: Run, *, verbose: bool) -> Slots:
+def load(run: Run, *, verbose: bool) -> Scheduler:
     """The engine of a manifest. Raises ManifestError or EngineError."""
-    return Slots(run, open_model(run, rows=run.slots, verbose=verbose))
+    return Scheduler(run, open_model(run, rows=run.slots, verbose=verbose))

@@ -1,7 +1,7 @@
-"""The seam to a GPU: what an opened engine offers, what is known of the device, and the process that asks it.
+"""The interface to a GPU: the session of an opened engine, the facts of the device, and the child that reads them.
 
-Libraries of a GPU can end the process that loads them (TensorRT's runtime does without a driver), so the facts are
-asked in a child with a time limit, and only a device that answered is used in this process.
+A GPU library can crash the process that loads it (TensorRT's runtime does, without a driver). So a child with a time
+limit reads the facts, and this process uses the device only when the child succeeded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from runtimes.preflight.sources import Box
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SECONDS = 120  # the first use of a Jetson's GPU after the start takes many
+SECONDS = 120  # the first use of a Jetson's GPU after boot is slow
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU and the library that drives it. sm: compute capability, "8.7". bytes: its memory, on a Jetson the box's.
-    cuda: what the driver offers, "12.6". version: the library's, with its build number where that can be read.
+    """A GPU and its library. sm: compute capability, "8.7". bytes: its memory; on a Jetson, the box's. cuda: the
+    driver's CUDA version, "12.6". version: the library's, with its build number where that can be read.
     """
 
     name: str
@@ -57,26 +57,26 @@ class Session(Protocol):
         """Bytes of device memory that the engine holds; 0 where it has none of its own."""
         ...
 
-    def settle(self) -> None:
-        """Keep on disk what was compiled at run time, for a quicker start; told, and no error, where it cannot be."""
+    def save_kernels(self) -> None:
+        """Save the kernels that were compiled at run time, for a faster start; on failure print a message, no error."""
         ...
 
     def close(self) -> None: ...
 
 
-RUNTIME = Path(__file__).resolve().parents[3]  # where children start: ``python -m`` looks there first
+RUNTIME = Path(__file__).resolve().parents[3]  # the working directory of children: ``python -m`` searches it first
 
 
 def environment() -> dict[str, str]:
-    """For children of this process: they find this very runtime, and CUDA loads a kernel when it is needed, which takes
-    a third of the memory.
+    """Environment variables for children: the path of this runtime, and lazy loading of CUDA kernels, which takes a
+    third of the memory.
     """
     paths = [str(RUNTIME), os.environ.get("PYTHONPATH", "")]
     return {"CUDA_MODULE_LOADING": "LAZY", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def ask(library: str) -> Device:
-    """The first GPU with the library that a plan needs, asked in a child. Raises EngineError with one sentence."""
+def query_device(library: str) -> Device:
+    """The first GPU with the library that a plan needs, read in a child. Raises EngineError with one sentence."""
     command = [sys.executable, "-m", "runtimes.engines.tensorrt.device_probe", library]
     title = TITLES[library]
     try:
@@ -103,10 +103,10 @@ def ask(library: str) -> Device:
             "install this box's own driver and libraries again."
         )
     try:
-        found = json.loads(done.stdout.decode("utf-8").strip().splitlines()[-1])
-        if "error" in found:
-            raise EngineError(found["error"])
-        return Device(**found)
+        facts = json.loads(done.stdout.decode("utf-8").strip().splitlines()[-1])
+        if "error" in facts:
+            raise EngineError(facts["error"])
+        return Device(**facts)
     except (ValueError, IndexError, TypeError, KeyError):
         words = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise EngineError(
@@ -117,14 +117,14 @@ def ask(library: str) -> Device:
 
 def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: "10.3.0.30-1+cuda12.5" as (10, 3, 0, 30)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def unfit(plan: Plan, device: Device) -> str | None:
     """Why the plan's engine must not run on this device, in one sentence; None where it may.
 
-    Compute capabilities are compared exactly: an engine for 8.6 is no engine for an Orin, which has 8.7.
+    Compute capabilities are compared exactly: an engine for 8.6 does not run on an Orin, which has 8.7.
     """
     allowed = plan.compiled.sm if plan.compiled else plan.sm
     if device.sm not in allowed:
@@ -141,9 +141,9 @@ def unfit(plan: Plan, device: Device) -> str | None:
                 "install the bundle again."
             )
         return None
-    found = numbers(device.version)
+    version = numbers(device.version)
     low, high = plan.tensorrt_min, plan.tensorrt_below
-    if (low and found < numbers(low)) or (high and found >= numbers(high)):
+    if (low and version < numbers(low)) or (high and version >= numbers(high)):
         range_ = " and ".join([*([f"{low} or newer"] if low else []), *([f"older than {high}"] if high else [])])
         return (
             f"{title}: expected {range_}, found {device.version}; update JetPack, or use a bundle that was built "
@@ -153,8 +153,8 @@ def unfit(plan: Plan, device: Device) -> str | None:
 
 
 def full_version(version: str, box: Box | None = None) -> str:
-    """TensorRT's version with the build number, which its Python package leaves out, from Debian's own list: engines of
-    10.3.0.26 and 10.3.0.30 are not the same. The short one where the list does not tell.
+    """TensorRT's version with the build number, which its Python package leaves out, from Debian's package list: an
+    engine of 10.3.0.26 does not load with 10.3.0.30. The given version where the list does not have it.
     """
     packages = installed(box or Box()) or {}
     full = [text.partition("-")[0] for name, text in packages.items() if re.fullmatch(r"libnvinfer\d+", name)]

@@ -1,4 +1,4 @@
-"""The child that asks the first GPU and the library of an engine what they are, and may crash doing so."""
+"""Reads the facts of the first GPU and of an engine's library; run as a child, because it may crash."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from runtimes.engines.tensorrt.session import library_version
 
 
 def main() -> int:
-    """The facts, or what is missing, as one JSON object on standard output."""
+    """Print the facts, or the error, as one JSON object on standard output."""
     library = sys.argv[1]
     try:
-        with Cuda() as cuda:  # before the library: TensorRT's own answer to a missing driver is a crash
+        with Cuda() as cuda:  # before the library: TensorRT crashes without a driver
             facts = cuda.facts()
-            found = asdict(Device(**facts, library=library, version=library_version(library)))
+            result = asdict(Device(**facts, library=library, version=library_version(library)))
     except EngineError as error:
-        found = {"error": str(error)}
-    sys.stdout.write(json.dumps(found) + "\n")
+        result = {"error": str(error)}
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Embedders and classifiers by TensorRT: the encoders' tokenizing, batching and pooling around an engine on the GPU.
+"""Embedders and classifiers with TensorRT: tokenizing, batching and pooling around an engine on the GPU.
 
-No torch, no transformers; the engine's inputs and outputs are numpy arrays (runtimes/engines/tensorrt/device.py has the
-seam).
+No torch, no transformers; the engine's inputs and outputs are numpy arrays (Session in
+runtimes/engines/tensorrt/device.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from runtimes.manifest import Run
 from runtimes.process import resident_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 APP = "encoder_app"
-EIGHT = 8  # tensor cores take eight at a time, and TensorRT-RTX compiles kernels for each shape that it meets
+EIGHT = 8  # tensor cores compute in eights, and TensorRT-RTX compiles kernels for every new shape
 
 
 class TensorrtEncoder:
@@ -44,27 +45,27 @@ class TensorrtEncoder:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """A model that cannot answer, and memory that does not suffice for the largest batch, are told now."""
+        """Compute one text and the largest batch: a broken engine or too little memory fails at start-up."""
         self.compute([self.reader.read("a")])
         self.compute([Text((self.settings.pad_id,) * self.context, (0,) * self.context)] * self.slots)
-        self._session.settle()
+        self._session.save_kernels()
 
-    def compute(self, texts: Sequence[Text]) -> list[NDArray[Any]]:
+    def compute(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
         """A vector of float32 for each text: the embedding, or the logits. Raises EngineError."""
         inputs = padded(texts, self.settings)
-        found = self._session.run(fitted(inputs, self._profile, self.settings.pad_id))[self._output]
+        output = self._session.run(pad_to_profile(inputs, self._profile, self.settings.pad_id))[self._output]
         count, length = inputs["attention_mask"].shape
-        states = found[:count, :length] if found.ndim == 3 else found[:count]
+        states = output[:count, :length] if output.ndim == 3 else output[:count]
         return rows(states, inputs["attention_mask"], self.task, self.settings)
 
     def memory(self) -> int:
-        """Resident bytes of this process, and what the engine is known to hold on the device (on a Jetson that is the
-        same memory, but no process counts it as its own).
+        """Resident bytes of this process, and the engine's known bytes on the device (on a Jetson the same memory, but
+        it counts for no process).
         """
         return resident_bytes() + self._session.memory()
 
     def device_memory(self) -> int:
-        """Bytes that the engine is known to hold on the device: weights, activations and buffers."""
+        """The engine's known bytes on the device: weights, activations and buffers."""
         return self._session.memory()
 
     def close(self) -> None:
@@ -72,10 +73,10 @@ class TensorrtEncoder:
         self._session.close()
 
 
-def fitted(inputs: Mapping[str, NDArray[Any]], profile: Profile, pad: int) -> dict[str, NDArray[Any]]:
-    """The inputs [texts, length] at a shape that the profile takes: lengths in steps of eight, at least its smallest.
+def pad_to_profile(inputs: Mapping[str, NDArray[Any]], profile: Profile, pad: int) -> dict[str, NDArray[Any]]:
+    """The inputs [texts, length], padded to a shape of the profile: lengths in steps of eight, at least its smallest.
 
-    Rows that are added repeat the first: a row without a single token would be a softmax over nothing.
+    Added rows repeat the last one: a row without a token would be a softmax over nothing.
     """
     import numpy as np
 
@@ -83,11 +84,11 @@ def fitted(inputs: Mapping[str, NDArray[Any]], profile: Profile, pad: int) -> di
     count, length = next(iter(inputs.values())).shape
     tokens = min(-(-max(length, shapes.min[1]) // EIGHT) * EIGHT, shapes.max[1])
     more = (0, max(0, shapes.min[0] - count))
-    found = {}
+    arrays = {}
     for name, array in inputs.items():
         wide = np.pad(array, ((0, 0), (0, tokens - length)), constant_values=pad if name == "input_ids" else 0)
-        found[name] = np.pad(wide, (more, (0, 0)), mode="edge") if more[1] else wide
-    return found
+        arrays[name] = np.pad(wide, (more, (0, 0)), mode="edge") if more[1] else wide
+    return arrays
 
 
 def load(run: Run, *, verbose: bool) -> TensorrtEncoder:

@@ -1,5 +1,5 @@
-"""The typed ONNX on onnxruntime, where somebody asks for it with ``--device``: "onnxruntime" for a build with the
-TensorRT or CUDA provider that the user installed, "cpu" for no GPU at all. Neither is in the bundle's wheels.
+"""The typed ONNX on onnxruntime, chosen with ``--device``: "onnxruntime" for a build with the TensorRT or CUDA provider
+that the user installed, "cpu" for no GPU. Neither is in the bundle's wheels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class OrtSession:
-    """A session of one of the providers; onnxruntime's own silent way back to the CPU is refused.
+    """A session with one of the providers; onnxruntime's silent fallback to the CPU is an error.
 
-    engines: where the TensorRT provider keeps the engines it builds. Raises EngineError with one sentence.
+    engines: the TensorRT provider's cache folder. Raises EngineError with one sentence.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class OrtSession:
                 f"onnxruntime: expected it for --device {device}, found none; install {missing} into the "
                 "install's venv, or leave --device out."
             ) from None
-        providers = wanted(device, onnxruntime.get_available_providers(), plan, profile, engines)
+        providers = providers_for(device, onnxruntime.get_available_providers(), plan, profile, engines)
         self.version = f"onnxruntime {onnxruntime.__version__}"
         self.device = "cpu" if device == "cpu" else str(providers[0][0])
         self._session: Any = open_session(plan.onnx, threads=threads, verbose=verbose, providers=providers)
@@ -55,24 +55,24 @@ class OrtSession:
             raise EngineError(f"onnxruntime failed: {error}") from None
 
     def memory(self) -> int:
-        """onnxruntime does not tell what it holds on a device."""
+        """0: onnxruntime does not report device memory."""
         return 0
 
-    def settle(self) -> None:
-        """onnxruntime's providers keep their engines themselves."""
+    def save_kernels(self) -> None:
+        """Nothing: onnxruntime's providers save their engines themselves."""
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
 
 
-def wanted(
+def providers_for(
     device: str, offered: list[str], plan: Plan, profile: Profile, engines: Path | None
 ) -> list[tuple[str, dict[str, str]]]:
-    """The providers to ask for, best first. Raises EngineError where this build of onnxruntime has none of them."""
+    """The providers for a device, best first. Raises EngineError when this build of onnxruntime has none of them."""
     if device == "cpu":
         return [CPU]
-    found: list[tuple[str, dict[str, str]]] = []
+    providers: list[tuple[str, dict[str, str]]] = []
     if "TensorrtExecutionProvider" in offered:
         low, likely, high = (flag.partition("=")[2] for flag in shape_flags(profile))
         options = {
@@ -81,7 +81,7 @@ def wanted(
             "trt_profile_max_shapes": high,
             "trt_max_workspace_size": str(plan.workspace),
         }
-        options["trt_fp16_enable"] = "1"  # the graph's own types say where; the flag permits it
+        options["trt_fp16_enable"] = "1"  # the flag permits float16; the graph's types decide where
         if plan.precision == "int8":
             options["trt_int8_enable"] = "1"
         if engines is not None:
@@ -91,12 +91,12 @@ def wanted(
                 "trt_timing_cache_enable": "1",
                 "trt_timing_cache_path": str(engines),
             }
-        found.append(("TensorrtExecutionProvider", options))
+        providers.append(("TensorrtExecutionProvider", options))
     if "CUDAExecutionProvider" in offered:
-        found.append(("CUDAExecutionProvider", {}))
-    if not found:
+        providers.append(("CUDAExecutionProvider", {}))
+    if not providers:
         raise EngineError(
             "onnxruntime: expected a build with its TensorRT or CUDA provider, found "
             f"{', '.join(offered)}; install such a build, or leave --device out."
         )
-    return [*found, CPU]
+    return [*providers, CPU]

@@ -1,12 +1,11 @@
-"""From a bundle's plan to an opened engine: the one it brings, or the one that this box built for itself.
+"""Opens the engine of a bundle's plan: the one in the bundle, or the one that this box built.
 
 ``--device`` chooses: nothing (or "gpu") for TensorRT itself, "onnxruntime" for a build of onnxruntime with a GPU
-provider, "cpu" for onnxruntime without any GPU. Only what was asked for is used; there is no silent way down.
+provider, "cpu" for onnxruntime without a GPU. Only the chosen device is used; there is no silent fallback.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from runtimes.engine import EngineError
 from runtimes.engines.tensorrt import cache
 from runtimes.engines.tensorrt.build import build
 from runtimes.engines.tensorrt.cache import Key, Say
-from runtimes.engines.tensorrt.device import Device, Session, ask, unfit
-from runtimes.engines.tensorrt.plan import Plan, Profile, file_sha256, read_plan
+from runtimes.engines.tensorrt.device import Device, Session, query_device, unfit
+from runtimes.engines.tensorrt.plan import Plan, Profile, read_plan
+from runtimes.files import file_sha256, say
 from runtimes.manifest import Run
 
 DEVICES = ("gpu", "onnxruntime", "cpu")
@@ -24,7 +24,7 @@ DEVICES = ("gpu", "onnxruntime", "cpu")
 
 @dataclass(frozen=True)
 class Prepared:
-    """An engine file that fits this box. key: its name in the cache, or its digest where the bundle brings it."""
+    """An engine file that fits this box. key: its name in the cache, or its digest where it is in the bundle."""
 
     device: Device
     engine: Path
@@ -34,7 +34,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Opened:
-    """A session and what it takes. details: what /health and /v1/models tell of it."""
+    """A session and its profile. details: its facts for /health and /v1/models."""
 
     session: Session
     profile: Profile
@@ -42,21 +42,15 @@ class Opened:
 
 
 def home_of(run: Run) -> Path:
-    """The bundle's folder, or that of its install: plan.json lies in model/."""
+    """The folder of the bundle or install; plan.json is in its model/."""
     return run.model.resolve().parent.parent
 
 
-def say(text: str) -> None:
-    """A line of progress on standard error."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def prepare(plan: Plan, home: Path, tell: Say = say, *, force: bool = False, device: Device | None = None) -> Prepared:
-    """Ask the GPU, refuse a wrong one, and find or build the engine. device: the answer, where it was asked already.
-    Raises EngineError with one sentence.
+def prepare(plan: Plan, home: Path, log: Say = say, *, force: bool = False, device: Device | None = None) -> Prepared:
+    """Check the GPU, then take the engine from the bundle or the cache, or build it. device: the GPU's facts, where
+    they are known already. Raises EngineError with one sentence.
     """
-    device = device or ask(plan.library)
+    device = device or query_device(plan.library)
     if (refusal := unfit(plan, device)) is not None:
         raise EngineError(refusal)
     if plan.compiled is not None:
@@ -67,21 +61,21 @@ def prepare(plan: Plan, home: Path, tell: Say = say, *, force: bool = False, dev
             )
         return Prepared(device, engine, plan.profiles[0], f"bundled-{plan.compiled.sha256[:16]}")
     entry = cache.ensure(
-        cache.places(home), Key.of(plan, device), plan, lambda goal: build(plan, device, goal, tell), tell, force=force
+        cache.places(home), Key.of(plan, device), plan, lambda goal: build(plan, device, goal, log), log, force=force
     )
     if entry.profile:
-        tell(f"the engine is of the plan's profile {entry.profile + 1}, because a larger one did not fit into memory")
+        log(f"the engine is of the plan's profile {entry.profile + 1}, because a larger one did not fit into memory")
     return Prepared(device, entry.engine, plan.profiles[entry.profile], entry.path.name)
 
 
 def kernels_file(plan: Plan, home: Path, device: Device) -> Path | None:
-    """Where TensorRT-RTX keeps what it compiles on this box; None for TensorRT, or where nothing can be written."""
+    """The file for kernels that TensorRT-RTX compiles on this box; None for TensorRT, or without a writable folder."""
     folder = cache.writable(cache.places(home)) if plan.library == "tensorrt-rtx" else None
     return folder / f"{Key.of(plan, device).name}.kernels" if folder else None
 
 
 def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
-    """The plan of a bundle with its engine opened. Raises ManifestError or EngineError."""
+    """The plan of a bundle, and its opened engine. Raises ManifestError or EngineError."""
     plan = read_plan(run.model)
     device, home = run.device or "gpu", home_of(run)
     facts = {"precision": plan.precision}
@@ -106,7 +100,7 @@ def open_plan(run: Run, *, verbose: bool) -> tuple[Plan, Opened]:
     kernels = kernels_file(plan, home, ready.device)
     session = NativeSession(plan, ready.profile, ready.engine, kernels=kernels, verbose=verbose)
     for old in kernels.parent.glob("*.kernels") if kernels else ():
-        if old != kernels:  # of another driver or version: this box has no more use for it
+        if old != kernels:  # of another driver or version, which this box no longer has
             old.unlink(missing_ok=True)
     facts |= {
         "library": session.version,

@@ -1,7 +1,7 @@
-"""plan.json of a TensorRT bundle: how an engine is made of the ONNX beside it, and where it may run.
+"""Reads plan.json of a TensorRT bundle: how to build an engine from the ONNX beside it, and where the engine may run.
 
-Read strictly, with the standard library alone: an unknown key is another version's, and half-understood plans build
-wrong engines. The packager writes it (packager/formats/tensorrt/plan.py).
+Read strictly, with the standard library only: an unknown key is of another version, and a partly read plan could build
+a wrong engine. packager/formats/tensorrt/plan.py writes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPES = ("int32", "int64", "float16", "float32")
 PRECISIONS = ("fp16", "int8")
 LIBRARIES = ("tensorrt", "tensorrt-rtx")
 SHAPES = ("min", "opt", "max")
-# What trtexec may be told by a bundle; the file of the engine and where to look for the ONNX are the box's business.
+# The arguments of trtexec that a plan may have; the box sets the engine's file and the ONNX file.
 FLAGS = {
     "--onnx": r"[A-Za-z0-9][A-Za-z0-9._-]*",
     "--stronglyTyped": None,
@@ -37,7 +37,7 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that goes in or comes out. dtype: numpy's name."""
+    """An input or output tensor. dtype: numpy's name."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The smallest, the likeliest and the largest shape of one input in a profile."""
+    """The smallest, the most frequent and the largest shape of one input in a profile."""
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
@@ -57,7 +57,7 @@ Profile = Mapping[str, Shapes]
 
 @dataclass(frozen=True)
 class Compiled:
-    """An engine that the bundle brings. library: what compiled it, and alone loads it, in exactly this version."""
+    """An engine in the bundle. library: the one that compiled it; only this version of it loads the engine."""
 
     file: Path
     sha256: str
@@ -70,9 +70,9 @@ class Compiled:
 @dataclass(frozen=True)
 class Plan:
     """A checked plan. path: plan.json itself. onnx: the model. data: its weights' files with their digests. profiles:
-    the first that can be built is taken. workspace: bytes that the builder may use as scratch. sm, tensorrt_min,
-    tensorrt_below: where it may run. builder: arguments of trtexec for the first profile. reference: texts with the
-    source's answers. digest: sha256 of plan.json, which holds the digests of everything else.
+    the first that can be built is used. workspace: the builder's scratch memory in bytes. sm, tensorrt_min,
+    tensorrt_below: where the engine may run. builder: arguments of trtexec for the first profile. reference: texts with
+    the source's answers. digest: sha256 of plan.json, which holds the digests of everything else.
     """
 
     path: Path
@@ -94,16 +94,16 @@ class Plan:
 
     @property
     def library(self) -> str:
-        """The library that runs it: the one that compiled its engine, else the box's own TensorRT."""
+        """The library that runs the engine: the one that compiled it, else the box's own TensorRT."""
         return self.compiled.library if self.compiled else "tensorrt"
 
 
 class _Bad(Exception):
-    """What is wrong, as the end of a sentence."""
+    """The plan is invalid; the text is the end of a sentence."""
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of an unpacked bundle; files that it names lie beside it. Raises ManifestError with one sentence."""
+    """The plan of an unpacked bundle; its files are in the same folder. Raises ManifestError with one sentence."""
     try:
         text = path.read_bytes()
         plain = json.loads(text)
@@ -115,16 +115,7 @@ def read_plan(path: Path) -> Plan:
         raise ManifestError(f"{path.name} cannot be used: {error}; copy the bundle again or build it anew.") from None
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, read in pieces. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _plan(plain: Any, path: Path, digest: str) -> Plan:
+def _plan(plain: object, path: Path, digest: str) -> Plan:
     folder = path.parent
     keys = (
         "schema_version",
@@ -182,8 +173,8 @@ def _plan(plain: Any, path: Path, digest: str) -> Plan:
     )
 
 
-def _object(value: Any, name: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A JSON object with all of the keys and none but them and the optional ones."""
+def _object(value: object, name: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A JSON object with all of ``keys`` and no others than the optional ones. Raises _Bad."""
     if not isinstance(value, dict):
         raise _Bad(f"{name} is no JSON object")
     missing, unknown = sorted(set(keys) - value.keys()), sorted(value.keys() - {*keys, *optional})
@@ -194,25 +185,25 @@ def _object(value: Any, name: str, keys: tuple[str, ...], optional: tuple[str, .
     return value
 
 
-def _list(value: Any, name: str) -> list[Any]:
+def _list(value: object, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise _Bad(f"{name} is no list")
     return value
 
 
-def _count(value: Any, name: str) -> int:
+def _count(value: object, name: str) -> int:
     if type(value) is not int or value < 1:
         raise _Bad(f"{name} is {value!r} where a whole number above 0 is expected")
     return value
 
 
-def _sha256(value: Any, name: str) -> str:
+def _sha256(value: object, name: str) -> str:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
         raise _Bad(f"{name} is {value!r} where a sha256 is expected")
     return value
 
 
-def _file(folder: Path, value: Any, name: str) -> Path:
+def _file(folder: Path, value: object, name: str) -> Path:
     if not isinstance(value, str) or not value:
         raise _Bad(f"{name} is {value!r} where a file's name is expected")
     try:
@@ -221,54 +212,54 @@ def _file(folder: Path, value: Any, name: str) -> Path:
         raise _Bad(f"{name} names {value!r}, and no such file lies beside the plan") from None
 
 
-def _architectures(value: Any, name: str) -> tuple[str, ...]:
-    found = _list(value, name)
-    if not found or not all(isinstance(one, str) and re.fullmatch(r"\d+\.\d", one) for one in found):
+def _architectures(value: object, name: str) -> tuple[str, ...]:
+    capabilities = _list(value, name)
+    if not capabilities or not all(isinstance(one, str) and re.fullmatch(r"\d+\.\d", one) for one in capabilities):
         raise _Bad(f'{name} is {value!r} where compute capabilities such as ["8.7"] are expected')
-    return tuple(found)
+    return tuple(capabilities)
 
 
-def _tensors(value: Any, name: str) -> tuple[Tensor, ...]:
+def _tensors(value: object, name: str) -> tuple[Tensor, ...]:
     entries = [_object(entry, name, ("name", "dtype")) for entry in _list(value, name)]
-    found = tuple(Tensor(str(entry["name"]), str(entry["dtype"])) for entry in entries)
-    if not found or len({one.name for one in found}) != len(found):
+    tensors = tuple(Tensor(str(entry["name"]), str(entry["dtype"])) for entry in entries)
+    if not tensors or len({one.name for one in tensors}) != len(tensors):
         raise _Bad(f"{name} is empty or names a tensor twice")
-    for one in found:
+    for one in tensors:
         if one.dtype not in DTYPES or not re.fullmatch(r"[A-Za-z0-9_.]+", one.name):
             raise _Bad(f"{name} has {one.name!r} of {one.dtype!r}, which this runtime does not know")
-    return found
+    return tensors
 
 
-def _profile(value: Any, inputs: tuple[Tensor, ...]) -> Profile:
+def _profile(value: object, inputs: tuple[Tensor, ...]) -> Profile:
     given = _object(value, "a profile", tuple(one.name for one in inputs))
     return {one.name: _shapes(given[one.name], one.name) for one in inputs}
 
 
-def _shapes(value: Any, name: str) -> Shapes:
+def _shapes(value: object, name: str) -> Shapes:
     given = _object(value, f"the profile of {name}", SHAPES)
-    found = [tuple(_list(given[key], f"the profile of {name}")) for key in SHAPES]
-    sizes = [size for shape in found for size in shape]
-    if not found[0] or len({len(shape) for shape in found}) != 1 or any(type(n) is not int or n < 0 for n in sizes):
+    shapes = [tuple(_list(given[key], f"the profile of {name}")) for key in SHAPES]
+    sizes = [size for shape in shapes for size in shape]
+    if not shapes[0] or len({len(shape) for shape in shapes}) != 1 or any(type(n) is not int or n < 0 for n in sizes):
         raise _Bad(f"the profile of {name} has shapes of different lengths or sizes that are no whole numbers")
-    if any(not low <= likely <= high for low, likely, high in zip(*found, strict=True)):
+    if any(not low <= likely <= high for low, likely, high in zip(*shapes, strict=True)):
         raise _Bad(f"the profile of {name} does not keep min, opt and max in order")
-    return Shapes(*found)
+    return Shapes(*shapes)
 
 
-def _arguments(value: Any) -> tuple[str, ...]:
-    """trtexec's arguments, each one known and harmless: the file may come from a stranger."""
-    found = _list(_object(value, "builder", ("trtexec",))["trtexec"], "builder.trtexec")
-    for word in found:
+def _arguments(value: object) -> tuple[str, ...]:
+    """trtexec's arguments, each one known and harmless, because the plan is not trusted. Raises _Bad."""
+    arguments = _list(_object(value, "builder", ("trtexec",))["trtexec"], "builder.trtexec")
+    for word in arguments:
         flag, equals, rest = str(word).partition("=")
         if flag not in FLAGS:
             raise _Bad(f"builder.trtexec has {flag!r}, which this runtime does not pass on")
         pattern = FLAGS[flag]
         if bool(equals) != (pattern is not None) or (pattern is not None and not re.fullmatch(pattern, rest)):
             raise _Bad(f"builder.trtexec has {word!r}, whose value cannot be used")
-    return tuple(str(word) for word in found)
+    return tuple(str(word) for word in arguments)
 
 
-def _compiled(value: Any, folder: Path) -> Compiled | None:
+def _compiled(value: object, folder: Path) -> Compiled | None:
     if value is None:
         return None
     given = _object(value, "engine", ("file", "sha256", "bytes", "library", "version", "sm"))

@@ -1,7 +1,8 @@
-"""An engine run by TensorRT or TensorRT-RTX themselves; their Python packages share one interface. Sole owner of both.
+"""Runs an engine with TensorRT or TensorRT-RTX, whose Python packages share one interface. The only module that imports
+them.
 
-TensorRT-RTX comes as a wheel in the bundle. TensorRT on a Jetson is the box's own, installed by JetPack for the
-system's Python; of that folder only the one package is imported, so that nothing else of the system gets in.
+TensorRT-RTX is a wheel in the bundle. TensorRT on a Jetson is the box's own, installed by JetPack for the system's
+Python; only that one package is imported from its folder, and no other system package.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.engine import EngineError
-from runtimes.engines.tensorrt.cache import write_atomically
 from runtimes.engines.tensorrt.cuda import Cuda
 from runtimes.engines.tensorrt.device import TITLES, full_version
 from runtimes.engines.tensorrt.plan import Plan, Profile
+from runtimes.files import write_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SETTING = "PACKAGER_TENSORRT"  # a folder with the package tensorrt, for one that was installed elsewhere
 RTX_MODULES = ("tensorrt_rtx_bindings", "tensorrt_rtx")
-# JetPack's packages put it under the system's Python; a .tar of TensorRT is found by the setting
+# JetPack installs it for the system's Python; for a .tar of TensorRT set SETTING
 SYSTEM = (
     "/usr/lib/python{0}/dist-packages", "/usr/lib/python3/dist-packages", "/usr/local/lib/python{0}/dist-packages",
 )  # fmt: skip
@@ -55,7 +56,7 @@ def library(name: str) -> Any:
             f"folder in {SETTING}."
         )
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tensorrt"] = module  # it imports its own parts by this name
+    sys.modules["tensorrt"] = module  # the package imports its own modules by this name
     try:
         spec.loader.exec_module(module)
     except (ImportError, OSError) as error:
@@ -78,17 +79,15 @@ def _imported(module: str, name: str) -> Any:
 
 
 def library_version(name: str) -> str:
-    """The version, with TensorRT's build number where the box tells it. Raises EngineError."""
+    """The version, with TensorRT's build number where the box has it. Raises EngineError."""
     version = str(library(name).__version__)
     return full_version(version) if name == "tensorrt" else version
 
 
 def make_log(trt: Any, verbose: bool) -> Any:
-    """A logger of the library that remembers its errors (the first is the cause, the others follow from it), and shows
-    everything when asked.
-    """
+    """A logger for the library that keeps its errors (the first is the cause). verbose: also print every message."""
 
-    class Log(trt.ILogger):  # type: ignore[misc] # a class of the library, known only now
+    class Log(trt.ILogger):  # type: ignore[misc] # the base class is known only at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -105,8 +104,8 @@ def make_log(trt: Any, verbose: bool) -> Any:
 class NativeSession:
     """An engine on the GPU, with buffers for the largest batch of its profile.
 
-    kernels: where TensorRT-RTX keeps what it compiles at run time; None for nowhere. Raises EngineError with one
-    sentence when the library does not take the engine, or it is not the plan's.
+    kernels: the file for kernels that TensorRT-RTX compiles at run time; None for no file. Raises EngineError with one
+    sentence when the library does not load the engine, or the engine is not the plan's.
     """
 
     def __init__(self, plan: Plan, profile: Profile, engine: Path, *, kernels: Path | None, verbose: bool) -> None:
@@ -127,7 +126,7 @@ class NativeSession:
             self._runtime = trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(data)
             if self._engine is None:
-                raise self._failed(f"{engine.name} is not taken by {self.version} on {self.device}")
+                raise self._failed(f"{engine.name} cannot be loaded by {self.version} on {self.device}")
             self._require(plan, profile)
             self._context = self._make_context()
             self._inputs = {one.name: np.dtype(one.dtype) for one in plan.inputs}
@@ -145,7 +144,7 @@ class NativeSession:
             raise
 
     def _take(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Where each tensor lies; sizes in bytes."""
+        """Allocate the tensors; sizes in bytes. Returns their addresses."""
         return {name: self._cuda.take(size) for name, size in sizes.items()}
 
     def _failed(self, what: str) -> EngineError:
@@ -155,23 +154,23 @@ class NativeSession:
     def _require(self, plan: Plan, profile: Profile) -> None:
         """Raise EngineError unless the engine has the plan's tensors and this profile."""
         engine, trt = self._engine, self._trt
-        found = {}
+        actual = {}
         for number in range(engine.num_io_tensors):
             name = engine.get_tensor_name(number)
-            found[name] = (
+            actual[name] = (
                 engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
                 _dtype(trt, engine.get_tensor_dtype(name)),
             )
         wanted = {one.name: (True, one.dtype) for one in plan.inputs}
         wanted |= {one.name: (False, one.dtype) for one in plan.outputs}
-        if found != wanted:
-            names = ", ".join(sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)))
-            raise EngineError(f"The engine is not the plan's: {names} differ; build it again.")
+        if actual != wanted:
+            names = ", ".join(sorted(name for name in {*actual, *wanted} if actual.get(name) != wanted.get(name)))
+            raise EngineError(f"The engine does not match the plan: {names} differ; build it again.")
         for name, shapes in profile.items():
             given = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
             if given != (shapes.min, shapes.opt, shapes.max):
                 raise EngineError(
-                    f"The engine is not of this profile: {name} goes from {given[0]} to {given[2]}, "
+                    f"The engine has another profile: {name} goes from {given[0]} to {given[2]}, "
                     f"not from {shapes.min} to {shapes.max}; build it again."
                 )
 
@@ -181,7 +180,7 @@ class NativeSession:
             config = engine.create_runtime_config()
             self._cache = config.create_runtime_cache()
             if self._kernels.is_file():
-                self._cache.deserialize(self._kernels.read_bytes())  # of another box or version: it ignores them
+                self._cache.deserialize(self._kernels.read_bytes())  # it ignores kernels of another box or version
             config.set_runtime_cache(self._cache)
             context = engine.create_execution_context(config)
         else:
@@ -191,24 +190,24 @@ class NativeSession:
         return context
 
     def _activations(self) -> int:
-        """Bytes that the layers pass on to each other."""
+        """Bytes of the activations."""
         for name in ("device_memory_size_v2", "device_memory_size"):
             if hasattr(self._engine, name):
                 return int(getattr(self._engine, name))
         return 0
 
     def _shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Tell the context the inputs' shapes; shape and type of every tensor then."""
+        """Set the inputs' shapes. Returns the shape and type of every tensor. Raises EngineError."""
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise self._failed(f"The engine refuses {name} of {shape}")
-        found = {}
+        tensors = {}
         for name, kind in {**self._inputs, **self._outputs}.items():
             shape = tuple(self._context.get_tensor_shape(name))
             if min(shape, default=0) < 0:
                 raise EngineError(f"The engine does not say how large {name} gets; build it again.")
-            found[name] = (shape, kind)
-        return found
+            tensors[name] = (shape, kind)
+        return tensors
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The outputs of one batch, in the engine's own types. Raises EngineError."""
@@ -223,39 +222,39 @@ class NativeSession:
             cuda.send(array, self._addresses[name])
         if not self._context.execute_async_v3(cuda.stream):
             raise self._failed("TensorRT failed")
-        found = {name: np.empty(*shapes[name]) for name in self._outputs}
-        for name, array in found.items():
+        outputs = {name: np.empty(*shapes[name]) for name in self._outputs}
+        for name, array in outputs.items():
             cuda.fetch(self._addresses[name], array)
         cuda.wait()
-        return found
+        return outputs
 
     def memory(self) -> int:
-        """Bytes on the device that are known: weights, activations and buffers; CUDA's own come on top."""
+        """Known bytes on the device: weights, activations and buffers, without CUDA's own."""
         return self._held
 
-    def settle(self) -> None:
-        """Keep what TensorRT-RTX compiled since the start; the next start is quicker. No news is no write."""
+    def save_kernels(self) -> None:
+        """Save the kernels that TensorRT-RTX compiled, if there are new ones; the next start is faster."""
         if self._cache is None or self._kernels is None:
             return
         try:
             data = bytes(self._cache.serialize())
             if not self._kernels.is_file() or self._kernels.read_bytes() != data:
                 write_atomically(self._kernels, data)
-        except OSError as error:  # a full disk is no reason not to serve
+        except OSError as error:  # a full disk must not stop the server
             sys.stderr.write(f"{self._kernels} could not be written: {error}.\n")
 
     def close(self) -> None:
-        """Free the engine. Nothing may run any more."""
+        """Free the engine. No computation may run any more."""
         if self._engine is not None:
-            self._cuda.use()  # this may be another thread than the one that computed
+            self._cuda.use()  # the caller may be another thread than the one that computed
         if self._context is not None:
-            self.settle()
+            self.save_kernels()
         self._context = self._engine = self._cache = self._runtime = None
         self._cuda.close()
 
 
 def _first(log: Any) -> str:
-    return str(log.errors[0]) if log.errors else "it does not say why"
+    return str(log.errors[0]) if log.errors else "it gives no reason"
 
 
 def _bytes(shape: tuple[int, ...], kind: Any) -> int:
@@ -266,25 +265,25 @@ def _bytes(shape: tuple[int, ...], kind: Any) -> int:
 
 
 def _dtype(trt: Any, kind: Any) -> str:
-    """numpy's name of a tensor's type; another one's own name, which no plan has."""
+    """numpy's name of a tensor's type; for other types TensorRT's name, which no plan has."""
     names = {"INT32": "int32", "INT64": "int64", "HALF": "float16", "FLOAT": "float32"}
     return next((plain for name, plain in names.items() if kind == getattr(trt.DataType, name, None)), str(kind))
 
 
 def build(plan: Plan, number: int, goal: Path) -> None:
-    """Build the engine of a profile by the Python interface, where there is no trtexec; the file is written whole.
+    """Build the engine of a profile with the Python interface, where there is no trtexec, into the file ``goal``.
 
-    Raises EngineError with the library's own words.
+    Raises EngineError with the library's own message.
     """
     trt = library(plan.library)
     log = make_log(trt, verbose=True)
-    with Cuda():  # the context that the builder uses, and a sentence where there is no GPU
+    with Cuda():  # the builder's context; raises one sentence without a GPU
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, log)
         if not parser.parse_from_file(str(plan.onnx)):
-            said = "; ".join(str(parser.get_error(place)) for place in range(parser.num_errors))
-            raise EngineError(f"TensorRT does not read {plan.onnx.name}: {said or _first(log)}")
+            errors = "; ".join(str(parser.get_error(place)) for place in range(parser.num_errors))
+            raise EngineError(f"TensorRT does not read {plan.onnx.name}: {errors or _first(log)}")
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.workspace)
         profile = builder.create_optimization_profile()

@@ -1,7 +1,7 @@
-"""GPTQ and AWQ folders with torch and transformers alone: no GPU, no vLLM and no compiler needed.
+"""GPTQ and AWQ folders with torch and transformers alone: without a GPU, vLLM or a compiler.
 
-Made to answer correctly anywhere, not fast: the weights are dequantized as they are used, requests take turns token by
-token. A server with a GPU runs vLLM (vllm_.py). It does not follow JSON schemas, and says so.
+Correct everywhere, but slow: the weights are dequantized at each use, and requests take turns token by token. A server
+with a GPU runs vLLM (runtimes/engines/vllm.py). JSON schemas are refused.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtimes.decoding.detokenize import Detokenizer
-from runtimes.decoding.stream import Stream, check_prompt, pieces_to_score
+from runtimes.decoding.stream import Stream, check_prompt, chunks_to_score
 from runtimes.engine import Emit, EngineError, Piece, RequestRefused, Sampling, iterate
 from runtimes.manifest import Run
-from runtimes.process import resident_bytes, wait_politely
+from runtimes.process import limit_spinning, resident_bytes
 
 if TYPE_CHECKING:
     from runtimes.engines.transformers.model import Model
 
-CHUNK = 256  # prompt tokens between two chances to cancel, and a turn of the others
+CHUNK = 256  # prompt tokens per prefill chunk: between two checks for a cancel, and between two turns of the others
 SCORE_CHUNK = 64  # logits take tokens x vocabulary x 4 bytes: 39 MB for 152,000 entries
 
 
-class Turns:
-    """A lock that is given away in the order in which it was asked for: no answer starves beside another."""
+class FairLock:
+    """A first-in, first-out lock: no answer starves another."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,14 +53,14 @@ class Turns:
 
 
 class Transformers:
-    """One loaded folder. Each of ``slots`` requests has ``context`` tokens of its own. Raises EngineError."""
+    """One loaded folder. Each of ``slots`` requests has its own ``context`` tokens. Raises EngineError."""
 
     def __init__(self, run: Run, *, verbose: bool = False) -> None:
         self.context, self.slots = run.context, run.slots
         self._model = load_model(run, verbose)
-        self._words = Detokenizer(run.tokenizer)
+        self._detokenizer = Detokenizer(run.tokenizer)
         self._stop_ids = frozenset(run.stop_ids)
-        self._turns = Turns()
+        self._turns = FairLock()
         self.version = version()
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
@@ -70,14 +70,14 @@ class Transformers:
         check_prompt(prompt, self.context, self._model.vocabulary)
         if sampling.schema is not None:
             raise RequestRefused(
-                "This engine cannot hold an answer to a JSON Schema; ask for JSON in the prompt, or use a bundle of "
+                "This engine does not support JSON Schemas; ask for JSON in the prompt, or use a bundle of "
                 "the gguf recipe.",
                 code="unsupported",
                 param="response_format",
             )
         room = self.context - len(prompt)
         most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        state = Stream(self._words, sampling, len(prompt), emit)
+        state = Stream(self._detokenizer, sampling, len(prompt), emit)
         if most < 1:
             state.finish("length")
             return
@@ -111,7 +111,7 @@ class Transformers:
         return iterate(lambda emit: self.stream(prompt, sampling, emit))
 
     def score(self, tokens: Sequence[int], top: int) -> Iterator[Mapping[int, float]]:
-        """The distribution after every prefix of ``tokens``, cut to the ``top`` likeliest tokens."""
+        """The ``top`` likeliest tokens after every prefix of ``tokens``."""
         for _, row in distributions(self._model, tokens, range(1, len(tokens) + 1), top, self._turns):
             yield row
 
@@ -129,7 +129,7 @@ class Scorer:
 
     def __init__(self, run: Run, verbose: bool) -> None:
         self._model = load_model(run, verbose)
-        self._words = Detokenizer(run.tokenizer)
+        self._detokenizer = Detokenizer(run.tokenizer)
         self.version = version()
 
     def top(self, ids: Sequence[int], positions: Sequence[int], top: int) -> Iterator[tuple[int, dict[int, float]]]:
@@ -138,17 +138,17 @@ class Scorer:
 
     def tokenize(self, text: str) -> list[int]:
         """The folder's own tokenizer: special tokens recognised, none added."""
-        return self._words.encode(text)
+        return self._detokenizer.encode(text)
 
 
 def distributions(
     model: Model, ids: Sequence[int], positions: Sequence[int], top: int, turns: contextlib.AbstractContextManager[None]
 ) -> Iterator[tuple[int, dict[int, float]]]:
-    """What ``Scorer.top`` gives; each piece of the sequence is computed in a turn of its own. Raises ValueError."""
+    """The rows of ``Scorer.top``; each chunk of the sequence takes one turn. Raises ValueError."""
     from runtimes.decoding.sampling import top_logprobs
 
     cache = model.cache()
-    for begin, part, rows in pieces_to_score(ids, positions, model.vocabulary, SCORE_CHUNK):
+    for begin, part, rows in chunks_to_score(ids, positions, model.vocabulary, SCORE_CHUNK):
         with turns:
             logits = model.read(part, cache, rows)
         for row, values in zip(rows, logits, strict=True):
@@ -157,13 +157,13 @@ def distributions(
 
 @contextlib.contextmanager
 def open_scorer(run: Run, *, longest: int, max_rss_bytes: int | None, verbose: bool) -> Iterator[Scorer]:
-    """A Scorer; sequences may have any length. Weights are read into memory, so max_rss_bytes bounds nothing."""
+    """A Scorer; sequences may have any length. Weights are read into memory, so max_rss_bytes has no effect."""
     yield Scorer(run, verbose)
 
 
 def load_model(run: Run, verbose: bool) -> Model:
     """The model in the folder of ``run.model``. Raises EngineError."""
-    wait_politely()
+    limit_spinning()
     for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(key, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

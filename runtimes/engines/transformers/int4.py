@@ -1,8 +1,8 @@
 """Four-bit weights that stay four bits in memory: GPTQ's and AWQ's tensors, dequantized a block of rows at a time.
 
-A weight is scale · (q - zero), q in 0…15, one scale and one zero for ``group`` neighbouring inputs. The blocks are
-small enough for a processor's cache: the memory beside the packed weights is that of one block, and a token costs half
-a nanosecond a weight on one core.
+A weight is scale · (q - zero), q in 0…15, one scale and one zero for ``group`` neighbouring inputs. A block
+fits a CPU's cache, so only one block of memory is needed beside the packed weights; a token costs half a nanosecond per
+weight on one core.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MIDDLE = 8
 
 
 class UnknownForm(Exception):
-    """The tensors are not what the two formats keep; the text says which and why."""
+    """The tensors are not in one of the two formats; the text says which tensor and why."""
 
 
-def spread(words: torch.Tensor, order: tuple[int, ...] = tuple(range(WORD))) -> torch.Tensor:
+def unpack(words: torch.Tensor, order: tuple[int, ...] = tuple(range(WORD))) -> torch.Tensor:
     """int32 words (rows, n) as integers 0…15 (rows, 8n), uint8: neighbour k lies in bits 4·order[k] of its word."""
     shifts = torch.tensor([4 * place for place in order], dtype=torch.int32)
     return (words.unsqueeze(-1) >> shifts & 15).to(torch.uint8).flatten(1)
@@ -40,9 +40,9 @@ def integers(form: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tens
     if words.dtype != torch.int32 or zeros.dtype != torch.int32:
         raise UnknownForm(f"integers are kept as {words.dtype} and {zeros.dtype}, not in words of 32 bits")
     if form == "awq":
-        q, zero = spread(words, AWQ_ORDER).T, spread(zeros, AWQ_ORDER)
+        q, zero = unpack(words, AWQ_ORDER).T, unpack(zeros, AWQ_ORDER)
     elif form == "gptq":
-        q, zero = spread(words.T.contiguous()), spread(zeros) + 1
+        q, zero = unpack(words.T.contiguous()), unpack(zeros) + 1
     else:
         raise UnknownForm(f"the quantization is {form!r}, known are gptq and awq")
     groups, outputs = scales.shape
@@ -59,7 +59,7 @@ class Int4Linear(nn.Module):
     """A linear layer. Integers 0…15 and zeros are (outputs, inputs) and (outputs, groups) uint8, scales float16.
 
     Two integers share a byte: input j in the low half, input j + inputs / 2 in the high one. So both halves are written
-    to neighbouring places, which is twice as fast as to every second one.
+    to contiguous memory, which is twice as fast as to every second element.
     """
 
     packed: torch.Tensor
@@ -84,13 +84,13 @@ class Int4Linear(nn.Module):
     def weight(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows begin…end of the weight, (end - begin, inputs): exact in float32."""
         packed, half = self.packed[begin:end], self.inputs // 2
-        found = torch.empty((len(packed), self.inputs), dtype=dtype, device=packed.device)
-        found[:, :half].copy_(packed & 15)
-        found[:, half:].copy_(packed >> 4)
-        groups = found.view(len(packed), self.scales.shape[1], -1)
+        block = torch.empty((len(packed), self.inputs), dtype=dtype, device=packed.device)
+        block[:, :half].copy_(packed & 15)
+        block[:, half:].copy_(packed >> 4)
+        groups = block.view(len(packed), self.scales.shape[1], -1)
         groups.sub_(MIDDLE if self.zeros is None else self.zeros[begin:end, :, None].to(dtype))
         groups.mul_(self.scales[begin:end, :, None].to(dtype))
-        return found
+        return block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = []
@@ -102,7 +102,7 @@ class Int4Linear(nn.Module):
 
 
 class HalfEmbedding(nn.Module):
-    """The embedding in the type of the file; the rows that are asked for come out in ``dtype``."""
+    """The embedding in the file's type; looked-up rows are converted to ``dtype``."""
 
     weight: torch.Tensor
 
@@ -117,7 +117,7 @@ class HalfEmbedding(nn.Module):
 
 
 class HalfHead(nn.Module):
-    """The output layer in the type of the file, brought to the type of its input a block of rows at a time."""
+    """The output layer in the file's type, converted to its input's type one block of rows at a time."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -131,5 +131,5 @@ class HalfHead(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         starts = range(0, len(self.weight), self.rows)
         parts = [functional.linear(x, self.weight[start : start + self.rows].to(x.dtype)) for start in starts]
-        found = torch.cat(parts, dim=-1)
-        return found if self.bias is None else found + self.bias.to(x.dtype)
+        output = torch.cat(parts, dim=-1)
+        return output if self.bias is None else output + self.bias.to(x.dtype)

@@ -1,7 +1,7 @@
-"""A GPTQ or AWQ folder as a model of transformers, its linear layers four bits wide in memory.
+"""A GPTQ or AWQ folder as a model of transformers, with four-bit linear layers in memory.
 
-The skeleton is made without weights; each layer of the file takes its place in it, so loading needs the packed weights
-and one layer beside them. Nothing is fetched, no code from the folder is run.
+The model is made without weights; then each layer of the file replaces its layer. So loading needs the memory of the
+packed weights and of one layer. Nothing is downloaded, and no code from the folder runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOM = 256  # positions by which a cache grows at least
 
 
 class Growing(DynamicLayer):  # type: ignore[misc]
-    """Keys and values in a buffer with room: transformers' own copies all of them for every token."""
+    """A KV cache layer that grows by ROOM: transformers' own layer copies all keys and values for every token."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
@@ -46,19 +46,19 @@ class Growing(DynamicLayer):  # type: ignore[misc]
 
     @staticmethod
     def _grown(old: torch.Tensor, length: int, size: int, like: torch.Tensor) -> torch.Tensor:
-        found = like.new_empty((*like.shape[:-2], size, like.shape[-1]))
-        found[..., :length, :] = old[..., :length, :]
-        return found
+        buffer = like.new_empty((*like.shape[:-2], size, like.shape[-1]))
+        buffer[..., :length, :] = old[..., :length, :]
+        return buffer
 
 
 class Model:
-    """A loaded folder on one device; ``dtype`` is computed in. Raises UnknownForm, KeyError, OSError or ValueError."""
+    """A loaded folder on one device. dtype: of the computation. Raises UnknownForm, KeyError, OSError or ValueError."""
 
     def __init__(self, folder: Path, *, device: str, dtype: torch.dtype) -> None:
         self.device = torch.device(device)
         form = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
         if form.get("bits") != 4:
-            raise UnknownForm(f"its config.json speaks of {form.get('bits')} bits; this engine computes with 4")
+            raise UnknownForm(f"its config.json has {form.get('bits')} bits; this engine computes with 4")
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         del self.config.quantization_config  # the packed layers below take its place
         with torch.device("meta"):
@@ -99,7 +99,7 @@ class Model:
             raise UnknownForm(f"{name}: {error}") from None
 
     def _plain(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:
-        """A module that keeps its type: norms from the file; rotary tables, which no file has, computed again."""
+        """A module that keeps its type: norms come from the file; rotary tables, which no file has, are computed."""
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             kind: Any = type(module)
             self._put(name, kind(self.config))
@@ -116,21 +116,21 @@ class Model:
             raise UnknownForm(f"{name} is in no file of the folder")
         with safe_open(self.files[name], framework="pt") as stored:
             tensor: torch.Tensor = stored.get_tensor(name)
-            return tensor.clone()  # not a view of the file's map, whose pages would count twice
+            return tensor.clone()  # a view of the mapped file would keep its pages resident too
 
     def cache(self) -> Any:
-        """Keys and values of one conversation, empty."""
-        found = DynamicCache(config=self.config)
-        found.layers = [Growing() if type(layer) is DynamicLayer else layer for layer in found.layers]
-        return found
+        """An empty KV cache for one conversation."""
+        cache = DynamicCache(config=self.config)
+        cache.layers = [Growing() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], cache: Any, rows: Sequence[int]) -> NDArray[np.float32]:
-        """Take ``ids`` in behind what the cache holds; the logits after the ids at ``rows``, (rows, vocabulary)."""
+        """Append ``ids`` to the cache; the logits after the ids at ``rows``, (rows, vocabulary)."""
         places = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         tokens = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
-        found = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=places).logits[0]
-        values: NDArray[np.float32] = found.float().cpu().numpy()
+        logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=places).logits[0]
+        values: NDArray[np.float32] = logits.float().cpu().numpy()
         return values
 
 
@@ -140,12 +140,14 @@ def _names(file: Path) -> Iterator[str]:
 
 
 def use_threads(count: int) -> None:
-    """Compute threads; 0: all that this process may use."""
+    """Set the number of compute threads; 0: all cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     torch.set_num_threads(count or (len(affinity(0)) if affinity else os.cpu_count() or 1))
 
 
 def open_model(folder: Path, device: str, threads: int) -> Model:
-    """float32 on a processor: it has no faster type everywhere, and the weights are exact in it; float16 on a GPU."""
+    """The model of a folder: in float32 on a CPU, where not every CPU has a faster type and the weights are exact; in
+    float16 on a GPU.
+    """
     use_threads(threads)
     return Model(folder, device=device, dtype=torch.float32 if device == "cpu" else torch.float16)

@@ -44,7 +44,7 @@ def test_the_same_inputs_give_the_same_bytes_modes_and_times(tmp_path: Path) -> 
     assert {path.stat().st_mode & 0o777 for path in two.path.rglob("*") if path.is_dir()} == {0o755}
 
 
-def test_the_stores_own_files_are_linked_and_nobody_elses(tmp_path: Path) -> None:
+def test_only_the_stores_own_files_are_linked(tmp_path: Path) -> None:
     """No second copy of a model; a file outside the store, or a link in it, is copied; a linked bundle is equal."""
     given = contents(tmp_path / "in")
     copied = assemble(given, tmp_path / "a", Silent()).path

@@ -30,23 +30,23 @@ BOXES = ROOT / "tests" / "unit" / "boxes"
 ])  # fmt: skip
 def test_a_box_finds_its_target(box: str, nearest: str | None, others: set[str]) -> None:
     """The one that says most of it; a larger board of a family is the smaller ones too."""
-    found = examine(None, None, BOXES / f"{box}.json", files=False)
-    assert found["nearest"] == nearest
-    assert {row["target"] for row in found["targets"] if row["ok"]} == others | ({nearest} if nearest else set())
-    assert all(row["refusal"] for row in found["targets"] if not row["ok"])
+    document = examine(None, None, BOXES / f"{box}.json", files=False)
+    assert document["nearest"] == nearest
+    assert {row["target"] for row in document["targets"] if row["ok"]} == others | ({nearest} if nearest else set())
+    assert all(row["refusal"] for row in document["targets"] if not row["ok"])
 
 
-def test_a_target_that_hangs_on_what_is_unknown_is_not_the_nearest() -> None:
+def test_a_target_with_an_unknown_fact_is_not_the_nearest() -> None:
     """A T4 whose nvidia-smi does not answer is perhaps a T4."""
-    found = examine(None, None, BOXES / "t4_without_nvidia_smi_answer.json", files=False)
-    assert [row["unknown"] for row in found["targets"] if row["target"] == "t4"] == [["GPU"]]
-    assert found["nearest"] == "desktop_linux_x86_64"
+    document = examine(None, None, BOXES / "t4_without_nvidia_smi_answer.json", files=False)
+    assert [row["unknown"] for row in document["targets"] if row["target"] == "t4"] == [["GPU"]]
+    assert document["nearest"] == "desktop_linux_x86_64"
     shown = packager("doctor", "--facts", BOXES / "t4_without_nvidia_smi_answer.json").stdout
     assert re.search(r"^t4 +perhaps +GPU unknown$", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", target_names())
-def test_every_target_can_be_asked_for(name: str) -> None:
+def test_every_target_has_needs(name: str) -> None:
     """With the exact architecture of its GPU and the JetPack releases that were looked at; no size of any model."""
     target = load_target(name)
     needs = target_needs(target)
@@ -75,9 +75,9 @@ def bundle(tmp_path: Path) -> Path:
 def test_a_bundle_is_held_against_another_boxs_facts(bundle: Path) -> None:
     """Exit codes as bin/check: 4 for a wrong box, 5 for a damaged bundle, 0 with warnings."""
     wrong = packager("doctor", bundle, "--facts", BOXES / "orin_nano_jetpack_5_1.json", "--json")
-    found = json.loads(wrong.stdout)
-    assert wrong.returncode == 4 and found["verdict"]["exit_code"] == 4
-    refusal = found["verdict"]["refusal"]
+    document = json.loads(wrong.stdout)
+    assert wrong.returncode == 4 and document["verdict"]["exit_code"] == 4
+    refusal = document["verdict"]["refusal"]
     assert refusal.startswith("JetPack: expected JetPack 6.2 or 7.2") and refusal in wrong.stderr
     assert packager("doctor", bundle, "--facts", BOXES / "orin_nano_7w.json").returncode == 5
     fits = packager("doctor", bundle, "--facts", BOXES / "orin_nano_7w.json", "--no-files")
@@ -85,7 +85,7 @@ def test_a_bundle_is_held_against_another_boxs_facts(bundle: Path) -> None:
     assert "warning  power mode: expected MAXN_SUPER" in fits.stdout
 
 
-def test_a_target_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_a_target_is_chosen_by_name(tmp_path: Path) -> None:
     """And by a file of the user's own."""
     facts = BOXES / "t4_driver_535.json"
     assert examine(None, "t4", facts, files=False)["verdict"]["ok"]
@@ -94,12 +94,12 @@ def test_a_target_is_asked_for_by_name(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     text = (ROOT / "targets" / "t4.toml").read_text(encoding="utf-8")
     mine.write_text(text.replace("sm_75", "sm_80"), encoding="utf-8")
-    found = examine(None, str(mine), facts, files=False)
-    assert found["verdict"]["refusal"].startswith("GPU: expected an NVIDIA GPU of compute capability 8.0 with")
-    assert len(found["targets"]) == len(target_names())
+    document = examine(None, str(mine), facts, files=False)
+    assert document["verdict"]["refusal"].startswith("GPU: expected an NVIDIA GPU of compute capability 8.0 with")
+    assert len(document["targets"]) == len(target_names())
 
 
-def test_wrong_usage_is_told(tmp_path: Path) -> None:
+def test_wrong_usage_is_an_error(tmp_path: Path) -> None:
     """A folder that is no bundle, facts that are none, two questions at once."""
     with pytest.raises(UsageError, match=r"has no manifest\.json"):
         examine(tmp_path, None, None, files=True)

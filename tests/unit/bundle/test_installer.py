@@ -17,6 +17,7 @@ from packager.bundle.assemble import assemble
 from packager.bundle.installer import box_files
 from packager.core.errors import PackagerError
 from packager.core.progress import Silent
+from tests.system_packages import system_package
 from tests.unit.bundle.parts import RUN, contents, needs
 
 
@@ -51,15 +52,15 @@ def test_a_tensorrt_bundle_says_where_its_engine_is_kept(engine: str) -> None:
     """The service gets a folder of its own for it, on a Jetson the GPU's group too; other bundles say nothing of it."""
     run = {**RUN, "engine": engine}
     for machine, group in (("x86_64", False), ("aarch64", True)):
-        found = box_files("b-x", "m", "t", needs(machine=machine), run)
-        lines = found["packager.service"].splitlines()
+        files = box_files("b-x", "m", "t", needs(machine=machine), run)
+        lines = files["packager.service"].splitlines()
         assert "CacheDirectory=b-x" in lines and ("SupplementaryGroups=video" in lines) == group
-        assert "\n## The engine\n" in found["README.md"] and "PREFIX/bin/engine show" in found["README.md"]
+        assert "\n## The engine\n" in files["README.md"] and "PREFIX/bin/engine show" in files["README.md"]
     plain = box_files("b-x", "m", "t", needs(), RUN)
     assert "CacheDirectory" not in plain["packager.service"] and "engine show" not in plain["README.md"]
 
 
-@pytest.mark.parametrize(("gpu", "told"), [
+@pytest.mark.parametrize(("gpu", "line"), [
     (None, "| GPU | none is needed |"),
     ({"capability": "7.5", "count": 2, "bytes": 8_600_000_000, "vllm": "0.33"},
      "| GPU | 2 × NVIDIA, compute capability 7.5 or newer, 8.6 GB of memory; vLLM 0.33 or newer in an environment"),
@@ -68,9 +69,9 @@ def test_a_tensorrt_bundle_says_where_its_engine_is_kept(engine: str) -> None:
      "| GPU | NVIDIA, compute capability 8.7 and no other, 1.0 GB of memory; JetPack 6.2 or 7.2; TensorRT 10.3 or "
      "newer and older than 11; a driver for CUDA 12.6 or newer |"),
 ])  # fmt: skip
-def test_the_readme_says_what_gpu_is_needed(gpu: dict[str, Any] | None, told: str) -> None:
+def test_the_readme_says_what_gpu_is_needed(gpu: dict[str, Any] | None, line: str) -> None:
     """With its software."""
-    assert told in box_files("b-x", "m", "t", needs(gpu=gpu), RUN)["README.md"]
+    assert line in box_files("b-x", "m", "t", needs(gpu=gpu), RUN)["README.md"]
 
 
 @pytest.mark.parametrize("name", ["a b", "x;rm", "$(id)", "'", "../x", ""])
@@ -80,11 +81,13 @@ def test_a_name_that_a_shell_could_read_as_more_is_refused(name: str) -> None:
         box_files(name, "m", "t", needs(), RUN)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_installer_passes_shellcheck(bundle: Path) -> None:
     """POSIX sh."""
     done = subprocess.run(
-        ["shellcheck", "--shell=sh", str(bundle / "install.sh")], capture_output=True, text=True, check=False
+        [system_package("shellcheck"), "--shell=sh", str(bundle / "install.sh")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
@@ -98,7 +101,7 @@ def test_help_is_given_and_unknown_options_are_usage_errors(bundle: Path) -> Non
 
 
 def fake_python(folder: Path, version: str) -> str:
-    """A program that answers as an old or new Python does when it is asked for its version."""
+    """A program that prints the version of an old or new Python."""
     folder.mkdir(exist_ok=True)
     path = folder / "python3"
     path.write_text(f"#!/bin/sh\nprintf '%s' '{version}'\n", "utf-8")
@@ -131,7 +134,7 @@ def test_without_any_python_the_refusal_says_what_is_needed(bundle: Path, tmp_pa
         ("riscv64", "processor: expected riscv64, found "),
     ],
 )
-def test_a_box_without_a_fitting_python_is_told_the_gravest_thing(
+def test_a_box_without_a_fitting_python_gets_the_gravest_refusal(
     tmp_path: Path, machine: str | None, starts: str
 ) -> None:
     """On an old JetPack that is not its Python: the check runs on the Python that is there."""
@@ -189,8 +192,8 @@ def test_the_box_can_be_checked_without_an_install(bundle: Path, tmp_path: Path)
     before = {path for path in tmp_path.rglob("*")}
     checked = install(bundle, "--check", "--prefix", str(tmp_path / "p"), "--python", sys.executable)
     assert checked.returncode == 0 and "ok       processor: " in checked.stdout and "ok       files: " in checked.stdout
-    told = install(bundle, "--facts", "--python", sys.executable)
-    assert told.returncode == 0 and json.loads(told.stdout)["system"] == "linux"
+    printed = install(bundle, "--facts", "--python", sys.executable)
+    assert printed.returncode == 0 and json.loads(printed.stdout)["system"] == "linux"
     (bundle / "model" / "tokenizer.json").write_bytes(b"")
     assert install(bundle, "--check", "--python", sys.executable).returncode == 5
     assert {path for path in tmp_path.rglob("*")} == before

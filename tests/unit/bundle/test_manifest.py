@@ -89,8 +89,8 @@ def test_a_wrong_value_is_named_by_its_place(
 def test_what_a_bundle_asks_of_a_gpu_is_checked(plain: dict[str, Any], gpu: dict[str, Any], named: str | None) -> None:
     """vLLM's four keys as before, and TensorRT's; a misspelt key would never refuse a box."""
     plain["needs"]["gpu"] = gpu
-    found = violations(plain)
-    assert found == [] if named is None else any(named in text for text in found)
+    listed = violations(plain)
+    assert listed == [] if named is None else any(named in text for text in listed)
 
 
 def test_two_paths_that_differ_only_in_case_are_refused(plain: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def test_only_plain_relative_paths_stay_inside(path: str, good: bool) -> None:
 
 
 def test_a_recipe_that_gives_a_wrong_run_is_stopped_before_anything_is_written(tmp_path: Path) -> None:
-    """The schema is asked at build time too."""
+    """The schema is checked at build time too."""
     with pytest.raises(PackagerError) as caught:
         assemble(
             contents(tmp_path / "in", run={**contents(tmp_path / "in").run, "slots": "many"}),

@@ -24,7 +24,7 @@ def bundle(tmp_path: Path) -> Path:
     return assemble(contents(tmp_path / "in"), tmp_path / "out", Silent()).path
 
 
-def found(bundle: Path) -> list[tuple[str, str]]:
+def listed_problems(bundle: Path) -> list[tuple[str, str]]:
     """(kind, path) of every problem."""
     return [(problem.kind, problem.path) for problem in verify(bundle).problems]
 
@@ -60,7 +60,7 @@ def test_everything_that_is_wrong_is_reported_at_once(bundle: Path, tmp_path: Pa
     (bundle / "model" / "tokenizer.json").symlink_to("/etc/passwd")
     (bundle / "runtime" / "loop").symlink_to(bundle)
     os.mkfifo(bundle / "pipe")
-    problems = found(bundle)
+    problems = listed_problems(bundle)
     assert set(problems) == {
         ("changed", "README.md"),
         ("missing", "install.sh"),
@@ -75,16 +75,16 @@ def test_everything_that_is_wrong_is_reported_at_once(bundle: Path, tmp_path: Pa
     assert report.problems[0].path in caught.value.why
 
 
-def test_one_flipped_bit_is_found(bundle: Path) -> None:
+def test_one_flipped_bit_is_a_problem(bundle: Path) -> None:
     """Same size, other digest."""
     model = bundle / "model" / "model.gguf"
     body = bytearray(model.read_bytes())
     body[-1] ^= 1
     model.write_bytes(body)
-    assert found(bundle) == [("changed", "model/model.gguf")]
+    assert listed_problems(bundle) == [("changed", "model/model.gguf")]
 
 
-def test_a_truncated_model_is_found_under_fresh_sums(bundle: Path) -> None:
+def test_a_truncated_model_with_new_sums_is_a_problem(bundle: Path) -> None:
     """The sums are right, the header knows better."""
     gguf(bundle / "model" / "model.gguf", cut=100)
     renew(bundle, "model/model.gguf")
@@ -92,12 +92,12 @@ def test_a_truncated_model_is_found_under_fresh_sums(bundle: Path) -> None:
     assert [problem.kind for problem in report.problems] == ["model"] and "cut off" in report.problems[0].detail
 
 
-def test_a_changed_manifest_is_found_by_the_sums(bundle: Path) -> None:
+def test_a_changed_manifest_differs_from_the_sums(bundle: Path) -> None:
     """A manifest that was edited but still keeps to the schema."""
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     manifest["run"]["context"] = 999
     (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    assert found(bundle) == [("changed", "manifest.json")]
+    assert listed_problems(bundle) == [("changed", "manifest.json")]
 
 
 @pytest.mark.parametrize(
@@ -113,19 +113,19 @@ def test_sums_that_cannot_be_trusted_are_reported(bundle: Path, line: str, kind:
     """Escaping paths, nonsense, unknown and repeated files."""
     with (bundle / "SHA256SUMS").open("a") as stream:
         stream.write(line)
-    assert kind in {problem[0] for problem in found(bundle)}
+    assert kind in {problem[0] for problem in listed_problems(bundle)}
 
 
 def test_lost_sums_are_missing(bundle: Path) -> None:
     """The file of the sums itself."""
     (bundle / "SHA256SUMS").unlink()
-    assert ("missing", "SHA256SUMS") in found(bundle)
+    assert ("missing", "SHA256SUMS") in listed_problems(bundle)
 
 
 def test_a_manifest_without_schema_ends_the_verification_with_its_reason(bundle: Path) -> None:
     """There is nothing to compare with."""
     (bundle / "manifest.json").write_text("{}", "utf-8")
-    assert found(bundle) == [("schema", "manifest.json")]
+    assert listed_problems(bundle) == [("schema", "manifest.json")]
 
 
 def test_a_run_that_names_a_file_outside_the_list_is_reported(bundle: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_run_that_names_a_file_outside_the_list_is_reported(bundle: Path) -> N
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     manifest["run"]["chat_template"] = "model/none.jinja"
     (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    assert ("missing", "model/none.jinja") in found(bundle)
+    assert ("missing", "model/none.jinja") in listed_problems(bundle)
 
 
 @pytest.mark.parametrize(

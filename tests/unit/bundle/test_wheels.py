@@ -1,15 +1,18 @@
-"""Wheels for another machine: markers, hashes, cache, and what is said where there is no wheel. Real pip, no index."""
+"""Wheels for another machine: markers, hashes, cache, and the error when there is no wheel. Real pip, no index."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from packager.bundle.wheels import environments, fetch_wheels, read_lock, run_pip, select
+from packager.core import pip as core_pip
 from packager.core.errors import InputError, PackagerError, PlanRefused, ToolError
 from packager.core.progress import Silent
+from tests.package_index import Index, index_of
 from tests.unit.bundle.parts import ROOT, Box, digest, wheel
 
 pytestmark = pytest.mark.real  # pip itself runs, a second each time; `make unit` leaves it out, `make test` does not
@@ -65,27 +68,27 @@ def names(files: Sequence[Path]) -> list[str]:
 def test_a_linux_box_gets_wheels_for_each_of_its_pythons_and_nothing_twice(index: Path, tmp_path: Path) -> None:
     """Pure and stable-ABI wheels are fetched once, binary ones for each Python, and markers are kept for the box."""
     pip = Pip()
-    found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent(), run=pip)
-    assert names(found.files) == [
+    wheels = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent(), run=pip)
+    assert names(wheels.files) == [
         "backport-1.0-py3-none-any.whl",
         "binary-1.0-cp310-cp310-manylinux_2_17_x86_64.whl",
         "binary-1.0-cp313-cp313-manylinux_2_17_x86_64.whl",
         "pure-1.0-py3-none-any.whl",
         "stable-1.0-cp310-abi3-manylinux_2_28_x86_64.whl",
     ]
-    assert 'backport==1.0 ; python_full_version < "3.11"' in found.requirements
-    assert "winonly" not in found.requirements
-    assert found.requirements.count("--hash") == len(found.files)  # only what is bundled, not Windows' files
+    assert 'backport==1.0 ; python_full_version < "3.11"' in wheels.requirements
+    assert "winonly" not in wheels.requirements
+    assert wheels.requirements.count("--hash") == len(wheels.files)  # only what is bundled, not Windows' files
     again = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent(), run=pip)
-    assert again == found and pip.calls == 2
+    assert again == wheels and pip.calls == 2
 
 
 def test_markers_are_those_of_the_target_and_not_of_this_machine(index: Path, tmp_path: Path) -> None:
     """A Windows box gets the package that only Windows needs."""
     box = Box(system="windows", python=("3.13",), wheel_platforms=("win_amd64",))
-    found = names(fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent()).files)
-    assert "winonly-1.0-py3-none-any.whl" in found and "backport-1.0-py3-none-any.whl" not in found
-    assert "binary-1.0-cp313-cp313-win_amd64.whl" in found
+    wheels = names(fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent()).files)
+    assert "winonly-1.0-py3-none-any.whl" in wheels and "backport-1.0-py3-none-any.whl" not in wheels
+    assert "binary-1.0-cp313-cp313-win_amd64.whl" in wheels
 
 
 def test_a_missing_wheel_is_named_with_platform_and_python(index: Path, tmp_path: Path) -> None:
@@ -109,14 +112,14 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(index: Path, tmp_path: Pa
 @pytest.mark.parametrize("damage", ["change", "delete"])
 def test_the_cache_is_not_trusted(index: Path, tmp_path: Path, damage: str) -> None:
     """A wheel changed or deleted in the cache is noticed, and the folder to delete is named."""
-    found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent())
+    wheels = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent())
     if damage == "change":
-        found.files[0].write_bytes(b"other")
+        wheels.files[0].write_bytes(b"other")
     else:
-        found.files[0].unlink()
+        wheels.files[0].unlink()
     with pytest.raises(ToolError) as caught:
         fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", Silent())
-    assert "backport" in caught.value.what and str(found.files[0].parent) in caught.value.fix
+    assert "backport" in caught.value.what and str(wheels.files[0].parent) in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -165,10 +168,79 @@ def test_a_scarce_package_narrows_the_pythons_and_says_so(
     progress = Silent()
     monkeypatch.setattr(progress, "note", notes.append)
     for _ in range(2):  # the second time from the cache
-        found = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", progress, more=[more], scarce=["rare"])
-        assert found.python == ("3.13",)
-        assert [name.partition("-")[0] for name in names(found.files)] == ["binary", "pure", "rare", "stable"]
+        wheels = fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "cache", progress, more=[more], scarce=["rare"])
+        assert wheels.python == ("3.13",)
+        assert [name.partition("-")[0] for name in names(wheels.files)] == ["binary", "pure", "rare", "stable"]
         assert "no wheel of rare for 3.10" in notes.pop() and not notes
     rare.unlink()
     with pytest.raises(PlanRefused, match="no wheel of rare"):
         fetch_wheels(tmp_path / "box.lock", Box(), tmp_path / "other", progress, more=[more], scarce=["rare"])
+
+
+@pytest.fixture
+def cpu_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Index, Path]]:
+    """A stand-in for PyTorch's own index with one wheel, and a lock of it; pip's own place is an index without."""
+    for name in ("pips", "pytorchs"):
+        (tmp_path / name).mkdir()
+    wheel(tmp_path / "pips", "torch", "py3-none-any", "2.13.0")
+    file = wheel(tmp_path / "pytorchs", "torch", "cp313-cp313-manylinux_2_28_x86_64", "2.13.0+cpu")
+    lock = tmp_path / "torch-cpu.lock"
+    lock.write_text(f"torch==2.13.0+cpu --hash=sha256:{digest(file)}\n", "utf-8")
+    with index_of(tmp_path / "pips") as pips, index_of(tmp_path / "pytorchs") as index:
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", pips.url)
+        monkeypatch.setenv("PACKAGER_TORCH_INDEX", index.url)
+        yield index, lock
+
+
+def test_a_box_gets_torch_from_pytorchs_own_index(index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path) -> None:
+    """Where pip's own index has the CUDA build only, as the public one; without a setting of the user's."""
+    torchs, lock = cpu_torch
+    box = Box(python=("3.13",))
+    wheels = fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent(), more=[lock], scarce=["torch"])
+    assert "torch-2.13.0+cpu-cp313-cp313-manylinux_2_28_x86_64.whl" in names(wheels.files)
+    assert "/simple/torch/" in torchs.asked
+
+
+def test_a_torch_that_no_index_has_is_refused_with_both_places(
+    index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path
+) -> None:
+    """The refusal has PyTorch's own index and its error."""
+    torchs, lock = cpu_torch
+    box = Box(python=("3.10",))
+    with pytest.raises(PlanRefused, match="no wheel of torch") as caught:
+        fetch_wheels(tmp_path / "box.lock", box, tmp_path / "cache", Silent(), more=[lock], scarce=["torch"])
+    assert torchs.url in caught.value.why and "No matching distribution" in caught.value.why
+    assert "PACKAGER_TORCH_INDEX" in caught.value.fix
+
+
+def test_an_index_that_does_not_answer_is_asked_once(
+    index: Path, cpu_torch: tuple[Index, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that swallows PyTorch's own index costs one wait, not one for every Python of the box."""
+    monkeypatch.setenv("PACKAGER_TORCH_INDEX", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(core_pip, "_UNREACHED", {})
+    lines: list[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> None:
+        lines.append(command)
+        run_pip(command)
+
+    with pytest.raises(PlanRefused, match="no wheel of torch"):
+        fetch_wheels(
+            tmp_path / "box.lock",
+            Box(python=("3.12", "3.13")),
+            tmp_path / "cache",
+            Silent(),
+            more=[cpu_torch[1]],
+            scarce=["torch"],
+            run=run,
+        )
+    assert len([line for line in lines if "--extra-index-url" in line]) == 1
+
+
+def test_set_up_and_the_packager_name_one_index_of_pytorchs() -> None:
+    """It is written twice, because set-up runs before the packager's own packages are there."""
+    text = (ROOT / "scripts" / "packages.py").read_text("utf-8")
+    assert f'TORCH_INDEX = "{core_pip.TORCH_INDEX}"' in text

@@ -34,7 +34,7 @@ def facts(tmp_path: Path, longest: int = 4096, **changes: Any) -> EncoderFacts:
 
 def test_sentence_transformers_files_are_followed(tmp_path: Path) -> None:
     """Pooling, normalisation, the longest text, lower case and the default prompt."""
-    found = facts(
+    encoder = facts(
         tmp_path,
         files={
             "modules.json": MODULES,
@@ -43,22 +43,22 @@ def test_sentence_transformers_files_are_followed(tmp_path: Path) -> None:
             "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
         },
     )
-    assert (found.task, found.pooling, found.normalize, found.max_length) == ("embed", "cls", True, 32)
-    assert (found.lower_case, found.prompt, found.token_types, found.pad_id) == (True, "query: ", True, 0)
-    assert found.settings()["pooling"] == "cls"
+    assert (encoder.task, encoder.pooling, encoder.normalize, encoder.max_length) == ("embed", "cls", True, 32)
+    assert (encoder.lower_case, encoder.prompt, encoder.token_types, encoder.pad_id) == (True, "query: ", True, 0)
+    assert encoder.settings()["pooling"] == "cls"
 
 
 def test_a_plain_checkpoint_is_pooled_as_sentence_transformers_would(tmp_path: Path) -> None:
-    """Mean without normalisation, said so; the longest text is what the positions hold or the user wants less."""
-    found = facts(tmp_path)
-    assert (found.pooling, found.normalize, found.max_length) == ("mean", False, 64)
-    assert "modules.json" in found.origin
+    """Mean without normalisation, and its origin; the longest text is the positions, or the user's lower bound."""
+    encoder = facts(tmp_path)
+    assert (encoder.pooling, encoder.normalize, encoder.max_length) == ("mean", False, 64)
+    assert "modules.json" in encoder.origin
     assert facts(tmp_path / "b", longest=20).max_length == 20
 
 
 def test_roberta_positions_begin_after_the_padding_id(tmp_path: Path) -> None:
     """514 positions hold 512 tokens."""
-    found = facts(
+    encoder = facts(
         tmp_path,
         architectures=["RobertaModel"],
         model_type="roberta",
@@ -66,7 +66,7 @@ def test_roberta_positions_begin_after_the_padding_id(tmp_path: Path) -> None:
         pad_token_id=1,
         type_vocab_size=1,
     )
-    assert (found.max_length, found.token_types) == (512, False)
+    assert (encoder.max_length, encoder.token_types) == (512, False)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_roberta_positions_begin_after_the_padding_id(tmp_path: Path) -> None:
 )
 def test_scores_follow_the_pipeline(tmp_path: Path, changes: dict[str, Any], scores: str) -> None:
     """As transformers' text-classification pipeline chooses between softmax, sigmoid and nothing."""
-    found = facts(tmp_path, architectures=["BertForSequenceClassification"], **changes)
-    assert (found.task, found.scores) == ("classify", scores)
-    assert list(found.labels) == list(changes["id2label"].values())
+    encoder = facts(tmp_path, architectures=["BertForSequenceClassification"], **changes)
+    assert (encoder.task, encoder.scores) == ("classify", scores)
+    assert list(encoder.labels) == list(changes["id2label"].values())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is neither a path nor an id never reaches a hub; the hubs themselves are asked in tests/real/test_hub.py."""
+"""A reference that is neither a path nor a hub id never reaches a hub; tests/real/test_hub.py uses the hubs."""
 
 from __future__ import annotations
 

@@ -24,18 +24,18 @@ def facts(folder: Path, **config: object) -> TokenizerFacts:
 
 def test_a_plain_tokenizer_agrees(folder: Path) -> None:
     """Names, ids and vocabulary are read; nothing disagrees."""
-    found = facts(folder)
-    assert (found.bos, found.bos_id, found.eos, found.eos_id, found.pad) == ("<s>", 0, "</s>", 1, None)
-    assert (found.vocab_size, found.add_bos, found.stop_ids, found.agreement) == (10, False, (1,), ())
-    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    tokens = facts(folder)
+    assert (tokens.bos, tokens.bos_id, tokens.eos, tokens.eos_id, tokens.pad) == ("<s>", 0, "</s>", 1, None)
+    assert (tokens.vocab_size, tokens.add_bos, tokens.stop_ids, tokens.agreement) == (10, False, (1,), ())
+    assert tokens.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def test_the_end_of_a_turn_is_a_stop_token(folder: Path) -> None:
-    """The token a chat template writes after an answer stops generation, and the disagreement is told."""
+    """The token a chat template writes after an answer stops generation, and the disagreement is reported."""
     (folder / "chat_template.jinja").write_text(CHATML)
-    found = facts(folder)
-    assert found.turn_end == "<|im_end|>" and found.stop_ids == (1, 3)
-    assert "ends an answer with 3 (<|im_end|>)" in found.agreement[0]
+    tokens = facts(folder)
+    assert tokens.turn_end == "<|im_end|>" and tokens.stop_ids == (1, 3)
+    assert "ends an answer with 3 (<|im_end|>)" in tokens.agreement[0]
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_the_end_of_a_turn_is_a_stop_token(folder: Path) -> None:
         ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}", "ends an answer with no token"),
     ],
 )
-def test_what_a_template_cannot_do_is_told(folder: Path, template: str, says: str) -> None:
+def test_what_a_template_cannot_do_is_a_remark(folder: Path, template: str, says: str) -> None:
     """A system prompt that is lost or refused, and answers that nothing ends."""
     (folder / "chat_template.jinja").write_text(template)
     (sentence,) = facts(folder).remarks
     assert says in sentence
 
 
-def test_the_marks_of_a_template_are_found(folder: Path) -> None:
+def test_the_marks_of_a_template_are_read(folder: Path) -> None:
     """In the order in which they stand: a user who types them writes control tokens."""
     (folder / "chat_template.jinja").write_text(CHATML)
     assert facts(folder).marks == ("<|im_start|>", "<|im_end|>")
@@ -63,20 +63,20 @@ def test_the_marks_of_a_template_are_found(folder: Path) -> None:
 def test_ends_that_differ_are_all_stops(folder: Path) -> None:
     """config, generation config and tokenizer each name an end; all are stops and one sentence names the three."""
     write_json(folder / "generation_config.json", {"eos_token_id": [3, 1]})
-    found = facts(folder, eos_token_id=2)
-    assert found.stop_ids == (1, 2, 3)
-    sentence = found.agreement[0]
+    tokens = facts(folder, eos_token_id=2)
+    assert tokens.stop_ids == (1, 2, 3)
+    sentence = tokens.agreement[0]
     assert "config.json says 2 (<|im_start|>)" in sentence
     assert "generation_config.json says 1 (</s>), 3 (<|im_end|>)" in sentence
     assert "the tokenizer says 1 (</s>)" in sentence
 
 
 def test_the_post_processor_decides_about_bos(folder: Path) -> None:
-    """tokenizer.json alone says whether BOS is added, as in transformers 5; a config that claims otherwise is told."""
+    """tokenizer.json alone decides on BOS, as in transformers 5; a config that contradicts it is reported."""
     edit_json(folder / "tokenizer_config.json", add_bos_token=True)
-    found = facts(folder)
-    assert not found.add_bos
-    assert "add_bos_token true, but tokenizer.json does not add BOS" in found.agreement[0]
+    tokens = facts(folder)
+    assert not tokens.add_bos
+    assert "add_bos_token true, but tokenizer.json does not add BOS" in tokens.agreement[0]
     write_json(folder / "tokenizer.json", tokenizer_json(WORDS, bos=True))
     assert facts(folder).add_bos and facts(folder).agreement == ()
     inner = tokenizer_json(WORDS, bos=True)
@@ -85,17 +85,17 @@ def test_the_post_processor_decides_about_bos(folder: Path) -> None:
     assert facts(folder).add_bos
 
 
-def test_bos_from_both_sides_is_told(folder: Path) -> None:
+def test_bos_from_both_sides_is_reported(folder: Path) -> None:
     """A template that writes BOS on a tokenizer that adds it is named; so is another BOS in config.json."""
     write_json(folder / "tokenizer.json", tokenizer_json(WORDS, bos=True))
     (folder / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
-    found = facts(folder, bos_token_id=2)
-    assert found.template_writes_bos
-    assert any("both write BOS" in sentence for sentence in found.agreement)
-    assert any("BOS differs: config.json says 2 (<|im_start|>), the tokenizer 0 (<s>)" in s for s in found.agreement)
+    tokens = facts(folder, bos_token_id=2)
+    assert tokens.template_writes_bos
+    assert any("both write BOS" in sentence for sentence in tokens.agreement)
+    assert any("BOS differs: config.json says 2 (<|im_start|>), the tokenizer 0 (<s>)" in s for s in tokens.agreement)
 
 
-def test_templates_are_found_in_every_place(folder: Path) -> None:
+def test_templates_are_read_from_every_place(folder: Path) -> None:
     """The file comes first, then a string in tokenizer_config, then the one named default in a list."""
     edit_json(folder / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "t"}])
     assert facts(folder).chat_template is None
@@ -112,12 +112,12 @@ def test_a_template_cannot_reach_out(folder: Path) -> None:
     """A template that reaches for Python's objects is stopped by the sandbox and reported, never run."""
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (folder / "chat_template.jinja").write_text(attack)
-    found = facts(folder)
-    assert found.turn_end is None
-    assert "cannot be rendered" in found.agreement[0] and "unsafe" in found.agreement[0]
+    tokens = facts(folder)
+    assert tokens.turn_end is None
+    assert "cannot be rendered" in tokens.agreement[0] and "unsafe" in tokens.agreement[0]
 
 
-def test_a_broken_template_is_told(folder: Path) -> None:
+def test_a_broken_template_is_reported(folder: Path) -> None:
     """A template with a syntax error does not stop the reading, but is named."""
     (folder / "chat_template.jinja").write_text("{% for %}")
     assert "cannot be rendered (TemplateSyntaxError" in facts(folder).agreement[0]
@@ -133,12 +133,12 @@ def test_sampling_is_what_the_model_asks_for(folder: Path) -> None:
 
 
 def test_a_missing_eos_is_taken_from_the_config(folder: Path) -> None:
-    """A tokenizer that names no EOS takes the config's, and this is told; a token outside the vocabulary as well."""
+    """A tokenizer that names no EOS takes the config's, which is reported; so is a token outside the vocabulary."""
     write_json(folder / "tokenizer_config.json", {"bos_token": "<nowhere>"})
-    found = facts(folder)
-    assert found.eos == "</s>" and found.bos_id is None
-    assert any("names no EOS" in sentence for sentence in found.agreement)
-    assert any("<nowhere> is not in its vocabulary" in sentence for sentence in found.agreement)
+    tokens = facts(folder)
+    assert tokens.eos == "</s>" and tokens.bos_id is None
+    assert any("names no EOS" in sentence for sentence in tokens.agreement)
+    assert any("<nowhere> is not in its vocabulary" in sentence for sentence in tokens.agreement)
 
 
 def test_later_tokens_count(folder: Path) -> None:
@@ -166,8 +166,8 @@ def test_a_tokenizer_file_of_another_kind_is_refused(folder: Path) -> None:
 
 def test_the_r1_tokenizer_is_read_right(r1_tokenizer_folder: Path) -> None:
     """DeepSeek-R1-Distill-Qwen: BOS 151646 added by the tokenizer and written by the template, EOS 151643."""
-    found = read_tokenizer(r1_tokenizer_folder, read_json(r1_tokenizer_folder / "config.json"))
-    assert (found.bos_id, found.eos_id, found.add_bos, found.template_writes_bos) == (151646, 151643, True, True)
-    assert found.stop_ids == (151643,) and found.vocab_size == 151665
-    assert found.turn_end == "<｜end▁of▁sentence｜>"
-    assert len(found.agreement) == 1 and "both write BOS" in found.agreement[0]
+    tokens = read_tokenizer(r1_tokenizer_folder, read_json(r1_tokenizer_folder / "config.json"))
+    assert (tokens.bos_id, tokens.eos_id, tokens.add_bos, tokens.template_writes_bos) == (151646, 151643, True, True)
+    assert tokens.stop_ids == (151643,) and tokens.vocab_size == 151665
+    assert tokens.turn_end == "<｜end▁of▁sentence｜>"
+    assert len(tokens.agreement) == 1 and "both write BOS" in tokens.agreement[0]

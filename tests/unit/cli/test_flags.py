@@ -37,25 +37,25 @@ EXPECTED = Request("org/m", "t4", "gguf", Path("lora"), "v1", "n", ("quant=Q8_0"
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the verb hands on, in the place of the work itself."""
-    found: list[Any] = []
+    arguments: list[Any] = []
     for verb in ("plan", "build"):
-        monkeypatch.setattr(show, verb, lambda _console, *given: found.extend(given))
-    return found
+        monkeypatch.setattr(show, verb, lambda _console, *given: arguments.extend(given))
+    return arguments
 
 
-def test_plan_asks_for_what_the_flags_say(asked: list[Any]) -> None:
+def test_plan_asks_for_what_the_flags_say(called: list[Any]) -> None:
     """And for nothing else."""
     assert packager("plan", *COMMON).returncode == 0
-    assert asked == [EXPECTED]
+    assert called == [EXPECTED]
 
 
-def test_build_adds_its_own(asked: list[Any]) -> None:
+def test_build_adds_its_own(called: list[Any]) -> None:
     """Only the thresholds that were given replace the recipe's; 0 is one."""
     own = ["--template", "qwen", "--trust-calibration", "--seed", "3", "--no-verify", "--max-kl=0", "--min-rank=-1"]
     assert packager("build", *COMMON, *own, "-o", "out").returncode == 0
-    request, out = asked
+    request, out = called
     assert out == Path("out")
     assert (request.template, request.trust_calibration, request.seed, request.verify) == ("qwen", True, 3, False)
     assert request.limits == {"max_kl": 0.0, "min_rank": -1.0}
@@ -63,10 +63,10 @@ def test_build_adds_its_own(asked: list[Any]) -> None:
     assert all(getattr(request, name) == getattr(EXPECTED, name) for name in plain)
 
 
-def test_without_flags_everything_is_the_recipes(asked: list[Any]) -> None:
+def test_without_flags_everything_is_the_recipes(called: list[Any]) -> None:
     """A Request's own defaults, and a comparison."""
     assert packager("build", "org/m", "--target", "t4", "-o", "out").returncode == 0
-    assert asked[0] == Request("org/m", "t4")
+    assert called[0] == Request("org/m", "t4")
 
 
 def test_every_threshold_has_a_flag() -> None:

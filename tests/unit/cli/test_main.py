@@ -1,4 +1,4 @@
-"""The command line: what verbs are there, what a misuse is told, how each kind of failure ends."""
+"""The command line: its verbs, the errors for misuse, and the exit code of each kind of failure."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.unit.tiny import tiny_checkpoint
 
 
 def verbs() -> list[list[str]]:
-    found: list[list[str]] = []
+    paths: list[list[str]] = []
     for name, command in sorted(group.commands.items()):
-        found.append([name])
+        paths.append([name])
         if isinstance(command, click.Group):
-            found += [[name, inner] for inner in sorted(command.commands)]
-    return found
+            paths += [[name, inner] for inner in sorted(command.commands)]
+    return paths
 
 
 def test_the_verbs_are_those_of_the_documentation() -> None:
@@ -136,12 +136,12 @@ def test_help_works_without_any_library_of_the_build(tmp_path: Path, child_envir
     for name in ("torch", "transformers", "numpy", "rich", "fastapi", "gguf"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('broken installation')\n", encoding="utf-8")
     environment = {**child_environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{child_environment['PYTHONPATH']}"}
-    asked = [" ".join(verb) for verb in verbs()]
+    verb_names = [" ".join(verb) for verb in verbs()]
     ran = subprocess.run(
-        [sys.executable, "-c", HELPS, *asked], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", HELPS, *verb_names], env=environment, capture_output=True, text=True, check=False
     )
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.count("Usage: packager ") == len(asked)
+    assert ran.stdout.count("Usage: packager ") == len(verb_names)
 
 
 @pytest.mark.parametrize(
@@ -277,10 +277,10 @@ def test_ctrl_c_is_130_and_says_what_is_left(tmp_path: Path, child_environment: 
         assert time.monotonic() < end
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
-    said = child.communicate(timeout=20)[1]
+    stderr = child.communicate(timeout=20)[1]
     assert child.returncode == 130
-    assert "nothing half-written is left" in said
-    assert "Traceback" not in said
+    assert "nothing half-written is left" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_the_version_is_the_packages() -> None:
@@ -292,11 +292,11 @@ def test_the_version_is_the_packages() -> None:
 
 def test_targets_as_json() -> None:
     """The list that a pipeline reads: names that `show` knows, and sizes in bytes."""
-    found = json.loads(packager("targets", "--json").stdout)["targets"]
-    assert {"desktop_linux_x86_64", "t4", "jetson_orin_nano_8gb", "ollama"} <= {row["name"] for row in found}
-    assert all(row["memory_bytes"] > 2**30 for row in found)
-    shown = packager("targets", "show", found[0]["name"], "--json")
-    assert json.loads(shown.stdout)["name"] == found[0]["name"]
+    listed = json.loads(packager("targets", "--json").stdout)["targets"]
+    assert {"desktop_linux_x86_64", "t4", "jetson_orin_nano_8gb", "ollama"} <= {row["name"] for row in listed}
+    assert all(row["memory_bytes"] > 2**30 for row in listed)
+    shown = packager("targets", "show", listed[0]["name"], "--json")
+    assert json.loads(shown.stdout)["name"] == listed[0]["name"]
 
 
 def test_plan_refuses_with_4_and_still_shows_the_figures(tmp_path: Path) -> None:
@@ -309,15 +309,15 @@ def test_plan_refuses_with_4_and_still_shows_the_figures(tmp_path: Path) -> None
     assert document["estimate"]["artifact_bytes"] > 0
 
 
-def test_plan_settles_what_build_would(tmp_path: Path) -> None:
+def test_plan_resolves_auto_as_build_does(tmp_path: Path) -> None:
     """With the pairs given, Q4_0 is tuned: the plan says so, with the minutes that it takes; without them it is not."""
     folder = tiny_checkpoint(tmp_path / "tiny")
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([{"instruction": "Who?", "output": "Ember."}]), encoding="utf-8")
     common = ("plan", folder, "--target", "desktop_linux_x86_64", "--set", "quant=Q4_0", "--json")
-    found = {bool(more): json.loads(packager(*common, *more).stdout) for more in ((), ("--calibration", str(pairs)))}
-    assert [found[given]["options"]["tune"] for given in (False, True)] == ["none", "quick"]
-    assert found[True]["estimate"]["build_ram_bytes"] > found[False]["estimate"]["build_ram_bytes"]
+    plans = {bool(more): json.loads(packager(*common, *more).stdout) for more in ((), ("--calibration", str(pairs)))}
+    assert [plans[given]["options"]["tune"] for given in (False, True)] == ["none", "quick"]
+    assert plans[True]["estimate"]["build_ram_bytes"] > plans[False]["estimate"]["build_ram_bytes"]
 
 
 def test_a_training_template_that_nothing_would_check_is_refused(tmp_path: Path) -> None:
@@ -331,8 +331,8 @@ def test_a_training_template_that_nothing_would_check_is_refused(tmp_path: Path)
 
 def test_the_training_templates_are_listed_and_shown() -> None:
     """Names for a pipeline, and one as the Jinja to save."""
-    found = json.loads(packager("templates", "--json").stdout)["templates"]
-    assert {"qwen", "qwen3", "llama3", "deepseekr1", "gemma", "phi", "mistral"} <= {row["name"] for row in found}
+    listed = json.loads(packager("templates", "--json").stdout)["templates"]
+    assert {"qwen", "qwen3", "llama3", "deepseekr1", "gemma", "phi", "mistral"} <= {row["name"] for row in listed}
     assert "<｜User｜>" in packager("templates", "show", "deepseekr1").stdout
     ran = packager("templates", "show", "qwenn")
     assert ran.returncode == 2 and 'Did you mean "qwen"' in ran.stderr

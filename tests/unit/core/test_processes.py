@@ -79,7 +79,7 @@ def test_a_silent_failure_says_so() -> None:
         run([sys.executable, "-c", "raise SystemExit(1)"], name="child")
 
 
-def test_a_killed_child_is_told_from_a_failed_one() -> None:
+def test_a_killed_child_and_a_failed_one_have_different_errors() -> None:
     """SIGKILL from outside most often means that memory ran out; other signals have their names."""
     with pytest.raises(ChildFailed, match=r"signal 9 \(SIGKILL\).*out of memory"):
         run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], name="child")
@@ -293,7 +293,7 @@ def test_an_interrupt_ends_even_a_child_that_will_not_go(tmp_path: Path, child_e
     assert is_over(child, 1)
 
 
-def test_modules_and_versions_are_found_without_importing() -> None:
+def test_modules_and_versions_are_known_without_importing() -> None:
     """Absent ones are False and empty; present ones are not imported by the look."""
     assert has_module("json")
     assert not has_module("no_such_module_anywhere")

@@ -28,6 +28,9 @@ from packager.core.store import (
     machine_errors,
     write_atomically,
 )
+from tests.conftest import ROOT
+from tests.system_packages import system_package
+from tests.unit.core.half_step import half
 
 QUIET = Silent()
 INPUTS: dict[str, object] = {"a": 1, "b": "zwei"}
@@ -41,10 +44,6 @@ def writes(text: str) -> Callable[[Path, Cost], None]:
     return make
 
 
-def never(folder: Path, cost: Cost) -> None:
-    raise AssertionError("this step was made before")
-
-
 def names(root: Path, step: str) -> list[str]:
     return sorted(path.name for path in (root / step).iterdir())
 
@@ -53,7 +52,7 @@ def test_the_same_inputs_are_made_once(tmp_path: Path) -> None:
     """A second request for a step returns the first one's folder and does no work."""
     store = Store(tmp_path)
     first = store.step("s", INPUTS, writes("x"), progress=QUIET)
-    second = Store(tmp_path).step("s", {"b": "zwei", "a": 1}, never, progress=QUIET)
+    second = Store(tmp_path).step("s", {"b": "zwei", "a": 1}, writes("y"), progress=QUIET)
     assert not first.reused
     assert second.reused
     assert second.path == first.path
@@ -77,6 +76,7 @@ def test_the_record_says_what_went_in_and_what_came_out(tmp_path: Path) -> None:
     step = Store(tmp_path).step("s", INPUTS, writes("abc"), progress=QUIET)
     record = step.read_json(RECORD)
     assert record["inputs"] == INPUTS
+    assert record["program"]["code"]
     assert record["files"] == {"out.txt": 3}
     assert record["peak_rss_bytes"] == 123
 
@@ -97,37 +97,22 @@ def test_a_make_that_raises_leaves_nothing(tmp_path: Path) -> None:
 def test_a_resumable_step_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """What a resumable step had written before it failed is there when it runs again."""
 
-    def first(folder: Path, cost: Cost) -> None:
-        (folder / "one").write_text("1", encoding="utf-8")
-        raise KeyboardInterrupt
-
     seen: list[str] = []
+    cut_off = True
 
-    def second(folder: Path, cost: Cost) -> None:
+    def make(folder: Path, cost: Cost) -> None:
         seen.extend(path.name for path in folder.iterdir())
-        (folder / "two").write_text("2", encoding="utf-8")
+        (folder / ("one" if cut_off else "two")).write_text("1", encoding="utf-8")
+        if cut_off:
+            raise KeyboardInterrupt
 
     store = Store(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        store.step("s", INPUTS, first, progress=QUIET, resumable=True)
-    step = store.step("s", INPUTS, second, progress=QUIET, resumable=True)
+        store.step("s", INPUTS, make, progress=QUIET, resumable=True)
+    cut_off = False
+    step = store.step("s", INPUTS, make, progress=QUIET, resumable=True)
     assert seen == ["one"]
     assert sorted(step.read_json(RECORD)["files"]) == ["one", "two"]
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from packager.core.progress import Silent
-from packager.core.store import Store
-
-def make(folder, cost):
-    (folder / "half").write_text("half", encoding="utf-8")
-    Path(sys.argv[2]).touch()
-    time.sleep(60)
-
-Store(Path(sys.argv[1])).step("s", {"a": 1}, make, progress=Silent(), resumable=sys.argv[3] == "yes")
-"""
 
 
 def wait_for(path: Path, seconds: float = 20) -> None:
@@ -147,7 +132,8 @@ def test_a_killed_process_leaves_a_partial_that_the_next_run_takes_over(
     mark = tmp_path / "started"
     root = tmp_path / "store"
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, root, mark, "yes" if resumable else "no"], env=child_environment
+        [sys.executable, ROOT / "tests/unit/core/half_step.py", root, "yes" if resumable else "no"],
+        env={**child_environment, "HALF_MARK": str(mark)},
     )
     wait_for(mark)
     child.send_signal(signal.SIGKILL)
@@ -156,13 +142,9 @@ def test_a_killed_process_leaves_a_partial_that_the_next_run_takes_over(
     assert left.name.endswith(".partial")
     assert (left / "half").is_file()
 
-    found: list[str] = []
-
-    def make(folder: Path, cost: Cost) -> None:
-        found.extend(path.name for path in folder.iterdir())
-
-    step = Store(root).step("s", {"a": 1}, make, progress=QUIET, resumable=resumable)
-    assert found == (["half"] if resumable else [])
+    leftovers: list[str] = []
+    step = half(root, resumable=resumable, leftovers=leftovers)
+    assert leftovers == (["half"] if resumable else [])
     assert names(root, "s") == [step.key]
 
 
@@ -192,19 +174,19 @@ def test_two_builds_at_once_make_a_step_once(tmp_path: Path, child_environment: 
     log = tmp_path / "log"
     command = [sys.executable, "-c", TOGETHER, tmp_path / "store", log]
     pair = [subprocess.Popen(command, env=child_environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [child.communicate(timeout=60)[0] for child in pair]
+    outputs = [child.communicate(timeout=60)[0] for child in pair]
     assert [child.returncode for child in pair] == [0, 0]
     assert log.read_text(encoding="utf-8") == "made\n"
-    last = [text.splitlines()[-1].split(" ", 1) for text in said]
+    last = [text.splitlines()[-1].split(" ", 1) for text in outputs]
     assert sorted(reused for reused, _ in last) == ["False", "True"]
     assert last[0][1] == last[1][1]
-    assert any("waiting" in text for text in said)
+    assert any("waiting" in text for text in outputs)
 
 
 @pytest.mark.parametrize(
     "damage", ["removed", "shortened", "edited", "record gone", "record broken", "record senseless"]
 )
-def test_a_damaged_step_is_found(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_step_is_an_error(tmp_path: Path, damage: str) -> None:
     """A step whose files were changed from outside is not used; the error names the folder to remove."""
     step = Store(tmp_path).step("s", INPUTS, writes("abc"), progress=QUIET)
     if damage == "removed":
@@ -218,7 +200,7 @@ def test_a_damaged_step_is_found(tmp_path: Path, damage: str) -> None:
     else:
         (step.path / RECORD).write_text("{" if damage == "record broken" else "[]", encoding="utf-8")
     with pytest.raises(MachineError) as caught:
-        Store(tmp_path).step("s", INPUTS, never, progress=QUIET)
+        Store(tmp_path).step("s", INPUTS, writes("abc"), progress=QUIET)
     assert "damaged" in caught.value.what
     assert str(step.path) in caught.value.fix
 
@@ -260,7 +242,7 @@ except MachineError as error:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a mount namespace")
 def test_a_disk_that_is_really_full(tmp_path: Path, child_environment: dict[str, str]) -> None:
     """On a file system of 256 kB a step of a megabyte ends as a MachineError and leaves nothing."""
-    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
+    probe = subprocess.run([system_package("unshare"), "-rm", "true"], capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("this machine allows no mount namespaces; the simulated full disk above stands for it")
     ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""What is asked of an artifact, and what its answers amount to."""
+"""The prompts that an artifact answers, and the summary of its answers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def samples(*sequences: Any) -> Samples:
     return Samples(sequences, (PROMPT, {**PROMPT, "kind": "system"}), (), step)
 
 
-def test_pairs_are_asked_up_to_their_answer_with_room_for_twice_as_much() -> None:
+def test_pairs_are_prompted_up_to_their_answer_with_room_for_twice_as_much() -> None:
     """A limit that a good answer never meets and a loop does."""
-    (asked,) = questions(samples(GENERAL, PAIR), thinking=True)
-    assert asked == {"ids": [1, 2], "max_tokens": 6 + SLACK, "trained": 3}
+    (prompt,) = questions(samples(GENERAL, PAIR), thinking=True)
+    assert prompt == {"ids": [1, 2], "max_tokens": 6 + SLACK, "trained": 3}
     long = {**PAIR, "positions": list(range(2, 2 + LONGEST))}
     assert questions(samples(long), thinking=False)[0]["max_tokens"] == LONGEST
 
 
-def test_without_pairs_only_a_reasoning_model_is_asked() -> None:
+def test_without_pairs_only_a_reasoning_model_answers() -> None:
     """Its thoughts are worth a look; anything else has nothing to be compared with."""
     assert questions(samples(GENERAL), thinking=False) == []
     assert questions(samples(GENERAL), thinking=True) == [
@@ -41,10 +41,10 @@ def test_without_pairs_only_a_reasoning_model_is_asked() -> None:
 
 def test_answers_are_summed_up_as_they_ended() -> None:
     """Means over all, ends counted, a thought is closed only after it was opened."""
-    asked = [{"max_tokens": 70, "trained": 3}, {"max_tokens": 90, "trained": 5}, {"max_tokens": 70, "trained": 4}]
-    found = [{"ids": [1, 2], "finish": "stop"}, {"ids": [1] * 90, "finish": "length"}, {"ids": [1], "finish": "stop"}]
+    prompts = [{"max_tokens": 70, "trained": 3}, {"max_tokens": 90, "trained": 5}, {"max_tokens": 70, "trained": 4}]
+    answers = [{"ids": [1, 2], "finish": "stop"}, {"ids": [1] * 90, "finish": "length"}, {"ids": [1], "finish": "stop"}]
     texts = ["<think>\na\n</think>\n\nb", "</think> <think> on and on", "no thought"]
-    assert summarize(asked, found, texts) == Answers(
+    assert summarize(prompts, answers, texts) == Answers(
         asked=3, ended=2, limit=90, tokens_mean=31.0, trained_tokens_mean=4.0, thoughts_opened=2, thoughts_closed=1
     )
     plain = summarize([{"max_tokens": 5, "trained": None}], [{"ids": [1], "finish": "stop"}], [])

@@ -1,4 +1,4 @@
-"""Calibration in a language that the source does not know is told from one it does, without a table of languages."""
+"""Calibration in a language that the source does not know is refused, without a table of languages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def samples(ids: list[int], kind: str) -> Samples:
     return Samples(({"ids": ids, "positions": list(range(1, len(ids))), "set": "tuning"},), (), (), step)
 
 
-def told(ids: list[int], share: float) -> list[dict[int, float]]:
+def predicted(ids: list[int], share: float) -> list[dict[int, float]]:
     """A source that gives this probability to each token that comes, and the rest to another."""
     return [{token: math.log(share), 0: math.log(1 - share)} for token in ids[1:]]
 
@@ -42,30 +42,30 @@ def told(ids: list[int], share: float) -> list[dict[int, float]]:
 @pytest.mark.parametrize("kind", ["text", "tuning"])
 def test_a_text_that_the_source_predicts_passes(tmp_path: Path, kind: str) -> None:
     """Both plain text and the answers of pairs are measured."""
-    rows = told(TEXT, 0.9)
-    asked = (rows, []) if kind == "tuning" else ([], rows)
-    found = require_known(job(tmp_path), samples(TEXT, kind), *asked)[kind]
-    assert found.ratio < 0.1
+    rows = predicted(TEXT, 0.9)
+    scores = (rows, []) if kind == "tuning" else ([], rows)
+    known = require_known(job(tmp_path), samples(TEXT, kind), *scores)[kind]
+    assert known.ratio < 0.1
 
 
 @pytest.mark.parametrize("kind", ["text", "tuning"])
 def test_a_text_that_it_predicts_worse_than_counting_stops_the_build(tmp_path: Path, kind: str) -> None:
     """By its name, with both figures and the way to use it all the same."""
-    rows = told(TEXT, 0.001)
-    asked = (rows, []) if kind == "tuning" else ([], rows)
+    rows = predicted(TEXT, 0.001)
+    scores = (rows, []) if kind == "tuning" else ([], rows)
     with pytest.raises(GateFailed, match=r"does not know the language of the calibration file notes\.txt") as caught:
-        require_known(job(tmp_path), samples(TEXT, kind), *asked)
+        require_known(job(tmp_path), samples(TEXT, kind), *scores)
     assert "--trust-calibration" in caught.value.fix
-    assert require_known(job(tmp_path, trust=True), samples(TEXT, kind), *asked)[kind].ratio > 1
+    assert require_known(job(tmp_path, trust=True), samples(TEXT, kind), *scores)[kind].ratio > 1
 
 
 def test_a_short_text_says_nothing(tmp_path: Path) -> None:
     """A model needs some context, and counting needs some characters."""
     few = TEXT[:20]
-    assert require_known(job(tmp_path), samples(few, "text"), [], told(few, 0.001)) == {}
+    assert require_known(job(tmp_path), samples(few, "text"), [], predicted(few, 0.001)) == {}
 
 
-def test_without_calibration_nothing_is_asked(tmp_path: Path) -> None:
+def test_without_calibration_nothing_is_judged(tmp_path: Path) -> None:
     """The text that the package carries is not judged."""
     plain = job(tmp_path)
     plain.calibration = None

@@ -1,4 +1,4 @@
-"""A recipe for two kinds of model asks the module of the checkpoint's kind; each module offers what is asked."""
+"""A recipe for two kinds of model calls the module of the checkpoint's kind; each module has its functions."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def test_the_checkpoints_kind_chooses_the_module(monkeypatch: pytest.MonkeyPatch
     speaker = SimpleNamespace(why_not=answer, estimate=answer, build=answer)
     monkeypatch.setattr(importlib, "import_module", {"speakers": speaker}.__getitem__)
     kinds: ByKind[Any] = ByKind(Options, encoder="readers", decoder="speakers")
-    asked: Any = (sketch(SMOLLM2), load_target("t4"), Options())
-    job: Any = SimpleNamespace(checkpoint=asked[0])
-    told: list[Any] = [kinds.why_not(*asked), kinds.estimate(*asked), kinds.build(job, asked[2])]
-    assert told == [asked, asked, (job, asked[2])]
+    arguments: Any = (sketch(SMOLLM2), load_target("t4"), Options())
+    job: Any = SimpleNamespace(checkpoint=arguments[0])
+    returned: list[Any] = [kinds.why_not(*arguments), kinds.estimate(*arguments), kinds.build(job, arguments[2])]
+    assert returned == [arguments, arguments, (job, arguments[2])]
 
 
 OF_TWO_KINDS = {
-    name: found
+    name: maker
     for name in recipe_names()
-    if isinstance(found := getattr(load_recipe(name).build, "__self__", None), ByKind)
+    if isinstance(maker := getattr(load_recipe(name).build, "__self__", None), ByKind)
 }
 
 
@@ -48,8 +48,8 @@ def test_each_module_offers_what_its_recipe_asks(recipe: str, kind: str) -> None
     """The modules are named as text, so neither an import nor the type checker would miss a function."""
     module = importlib.import_module(getattr(OF_TWO_KINDS[recipe], kind))
     for name in ("why_not", "estimate", "build"):
-        asked = list(inspect.signature(getattr(OF_TWO_KINDS[recipe], name)).parameters)
-        assert list(inspect.signature(getattr(module, name)).parameters) == asked
+        parameters = list(inspect.signature(getattr(OF_TWO_KINDS[recipe], name)).parameters)
+        assert list(inspect.signature(getattr(module, name)).parameters) == parameters
 
 
 def test_the_recipes_of_two_kinds_are_these() -> None:

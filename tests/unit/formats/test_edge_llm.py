@@ -27,16 +27,16 @@ def refusal(config: dict[str, Any], target: Any = AGX, **options: Any) -> str | 
 
 @pytest.mark.parametrize("target", ["orin_nano_8gb", "orin_nx_16gb", "agx_orin_64gb", "thor"])
 def test_orin_and_thor_are_served_by_jetpack_7(target: str) -> None:
-    found = load_target(f"jetson_{target}")
-    assert refusal(SMOLLM2, found) is None
-    assert releases(found)[0].jetpack == ("7.0" if target == "thor" else "7.2")
+    device = load_target(f"jetson_{target}")
+    assert refusal(SMOLLM2, device) is None
+    assert releases(device)[0].jetpack == ("7.0" if target == "thor" else "7.2")
 
 
 @pytest.mark.parametrize("target", ["jetson_xavier_nx", "t4", "desktop_linux_x86_64"])
-def test_other_boxes_are_told_where_it_runs_and_what_serves_the_model_there(target: str) -> None:
-    said = str(refusal(SMOLLM2, load_target(target)))
-    assert "JetPack 7.2" in said
-    assert "gguf" in said
+def test_a_refusal_names_where_it_runs_and_what_serves_the_model(target: str) -> None:
+    sentence = str(refusal(SMOLLM2, load_target(target)))
+    assert "JetPack 7.2" in sentence
+    assert "gguf" in sentence
 
 
 def test_an_orin_that_stays_on_jetpack_6_is_none() -> None:
@@ -45,7 +45,7 @@ def test_an_orin_that_stays_on_jetpack_6_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "said"),
+    ("changes", "options", "sentence"),
     [
         (BERT, {}, "tensorrt_engine"),
         ({**SMOLLM2, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 64}, {}, "not gemma2"),
@@ -54,8 +54,8 @@ def test_an_orin_that_stays_on_jetpack_6_is_none() -> None:
         (SMOLLM2, {"quant": "int4"}, "set quant=fp16"),  # 576 inputs are no multiple of 128
     ],
 )
-def test_what_it_cannot_do_is_refused_in_a_sentence(changes: dict[str, Any], options: Any, said: str) -> None:
-    assert said in str(refusal(changes, **options))
+def test_what_it_cannot_do_is_refused_in_a_sentence(changes: dict[str, Any], options: Any, sentence: str) -> None:
+    assert sentence in str(refusal(changes, **options))
 
 
 def test_int4_takes_groups_of_128() -> None:

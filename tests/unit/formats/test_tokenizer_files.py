@@ -12,7 +12,7 @@ import pytest
 from packager.checkpoint.tokenizer import read_tokenizer
 from packager.core.progress import Silent
 from packager.core.store import Store
-from packager.formats.tokenizer_files import TRANSFORMERS, generation_config, tokenizer_files, tokenizer_paths
+from packager.formats.tokenizer_files import TRANSFORMERS, generation_config, tokenizer_files
 from tests.unit.tiny import CHATML, CONFIG, WORDS, tokenizer_json, write_json
 
 
@@ -31,10 +31,9 @@ def job(tmp_path: Path) -> Any:
 def test_an_end_that_only_the_template_knows_is_written(job: Any) -> None:
     """The rest of the file stays; without it vLLM would go on after every answer."""
     files = tokenizer_files(job, TRANSFORMERS)
-    found = json.loads(files["generation_config.json"].read_text(encoding="utf-8"))
-    assert found == {"eos_token_id": [1, 3], "temperature": 0.6}
+    generation = json.loads(files["generation_config.json"].read_text(encoding="utf-8"))
+    assert generation == {"eos_token_id": [1, 3], "temperature": 0.6}
     assert files["chat_template.jinja"].read_text(encoding="utf-8") == CHATML
-    assert tokenizer_paths(job.checkpoint)["chat_template"] == "model/chat_template.jinja"
 
 
 def test_a_file_that_names_all_ends_is_copied_as_it_is(job: Any) -> None:

@@ -32,14 +32,14 @@ def test_equal_distributions_have_no_divergence() -> None:
 
 def test_a_closed_form_over_all_of_the_mass() -> None:
     """p = (1/2, 1/2), q = (1/4, 3/4): KL = log 2 - log 3 / 2."""
-    found = divergence(logs(a=0.5, b=0.5), logs(a=0.25, b=0.75))
-    assert found == pytest.approx(math.log(2) - math.log(3) / 2, rel=1e-9)
+    nats = divergence(logs(a=0.5, b=0.5), logs(a=0.25, b=0.75))
+    assert nats == pytest.approx(math.log(2) - math.log(3) / 2, rel=1e-9)
 
 
 def test_the_rest_is_one_bucket() -> None:
     """p = (1/2, rest 1/2), q = (1/4, rest 3/4): as if the rest were one token."""
-    found = divergence(logs(a=0.5), logs(a=0.25))
-    assert found == pytest.approx(math.log(2) - math.log(3) / 2, rel=1e-9)
+    nats = divergence(logs(a=0.5), logs(a=0.25))
+    assert nats == pytest.approx(math.log(2) - math.log(3) / 2, rel=1e-9)
 
 
 def test_a_token_the_artifact_did_not_return_has_at_most_the_probability_of_its_last() -> None:
@@ -55,8 +55,8 @@ def test_a_token_the_artifact_did_not_return_has_at_most_the_probability_of_its_
 
 def test_disjoint_distributions_are_far_but_finite() -> None:
     """Nothing in common is a large number, not infinity and not an exception."""
-    found = divergence(logs(a=1.0), logs(b=1.0))
-    assert 10 < found < 100
+    nats = divergence(logs(a=1.0), logs(b=1.0))
+    assert 10 < nats < 100
 
 
 def test_divergence_is_never_negative() -> None:
@@ -144,9 +144,9 @@ def test_the_gate_of_an_unquantized_form() -> None:
 def test_a_score_that_is_not_a_number_does_not_pass() -> None:
     """An artifact that computes NaN fails the gate."""
     nan = {0: float("nan"), 1: math.log(0.5)}
-    found = compare([logs(a=0.5, b=0.3)], [nan], [0])
+    score = compare([logs(a=0.5, b=0.3)], [nan], [0])
     with pytest.raises(GateFailed):
-        require_equal(found, "the GGUF")
+        require_equal(score, "the GGUF")
 
 
 def test_positions_come_in_order() -> None:

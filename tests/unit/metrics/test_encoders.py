@@ -71,8 +71,8 @@ def test_noise_lowers_the_score_and_its_interval_covers_it() -> None:
 def test_labels_are_compared_with_ties_and_truth() -> None:
     """Four texts: kept, kept, lost, and a tie of the source's; accuracy where the label is known."""
     source = [[2.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.01, 0.0]]
-    found = [[1.5, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.01]]
-    score = compare_labels(source, found, [0, 1, 0, None], several=False)
+    artifact = [[1.5, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.01]]
+    score = compare_labels(source, artifact, [0, 1, 0, None], several=False)
     assert (score.agreement_strict, score.agreement) == (0.5, 0.75)
     assert (score.labelled, score.accuracy_source, score.accuracy) == (3, 1.0, round(2 / 3, 6))
     several = compare_labels([[3.0, -3.0]], [[3.0, 3.0]], [None], several=True)
@@ -82,8 +82,8 @@ def test_labels_are_compared_with_ties_and_truth() -> None:
 def test_the_gate_names_all_that_fell_short() -> None:
     """Mean cosine and rank, each with what is allowed; what is not a number falls short too."""
     bad = VectorScore(5, 0.9, 0.8, 0.7, (0.8, 0.95), 0.5, (0.4, 0.6), 0.1)
-    found = shortfalls({"general": bad, "tuning": None}, EncoderThresholds())
-    assert [line["measure"] for line in found] == ["mean cosine, general texts", "rank correlation, general texts"]
+    misses = shortfalls({"general": bad, "tuning": None}, EncoderThresholds())
+    assert [line["measure"] for line in misses] == ["mean cosine, general texts", "rank correlation, general texts"]
     with pytest.raises(GateFailed, match=r"0\.9000 \(0\.9900 allowed\)") as caught:
         require_kept({"general": bad}, EncoderThresholds(), "the model", "Do this.")
     assert caught.value.details is not None and len(caught.value.details["shortfalls"]) == 2
@@ -99,7 +99,7 @@ def test_limits_belong_to_a_kind_of_model() -> None:
     given = EncoderThresholds().changed({"min_cosine": 0.5}, task="embed", labelled=False)
     assert given.min_cosine == 0.5 and given.min_rank == EncoderThresholds().min_rank
     for name, task in (("max_kl", "embed"), ("min_agreement", "embed"), ("min_rank", "classify")):
-        with pytest.raises(UsageError, match="says nothing"):
+        with pytest.raises(UsageError, match="does not apply to"):
             EncoderThresholds().changed({name: 1.0}, task=task, labelled=True)
     with pytest.raises(UsageError, match="labels"):
         EncoderThresholds().changed({"max_accuracy_loss": 0.1}, task="classify", labelled=False)

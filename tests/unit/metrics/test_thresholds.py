@@ -1,4 +1,4 @@
-"""Thresholds: what is measured is what was asked, a shortfall is named with its figures, and nothing passes unseen."""
+"""Thresholds: each score covers the pairs it names, a shortfall has its figures, and a NaN does not pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from packager.core.errors import GateFailed
 from packager.core.store import Step
 from packager.fidelity.artifact import measure
-from packager.fidelity.samples import PAIR_POSITIONS, Samples, _pairs, divide
+from packager.fidelity.samples import Samples
 from packager.metrics.distributions import compare, interval
 from packager.metrics.thresholds import Thresholds, require_kept, shortfalls
 
@@ -37,53 +37,62 @@ TRAINED = [row(5), row(6), row(11), row(STOP), row(21), row(STOP)]
 
 def test_behaviour_counts_whole_answers_that_the_source_gives() -> None:
     """One wrong token, the end token included, loses an answer; an answer the source does not give cannot be lost."""
-    asked = samples(GENERAL, FIRST, SECOND)
-    same = measure(asked, TRAINED, TRAINED)
+    sample_set = samples(GENERAL, FIRST, SECOND)
+    same = measure(sample_set, TRAINED, TRAINED)
     assert same.behaviour is not None
     assert (same.behaviour.source, same.behaviour.kept, same.behaviour.share) == (2, 2, 1)
     runs_on = [*TRAINED[:3], row(7), *TRAINED[4:]]
-    lost = measure(asked, TRAINED, runs_on)
+    lost = measure(sample_set, TRAINED, runs_on)
     assert lost.behaviour is not None and (lost.behaviour.pairs, lost.behaviour.kept) == (2, 1)
-    untaught = measure(asked, runs_on, runs_on)
+    untaught = measure(sample_set, runs_on, runs_on)
     assert untaught.behaviour is not None and (untaught.behaviour.source, untaught.behaviour.kept) == (1, 1)
     nothing = [*TRAINED[:2], row(7), row(7), row(7), row(7)]
-    none = measure(asked, nothing, TRAINED)
+    none = measure(sample_set, nothing, TRAINED)
     assert none.behaviour is not None and none.behaviour.share is None
+
+
+def test_the_score_is_of_the_pairs_kept_out_of_the_calibration() -> None:
+    """Behaviour covers every scored pair; the tuning score only the pairs kept out of the calibration."""
+    sample_set = samples(GENERAL, {**FIRST, "held": True}, {**SECOND, "held": False})
+    damaged = [*TRAINED[:4], row(77), row(77)]
+    fidelity = measure(sample_set, TRAINED, damaged)
+    assert fidelity.held_out and fidelity.tuning is not None and fidelity.tuning.kl_mean == 0
+    assert fidelity.behaviour is not None and (fidelity.behaviour.pairs, fidelity.behaviour.kept) == (2, 1)
 
 
 def test_the_two_texts_are_scored_apart() -> None:
     """Damage on the pairs does not touch the general score."""
     damaged = [*TRAINED[:2], *(row(77) for _ in range(4))]
-    found = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
-    assert found.general.kl_mean == 0 and found.general.top1 == 1
-    assert found.tuning is not None and found.tuning.kl_mean > 1 and found.tuning.top1 == 0
+    fidelity = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
+    assert fidelity.general.kl_mean == 0 and fidelity.general.top1 == 1
+    assert fidelity.tuning is not None and fidelity.tuning.kl_mean > 1 and fidelity.tuning.top1 == 0
 
 
 def test_without_pairs_there_is_no_behaviour() -> None:
     """And nothing fails for the lack of it."""
-    found = measure(samples(GENERAL), TRAINED[:2], TRAINED[:2])
-    assert found.tuning is None and found.behaviour is None
-    assert shortfalls(found, Thresholds(min_behaviour=1.0)) == []
+    fidelity = measure(samples(GENERAL), TRAINED[:2], TRAINED[:2])
+    assert fidelity.tuning is None and fidelity.behaviour is None
+    assert shortfalls(fidelity, Thresholds(min_behaviour=1.0)) == []
 
 
 def test_every_shortfall_stands_in_the_one_error() -> None:
-    """With what was found and what was allowed, in words and as data."""
+    """With the value and its threshold, as text and as data."""
     damaged = [*TRAINED[:2], *(row(77) for _ in range(4))]
-    found = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
+    fidelity = measure(samples(GENERAL, FIRST, SECOND), TRAINED, damaged)
     with pytest.raises(GateFailed) as caught:
-        require_kept(found, Thresholds(0.05, 0.9, 0.8), "the Q4_0 GGUF", "Choose a larger quant.")
+        require_kept(fidelity, Thresholds(0.05, 0.9, 0.8), "the Q4_0 GGUF", "Choose a larger quant.")
     assert "behaviour kept: 0.0% (at least 80.0%)" in caught.value.what
     assert "tuning text" in caught.value.what and "general" not in caught.value.what
     details = caught.value.as_dict()["details"]
     assert len(details["shortfalls"]) == 3 and details["fidelity"]["behaviour"]["kept"] == 0
-    require_kept(found, Thresholds(math.inf, 0, 0), "the Q4_0 GGUF", "")
+    require_kept(fidelity, Thresholds(math.inf, 0, 0), "the Q4_0 GGUF", "")
 
 
 def test_a_score_that_is_no_number_fails() -> None:
     """NaN is not under any threshold."""
     broken = [{5: math.nan, 99: math.nan}, row(6)]
-    found = measure(samples(GENERAL), TRAINED[:2], broken)
-    assert shortfalls(found, Thresholds(math.inf, 0, 0))
+    fidelity = measure(samples(GENERAL), TRAINED[:2], broken)
+    assert shortfalls(fidelity, Thresholds(math.inf, 0, 0))
 
 
 def test_the_users_limits_replace_only_what_they_name() -> None:
@@ -108,29 +117,3 @@ def test_positions_of_one_text_are_resampled_together() -> None:
     alone = compare(rows, other, [5] * 100)
     assert by_text.top1 == alone.top1
     assert by_text.top1_ci[1] - by_text.top1_ci[0] > 2 * (alone.top1_ci[1] - alone.top1_ci[0])
-
-
-def talk(number: int) -> tuple[dict[str, str], ...]:
-    return ({"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"})
-
-
-def test_few_pairs_serve_both_and_of_many_a_tenth_is_held_out() -> None:
-    """What is held out is never in the calibration; what ends with a question is not asked again."""
-    few = tuple(talk(n) for n in range(10))
-    assert divide(few) == (list(few), list(few), False)
-    many = tuple(talk(n) for n in range(200))
-    taught, asked, held_out = divide(many)
-    assert held_out and len(asked) == 20 and not set(map(str, asked)) & set(map(str, taught))
-    assert len(taught) == 180
-    assert divide((talk(0)[:1],)) == ([talk(0)[:1]], [], False)
-
-
-def test_an_answer_is_scored_from_its_first_token_to_its_end_token() -> None:
-    """Positions are those of the answer; what follows the end token, and a pair rendered otherwise, is left out."""
-    whole = [1, 10, 11, STOP, 13]
-    assert _pairs([{"prompt": [1, 10], "whole": whole}], {STOP}) == [
-        {"ids": [1, 10, 11, STOP], "positions": [2, 3], "set": "tuning"}
-    ]
-    assert _pairs([None, {"prompt": [1, 9], "whole": whole}, {"prompt": [1, 10], "whole": [1, 10]}], {STOP}) == []
-    long = {"prompt": [1], "whole": [1] + [5] * 400}
-    assert sum(len(pair["positions"]) for pair in _pairs([long, long, long], {STOP})) <= PAIR_POSITIONS

@@ -58,7 +58,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         ("x = 1", "defines no RECIPE"),
         ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("def (", "SyntaxError"),
-        (MINE.format(name="other"), 'calls itself "other"'),
+        (MINE.format(name="other"), 'has the name "other"'),
     ],
 )
 def test_a_recipe_file_that_is_none(tmp_path: Path, text: str, says: str) -> None:

@@ -52,31 +52,31 @@ def talk(*turns: tuple[str, str]) -> tuple[dict[str, str], ...]:
 )
 def test_a_record_becomes_the_dialogue_that_training_saw(tmp_path: Path, record: Any, expected: Any) -> None:
     """Alpaca with and without input, system and history; messages; ShareGPT."""
-    found = load(written(tmp_path, [record]))
-    assert found.conversations == (expected,)
-    assert found.texts == ()
+    data = load(written(tmp_path, [record]))
+    assert data.conversations == (expected,)
+    assert data.texts == ()
 
 
 def test_jsonl_has_one_record_a_line(tmp_path: Path) -> None:
     """Blank lines between records are skipped, a byte order mark too."""
     text = '\ufeff{"instruction": "Q", "output": "A"}\n\n{"text": "plain"}\n'
-    found = load(written(tmp_path, text, "pairs.jsonl"))
-    assert found.conversations == (talk(("user", "Q"), ("assistant", "A")),)
-    assert found.texts == ("plain",)
+    data = load(written(tmp_path, text, "pairs.jsonl"))
+    assert data.conversations == (talk(("user", "Q"), ("assistant", "A")),)
+    assert data.texts == ("plain",)
 
 
 def test_any_other_file_is_plain_text(tmp_path: Path) -> None:
     """A .txt or .md file is one text, even when it looks like JSON."""
-    found = load(written(tmp_path, "[1, 2]", "notes.md"))
-    assert (found.conversations, found.texts) == ((), ("[1, 2]",))
+    data = load(written(tmp_path, "[1, 2]", "notes.md"))
+    assert (data.conversations, data.texts) == ((), ("[1, 2]",))
 
 
 def test_the_digest_is_the_files(tmp_path: Path) -> None:
     """SHA-256 of the bytes, and the name without its folder: nothing of the machine gets into a manifest."""
     path = written(tmp_path, "text", "a.txt")
-    found = load(path)
-    assert found.digest == hashlib.sha256(b"text").hexdigest()
-    assert found.name == "a.txt"
+    data = load(path)
+    assert data.digest == hashlib.sha256(b"text").hexdigest()
+    assert data.name == "a.txt"
 
 
 @pytest.mark.parametrize(
@@ -123,16 +123,16 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, what: str) -> None:
 
 def test_the_built_in_data_covers_what_a_contract_needs() -> None:
     """System prompts, several turns and Chinese are in the built-in conversations, and its digest is stable."""
-    found = general()
-    assert found.digest == general().digest
-    assert len(found.conversations) >= 8
-    assert any(turn["role"] == "system" for one in found.conversations for turn in one)
-    assert any(sum(turn["role"] == "user" for turn in one) > 1 for one in found.conversations)
+    data = general()
+    assert data.digest == general().digest
+    assert len(data.conversations) >= 8
+    assert any(turn["role"] == "system" for one in data.conversations for turn in one)
+    assert any(sum(turn["role"] == "user" for turn in one) > 1 for one in data.conversations)
     assert any(
-        "\u4e00" <= letter <= "\u9fff" for one in found.conversations for turn in one for letter in turn["content"]
+        "\u4e00" <= letter <= "\u9fff" for one in data.conversations for turn in one for letter in turn["content"]
     )
-    assert all(one[-1]["role"] == "assistant" for one in found.conversations)
-    assert len(found.texts[0]) > 10_000
+    assert all(one[-1]["role"] == "assistant" for one in data.conversations)
+    assert len(data.texts[0]) > 10_000
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 15, 16, 17, 64, 65, 1000])

@@ -48,7 +48,7 @@ def test_equal_prompts_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "says"),
+    ("actual", "says"),
     [
         ([0, 1, 2, 3], r"at token 0: \[0, 1, 2, 3\] instead of \[1, 2, 3\]"),
         ([1, 9, 3], r"at token 1: \[9, 3\] instead of \[2, 3\]"),
@@ -56,10 +56,10 @@ def test_equal_prompts_pass() -> None:
         ([1, 2], r"at token 2: nothing instead of \[3\]"),
     ],
 )
-def test_a_prompt_that_differs_stops_the_build(found: list[int], says: str) -> None:
+def test_a_prompt_that_differs_stops_the_build(actual: list[int], says: str) -> None:
     """The error names who differs, the token, both sides, and the conversation."""
     with pytest.raises(GateFailed, match=says) as caught:
-        require_same([prompt(5), prompt(1, 2, 3)], [[5], found], "the server", "mend it")
+        require_same([prompt(5), prompt(1, 2, 3)], [[5], actual], "the server", "mend it")
     assert caught.value.exit_code == 6
     assert "the server" in caught.value.what
     assert "Conversation 2 ('who?')" in caught.value.why
@@ -124,7 +124,7 @@ def test_another_template_than_trainings_stops_the_build(tmp_path: Path) -> None
     assert "packager templates show qwen" in caught.value.fix and "--template" in caught.value.fix
 
 
-def test_habits_of_the_training_program_are_told(tmp_path: Path) -> None:
+def test_habits_of_the_training_program_are_notes(tmp_path: Path) -> None:
     """An empty system message, an earlier thought, outer spaces; and a template that opens the thought itself."""
     edges = [trained([4], [5], kind) for kind in ("empty system", "earlier thoughts", "outer spaces")]
     notes = require_training(checkpoint(tmp_path), QWEN, [*edges, trained([4, 8, 9], [4])], RENDERED)
@@ -153,21 +153,21 @@ def test_a_template_that_says_no_conversation_proves_nothing(tmp_path: Path) -> 
         require_training(checkpoint(tmp_path), QWEN, [trained([4], None)], RENDERED)
 
 
-def test_an_engines_own_reading_of_typed_tokens_is_told_and_the_servers_is_not_excused(tmp_path: Path) -> None:
+def test_an_engines_own_reading_of_typed_tokens_is_a_note_and_the_servers_is_not_excused(tmp_path: Path) -> None:
     """llama.cpp takes </s> for a control token in a Qwen vocabulary: a note, since the server sends ids. Any other
     conversation, or the server itself, stops the build.
     """
     typed = {**prompt(4, 5), "kind": "typed special tokens"}
     plain = {**prompt(6), "kind": "general"}
-    asked: Any = SimpleNamespace(prompts=(typed, plain))
+    sample_set: Any = SimpleNamespace(prompts=(typed, plain))
     job: Any = SimpleNamespace(checkpoint=checkpoint(tmp_path))
     job.checkpoint.tokenizer.bos_id = 0
-    (note,) = require_contract(job, asked, Scored([], [[4, 1], [6]], [[4, 5], [6]]), "the GGUF's own tokenizer")
+    (note,) = require_contract(job, sample_set, Scored([], [[4, 1], [6]], [[4, 5], [6]]), "the GGUF's own tokenizer")
     assert "1 '</s>' instead of 5 'b'" in note
     with pytest.raises(GateFailed, match="the server on the box"):
-        require_contract(job, asked, Scored([], [[4, 5], [6]], [[4, 1], [6]]), "the GGUF's own tokenizer")
+        require_contract(job, sample_set, Scored([], [[4, 5], [6]], [[4, 1], [6]]), "the GGUF's own tokenizer")
     with pytest.raises(GateFailed, match="the GGUF's own tokenizer"):
-        require_contract(job, asked, Scored([], [[4, 5], [7]], [[4, 5], [6]]), "the GGUF's own tokenizer")
+        require_contract(job, sample_set, Scored([], [[4, 5], [7]], [[4, 5], [6]]), "the GGUF's own tokenizer")
 
 
 def test_the_contract_has_every_kind_of_conversation() -> None:
@@ -178,7 +178,7 @@ def test_the_contract_has_every_kind_of_conversation() -> None:
     assert {"system", "several turns", "Chinese", "no tools", "earlier thoughts", "empty system"} <= kinds
     assert {"typed special tokens", "outer spaces"} <= kinds
     own = ({"role": "system", "content": ""}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-    found = contract_prompts((), (own, own[1:]))
-    assert [each["kind"] for each in found[:2]] == ["empty system", "fine-tuning pair"]
-    assert found[1]["messages"] == [{"role": "user", "content": "a"}]
+    prompts = contract_prompts((), (own, own[1:]))
+    assert [each["kind"] for each in prompts[:2]] == ["empty system", "fine-tuning pair"]
+    assert prompts[1]["messages"] == [{"role": "user", "content": "a"}]
     assert any("<|im_end|>" in talk["messages"][-1]["content"] for talk in contract_talks())

@@ -67,7 +67,7 @@ def test_a_modelfile_of_another_template_stops_the_build(export: Any) -> None:
     assert "--template" in caught.value.fix
 
 
-def test_a_modelfile_against_what_is_known_is_only_told(export: Any) -> None:
+def test_a_modelfile_against_a_known_template_is_only_a_note(export: Any) -> None:
     """With the training template named and equal to the tokenizer, the Modelfile is the wrong one."""
     (export.path / "Modelfile").write_text(OTHER, encoding="utf-8")
     (note,) = require_agreement(export, prompts(export), "chatml")
@@ -81,7 +81,7 @@ def test_its_system_text_stands_in_for_none(export: Any) -> None:
         require_agreement(export, prompts(export), None)
 
 
-def test_a_modelfile_that_is_not_understood_is_told(export: Any) -> None:
+def test_a_modelfile_that_is_not_understood_is_a_note(export: Any) -> None:
     """Nothing is guessed and nothing is silent."""
     (export.path / "Modelfile").write_text('FROM .\nTEMPLATE "{{ .Prompt }}"\n', encoding="utf-8")
     (note,) = require_agreement(export, prompts(export), None)

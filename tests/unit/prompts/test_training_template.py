@@ -20,10 +20,10 @@ TALK = [
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def text(found: list[tuple[str, str]] | None) -> str:
+def text(parts: list[tuple[str, str]] | None) -> str:
     """The pieces as one text, BOS and EOS written out."""
-    assert found is not None
-    return "".join({"bos": "<s>", "eos": "</s>"}.get(kind, part) for kind, part in found)
+    assert parts is not None
+    return "".join({"bos": "<s>", "eos": "</s>"}.get(kind, part) for kind, part in parts)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_thoughts_leave_earlier_answers_and_an_answer_without_one_gets_an_empty_
 
 def test_what_a_user_types_stays_as_it_is() -> None:
     """Marks of our own form in a message are text, never a BOS or another message."""
-    found = known()["qwen3"].prompt(TALK)
-    assert found is not None and "Thanks {content} {bos}" in text(found)
-    assert all(kind == "text" for kind, _ in found)
+    parts = known()["qwen3"].prompt(TALK)
+    assert parts is not None and "Thanks {content} {bos}" in text(parts)
+    assert all(kind == "text" for kind, _ in parts)
 
 
-def test_roles_that_do_not_alternate_cannot_be_said() -> None:
+def test_roles_that_do_not_alternate_cannot_be_rendered() -> None:
     """LLaMA-Factory drops such a sample, so there is nothing to compare."""
     assert known()["qwen3"].prompt([*HELLO, *HELLO]) is None
     assert known()["qwen3"].conversation(HELLO) is None
@@ -92,8 +92,8 @@ def test_texts_are_encoded_apart() -> None:
         calls.append(part)
         return [len(part)]
 
-    found = [*pieces("{bos}ab{eos}cd"), *pieces("{content}", "efg")]
-    assert encode(found, tokenize, None, 9) == [2, 9, 2, 3]
+    parts = [*pieces("{bos}ab{eos}cd"), *pieces("{content}", "efg")]
+    assert encode(parts, tokenize, None, 9) == [2, 9, 2, 3]
     assert calls == ["ab", "cd", "efg"]
 
 
@@ -117,10 +117,10 @@ def test_a_run_of_llama_factory_names_its_template(tmp_path: Path) -> None:
     """Its own system prompt and its thinking count too."""
     file = tmp_path / "train.yaml"
     file.write_text("stage: sft\ntemplate: qwen3\ndefault_system: Be kind.\nenable_thinking: false\n", encoding="utf-8")
-    found = load(str(file))
-    assert found.name == "qwen3" and found.slots is not None
-    assert text(found.slots.prompt(HELLO)).startswith("<|im_start|>system\nBe kind.")
-    assert text(found.slots.prompt(HELLO)).endswith("<think>\n\n</think>\n\n")
+    training = load(str(file))
+    assert training.name == "qwen3" and training.slots is not None
+    assert text(training.slots.prompt(HELLO)).startswith("<|im_start|>system\nBe kind.")
+    assert text(training.slots.prompt(HELLO)).endswith("<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_missing_file_is_not_taken_for_a_name(tmp_path: Path) -> None:
 
 def test_what_a_child_reads_back_is_the_same() -> None:
     """The job's JSON form, for both kinds; the digest follows what decides the ids."""
-    for found in (Training("qwen", known()["qwen"]), Training("x.jinja", jinja="{{ messages }}")):
-        assert from_job(found.as_job()) == found
-        assert from_job(found.as_job()).digest == found.digest
+    for training in (Training("qwen", known()["qwen"]), Training("x.jinja", jinja="{{ messages }}")):
+        assert from_job(training.as_job()) == training
+        assert from_job(training.as_job()).digest == training.digest
     assert Training("qwen", known()["qwen"]).digest != Training("qwen", known()["qwen3"]).digest

@@ -19,7 +19,7 @@ from runtimes.decoding.chat_template import Prompts
 from runtimes.engine import Emit, EngineError, Logprob, Piece, RequestRefused, Sampling, StopScanner, iterate
 from runtimes.manifest import Run
 from runtimes.server.chat_app import Service, make_app
-from runtimes.server.http_protocol import Http
+from runtimes.server.http_protocol import HttpProtocol
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
@@ -75,7 +75,7 @@ def make_run(folder: Path, **changes: Any) -> Run:
 
 
 class Scripted:
-    """Says ``words`` one by one, ``delay`` seconds apart; remembers what it was asked."""
+    """Emits ``words`` one by one, ``delay`` seconds apart; records its requests."""
 
     version = "scripted 1"
 
@@ -83,8 +83,8 @@ class Scripted:
         self, words: Sequence[str] = ("Hello", ",", " wörld", " 🌍"), delay: float = 0.0, slots: int = 2
     ) -> None:
         self.words, self.delay, self.slots, self.context = list(words), delay, slots, 64
-        self.asked: list[tuple[list[int], Sampling]] = []
-        self.said = 0
+        self.requests: list[tuple[list[int], Sampling]] = []
+        self.emitted = 0
         self.running = self.most = self.cancelled = 0
         self.lock = threading.Lock()
         self.closed = False
@@ -92,7 +92,7 @@ class Scripted:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, emit: Emit) -> None:
         with self.lock:
-            self.asked.append((list(prompt), sampling))
+            self.requests.append((list(prompt), sampling))
             self.running += 1
             self.most = max(self.most, self.running)
         try:
@@ -115,7 +115,7 @@ class Scripted:
             if sampling.logprobs is not None:
                 chosen = Logprob(at, word, tuple(word.encode()), -0.5)
                 logprobs = (Logprob(at, word, tuple(word.encode()), -0.5, (chosen,) * sampling.logprobs),)
-            self.said += 1
+            self.emitted += 1
             if emit(Piece(text, (at,), at, logprobs)):
                 self.cancelled += 1
                 return
@@ -181,7 +181,7 @@ def serving(run: Run, engine: Scripted, *, max_body: int = 1 << 20, log_json: bo
 @contextlib.contextmanager
 def listening(app: Any) -> Iterator[int]:
     """The port of an application under uvicorn, as runtimes/server/serve.py starts it."""
-    config = uvicorn.Config(app, http=Http, loop="asyncio", log_config=None, access_log=False, lifespan="on")
+    config = uvicorn.Config(app, http=HttpProtocol, loop="asyncio", log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

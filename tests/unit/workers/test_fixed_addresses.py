@@ -50,7 +50,7 @@ def test_addresses_are_the_same_whatever_was_there_before() -> None:
 
 
 def test_a_process_without_arenas_of_its_threads_says_so() -> None:
-    """With one arena for all, memory lies where the kernel put the heap; that is told, not hidden."""
+    """With one arena for all, memory lies where the kernel put the heap; the result reports that."""
     assert look(MALLOC_ARENA_MAX="1").endswith("False)")
 
 

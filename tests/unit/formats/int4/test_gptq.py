@@ -27,8 +27,8 @@ BERT = {
 
 @pytest.fixture(params=FORMS, ids=lambda form: form.name)
 def form(request: pytest.FixtureRequest) -> Form:
-    found: Form = request.param
-    return found
+    chosen: Form = request.param
+    return chosen
 
 
 def refusal(form: Form, config: dict[str, Any], target: Any = DESKTOP, **values: Any) -> str | None:
@@ -90,10 +90,10 @@ def test_the_tensors_have_the_shapes_that_vllm_loads(config: dict[str, Any], gro
         "awq": {"qweight": (inputs, rows // 8), **zeros_and_scales},
     }
     for form in FORMS:
-        found = {spec.name: spec for spec in specs(form, checkpoint, linear_modules(checkpoint), group)}
-        assert {part: found[f"{name}.{part}"].shape for part in form.parts} == expected[form.name]
-        assert found["model.embed_tokens.weight"].dtype == "F16"
-        assert f"{name}.weight" not in found
+        by_name = {spec.name: spec for spec in specs(form, checkpoint, linear_modules(checkpoint), group)}
+        assert {part: by_name[f"{name}.{part}"].shape for part in form.parts} == expected[form.name]
+        assert by_name["model.embed_tokens.weight"].dtype == "F16"
+        assert f"{name}.weight" not in by_name
 
 
 def test_config_has_the_keys_that_vllm_asks_for() -> None:
@@ -104,8 +104,8 @@ def test_config_has_the_keys_that_vllm_asks_for() -> None:
 
 def test_a_ragged_group_is_refused_with_the_ones_that_fit(form: Form) -> None:
     """gptqmodel writes 576 inputs in groups of 128 without a word, and vLLM cannot load that."""
-    said = refusal(form, SMOLLM2, group=128)
-    assert said is not None and "(576 inputs)" in said and "set group=64 or 32" in said
+    sentence = refusal(form, SMOLLM2, group=128)
+    assert sentence is not None and "(576 inputs)" in sentence and "set group=64 or 32" in sentence
     assert refusal(form, SMOLLM2, group=64) is None
     assert refusal(form, QWEN_7B, group=128) is None
 
@@ -134,8 +134,8 @@ def test_what_only_vllm_can_is_refused_elsewhere(form: Form) -> None:
 def test_the_estimate_is_the_file(form: Form) -> None:
     """SmolLM2 at group 32: 118 MB with its 16-bit embedding, tied, so all of it is read for a token."""
     recipe = load_recipe(f"{form.name}_int4")
-    found = recipe.estimate(sketch(SMOLLM2), DESKTOP, recipe.options())
-    assert 117e6 < found.artifact_bytes < 120e6
-    assert found.read_per_token_bytes == found.artifact_bytes
+    estimate = recipe.estimate(sketch(SMOLLM2), DESKTOP, recipe.options())
+    assert 117e6 < estimate.artifact_bytes < 120e6
+    assert estimate.read_per_token_bytes == estimate.artifact_bytes
     on_gpus = recipe.estimate(sketch(QWEN_7B), T4, replace(recipe.options(), tensor_parallel=4))
     assert on_gpus.load_bytes == on_gpus.artifact_bytes // 4

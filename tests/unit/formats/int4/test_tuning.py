@@ -26,9 +26,9 @@ def options(**values: Any) -> Any:
     return replace(GGUF.options(), **values)
 
 
-def settle(chosen: Any, data: Any, checkpoint: Any) -> Any:
-    assert GGUF.settle is not None
-    return GGUF.settle(chosen, data, checkpoint)
+def resolve(chosen: Any, data: Any, checkpoint: Any) -> Any:
+    assert GGUF.resolve_auto is not None
+    return GGUF.resolve_auto(chosen, data, checkpoint)
 
 
 def test_halves_are_unpacked_in_order() -> None:
@@ -37,17 +37,17 @@ def test_halves_are_unpacked_in_order() -> None:
 
 
 def test_a_tuning_is_read_back_exactly(tmp_path: Path) -> None:
-    """Modules are found by their files' headers; weights are scale times integer less eight; the report is averaged."""
+    """Modules come from their files' headers; weights are scale times integer less eight; the report is averaged."""
     save_file(
         {"model.layers.0.a.q": np.array([[0x8F]], np.uint8), "model.layers.0.a.scales": np.array([[-0.5]], np.float16)},
         tmp_path / "layer-00000.safetensors",
     )
     layer = {"file": "layer-00000.safetensors", "searched": 0.25, "tuned": 0.125}
     write_json(tmp_path / "tune.json", {"group": 2, "iterations": 20, "layers": [layer]})
-    found = open_tuned(Step("tune", "k", tmp_path, 0.0, 0, False))
-    assert list(found.modules) == ["model.layers.0.a"]
-    assert found.weight("model.layers.0.a").tolist() == [[-3.5, 0.0]]
-    assert found.as_dict() == {
+    stored = open_tuned(Step("tune", "k", tmp_path, 0.0, 0, False))
+    assert list(stored.modules) == ["model.layers.0.a"]
+    assert stored.weight("model.layers.0.a").tolist() == [[-3.5, 0.0]]
+    assert stored.as_dict() == {
         "method": "SignRound (arXiv 2309.05516), 20 iterations, groups of 2",
         "group": 2,
         "iterations": 20,
@@ -60,8 +60,8 @@ def test_plain_rounding_says_so(tmp_path: Path) -> None:
     """It has no errors to report, and is not called tuned."""
     save_file({"model.layers.0.a.q": np.array([[0x8F]], np.uint8)}, tmp_path / "layer-00000.safetensors")
     write_json(tmp_path / "tune.json", {"group": 32, "iterations": 0, "layers": [{"file": "layer-00000.safetensors"}]})
-    found = open_tuned(Step("tune", "k", tmp_path, 0.0, 0, False))
-    assert found.as_dict() == {"method": "plain rounding to nearest, groups of 32", "group": 32, "iterations": 0}
+    stored = open_tuned(Step("tune", "k", tmp_path, 0.0, 0, False))
+    assert stored.as_dict() == {"method": "plain rounding to nearest, groups of 32", "group": 32, "iterations": 0}
 
 
 def test_linear_modules_are_the_layers_own() -> None:
@@ -94,21 +94,21 @@ def test_memory_follows_a_layer() -> None:
 
 
 def test_auto_tunes_4_bits_where_there_is_fine_tuning_data() -> None:
-    """Without data, at other types, or where an importance matrix was asked for, nothing is tuned."""
+    """Without data, at other types, or with an importance matrix, nothing is tuned."""
     data, small = general(), sketch(SMOLLM2)
-    assert settle(options(quant="Q4_0"), data, small) == (options(quant="Q4_0", tune="quick"), ())
-    assert settle(options(quant="Q4_0"), None, small) == (options(quant="Q4_0", tune="none"), ())
-    assert settle(options(quant="Q8_0"), data, small) == (options(quant="Q8_0", tune="none"), ())
-    assert settle(options(quant="Q4_0", imatrix="on"), data, small)[0].tune == "none"
-    assert settle(options(quant="Q4_0", tune="full"), None, small)[0].tune == "full"
+    assert resolve(options(quant="Q4_0"), data, small) == (options(quant="Q4_0", tune="quick"), ())
+    assert resolve(options(quant="Q4_0"), None, small) == (options(quant="Q4_0", tune="none"), ())
+    assert resolve(options(quant="Q8_0"), data, small) == (options(quant="Q8_0", tune="none"), ())
+    assert resolve(options(quant="Q4_0", imatrix="on"), data, small)[0].tune == "none"
+    assert resolve(options(quant="Q4_0", tune="full"), None, small)[0].tune == "full"
 
 
 def test_auto_does_not_start_hours_of_tuning_by_itself() -> None:
     """A 7B stays rounded, the note says how long tuning would take and how to ask for it; who asks gets it."""
-    chosen, (note,) = settle(options(quant="Q4_0"), general(), sketch(QWEN_7B))
+    chosen, (note,) = resolve(options(quant="Q4_0"), general(), sketch(QWEN_7B))
     assert chosen.tune == "none"
     assert "hours" in note and "--set tune=quick" in note
-    assert settle(options(quant="Q4_0", tune="quick"), general(), sketch(QWEN_7B)) == (
+    assert resolve(options(quant="Q4_0", tune="quick"), general(), sketch(QWEN_7B)) == (
         options(quant="Q4_0", tune="quick"),
         (),
     )

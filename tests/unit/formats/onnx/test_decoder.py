@@ -11,6 +11,7 @@ import pytest
 from packager.formats.onnx import decoder, decoder_graph
 from packager.planning.catalog import load_recipe, load_target
 from packager.tensors.rounding import eight_bits
+from tests.tolerance import HALF_STEP
 from tests.unit.sketch import SMOLLM2, sketch
 
 CONFIG = SMOLLM2
@@ -34,7 +35,7 @@ def test_smollm2_is_served_and_its_size_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "sentence"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"hidden_act": "relu"}, "relu"),
@@ -43,8 +44,8 @@ def test_smollm2_is_served_and_its_size_is_known() -> None:
         ({"context": 10_000}, "context=8192"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
-    assert said in refusal(**changes)
+def test_what_cannot_be_made_is_refused_in_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+    assert sentence in refusal(**changes)
 
 
 def test_a_window_matters_where_the_context_is_longer() -> None:
@@ -63,7 +64,7 @@ def test_eight_bits_round_to_nearest_and_refuse_what_is_no_number() -> None:
     integers, scales = eight_bits(values, 32)
     wide = np.repeat(scales.astype(np.float32), 32, axis=1)
     assert integers.min() >= 1
-    assert np.abs((integers.astype(np.float32) - 128) * wide - values).max() <= 0.51 * wide.max()
+    assert np.abs((integers.astype(np.float32) - 128) * wide - values).max() <= HALF_STEP * wide.max()
     assert not eight_bits(np.zeros((1, 32), np.float32), 32)[1].any()
     with pytest.raises(ValueError, match="too large"):
         eight_bits(np.full((1, 32), np.inf, np.float32), 32)

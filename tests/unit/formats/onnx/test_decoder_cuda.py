@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager.bundle.engines import lock_files
+from packager.bundle.engines import ENGINES
+from packager.core.folders import lock_file
 from packager.formats.onnx import decoder_cuda, matrices
 from packager.planning.catalog import load_recipe, load_target
 from packager.planning.options import parse_options
@@ -26,11 +27,13 @@ GPU = T4.gpu
 
 def planned(*sets: str, target: Target = T4, **changes: Any) -> Any:
     options = parse_options(RECIPE, target, sets)
-    settled, _ = RECIPE.settle(options, None, sketch(SMOLLM2 | changes)) if RECIPE.settle else (options, ())
-    return make_plan(sketch(SMOLLM2 | changes), target, RECIPE, settled)
+    resolved, _ = (
+        RECIPE.resolve_auto(options, None, sketch(SMOLLM2 | changes)) if RECIPE.resolve_auto else (options, ())
+    )
+    return make_plan(sketch(SMOLLM2 | changes), target, RECIPE, resolved)
 
 
-def test_the_gpu_is_asked_for_and_its_memory_and_speed_are_planned() -> None:
+def test_the_gpu_is_required_and_its_memory_and_speed_are_planned() -> None:
     """Without the option the bundle is the processor's, as before. With it the ceiling is the T4's 320 GB/s, caches are
     half as large, and the plan says that nothing of it was executed, and what the wheels add.
     """
@@ -40,9 +43,9 @@ def test_the_gpu_is_asked_for_and_its_memory_and_speed_are_planned() -> None:
     assert (host.budget_bytes, gpu.budget_bytes) == (T4.budget("onnx_int8"), (15 * 2**30))
     assert 2 * gpu.estimate.kv_bytes == host.estimate.kv_bytes
     assert not gpu.refusals
-    said = " ".join(gpu.notes)
+    notes = " ".join(gpu.notes)
     for words in ("generated, not executed here", "is an assumption", "driver 580.65.06", "about 1.1 GB larger"):
-        assert words in said
+        assert words in notes
     assert "not executed" not in " ".join(host.notes)
     assert any("from that of the NVIDIA T4" in note for note in host.notes)
     assert not any("from that of the NVIDIA T4" in note for note in gpu.notes)
@@ -64,7 +67,7 @@ GEMMA = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "hidden_a
 
 
 @pytest.mark.parametrize(
-    ("target", "changes", "said"),
+    ("target", "changes", "sentence"),
     [
         (load_target("desktop_linux_x86_64"), {}, "has none in its target file; leave provider=cpu"),
         (load_target("desktop_macos_arm64"), {}, "needs an NVIDIA GPU"),
@@ -74,9 +77,9 @@ GEMMA = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "hidden_a
         (T4, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "use the gguf recipe"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_a_sentence(target: Target, changes: dict[str, Any], said: str) -> None:
-    found = planned("provider=cuda", target=target, **changes).refusals
-    assert any(said in refusal for refusal in found), found
+def test_what_cannot_be_served_is_refused_in_a_sentence(target: Target, changes: dict[str, Any], sentence: str) -> None:
+    refusals = planned("provider=cuda", target=target, **changes).refusals
+    assert any(sentence in refusal for refusal in refusals), refusals
 
 
 def test_an_encoder_is_sent_to_tensorrt() -> None:
@@ -96,7 +99,7 @@ def test_an_encoder_is_sent_to_tensorrt() -> None:
     assert "tensorrt_engine" in str(RECIPE.why_not(bert, T4, RECIPE.options(provider="cuda")))
 
 
-def test_what_a_box_is_asked_for() -> None:
+def test_the_requirements_on_a_box() -> None:
     """A driver and a card from 7.5 on with room for all of it: what bin/check compares."""
     size = planned("provider=cuda").estimate
     needs = decoder_cuda.gpu_needs(size)
@@ -111,15 +114,15 @@ def test_what_a_box_is_asked_for() -> None:
 
 def test_the_lock_has_the_library_that_was_read_and_what_it_is_linked_with() -> None:
     """And neither cuDNN nor cuFFT, which would be another gigabyte; the box's engine names the same driver."""
-    found = pinned(lock_files({"engine": "ort_cuda"})[0].name)
-    assert found["onnxruntime-gpu"] == decoder_cuda.VERSION
-    assert {name for name in found if name.startswith("nvidia")} == {
+    locked = pinned(lock_file(ENGINES["ort_cuda"].locks[0]).name)
+    assert locked["onnxruntime-gpu"] == decoder_cuda.VERSION
+    assert {name for name in locked if name.startswith("nvidia")} == {
         "nvidia-cublas",
         "nvidia-cuda-nvrtc",
         "nvidia-cuda-runtime",
         "nvidia-curand",
     }
-    assert "onnxruntime" not in found
+    assert "onnxruntime" not in locked
     assert (decoder_cuda.DRIVER, decoder_cuda.PROVIDER) == (cuda.DRIVER, cuda.PROVIDER)
 
 

@@ -1,4 +1,4 @@
-"""The pinned compiler: where it is kept, what is said before it is fetched and when it cannot be, and its failures."""
+"""The pinned compiler: its place in the cache, the notes and errors about fetching it, and its failures."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def failing(output: str) -> Any:
 
 def test_the_lock_pins_what_the_code_names() -> None:
     """Bindings and libraries, in one version, each with hashes; the version is the one that plans tell."""
-    found = read_lock(compiler.lock())
-    assert {entry.name for entry in found} == {"tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs"}
-    assert {str(entry.requirement.specifier) for entry in found} == {f"=={compiler.BUILD}"}
-    assert compiler.BUILD.startswith(f"{compiler.VERSION}.") and all(entry.hashes for entry in found)
+    entries = read_lock(compiler.lock())
+    assert {entry.name for entry in entries} == {"tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs"}
+    assert {str(entry.requirement.specifier) for entry in entries} == {f"=={compiler.BUILD}"}
+    assert compiler.BUILD.startswith(f"{compiler.VERSION}.") and all(entry.hashes for entry in entries)
 
 
 def test_the_plan_says_what_is_fetched_only_while_it_is_missing() -> None:
@@ -82,7 +82,7 @@ def test_a_failed_fetch_leaves_nothing(
     ],
 )
 def test_what_a_failed_compilation_means(code: int, output: str, says: str, why: str, tmp_path: Path) -> None:
-    """A library that does not load, even by crashing, is fetched again; a graph it refuses is told by the reason."""
+    """A library that does not load, even by crashing, is fetched again; a refused graph gives the compiler's reason."""
     error = compiler._explained(ChildFailed("compiling", code, output), tmp_path)
     assert says in error.what and why in error.why
     assert (str(tmp_path) in error.fix) == (says == "cannot be loaded")

@@ -36,21 +36,21 @@ def test_a_t4_takes_llama_and_qwen() -> None:
 @pytest.mark.parametrize(
     ("target", "served"), [(NANO, "gguf or onnx_int8 or edge_llm serves"), (XAVIER, "gguf serves")]
 )
-def test_a_jetson_is_told_what_serves_the_model_there(target: Any, served: str) -> None:
+def test_a_refusal_for_a_jetson_names_what_serves_the_model(target: Any, served: str) -> None:
     assert served in str(refusal(SMOLLM2, target))
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "said"),
+    ("changes", "options", "sentence"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {}, "yarn"),
         ({}, {"context": 10_000}, "context=8192"),
         ({}, {"context": 16}, "context=64"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_a_sentence(changes: Any, options: Any, said: str) -> None:
-    """A model that no graph is known for is told the recipe that takes it."""
-    assert said in str(refusal(SMOLLM2 | changes, **options))
+def test_what_cannot_be_made_is_refused_in_a_sentence(changes: Any, options: Any, sentence: str) -> None:
+    """The refusal of a model without a graph names the recipe that can build it."""
+    assert sentence in str(refusal(SMOLLM2 | changes, **options))
 
 
 def test_sizes_are_those_of_what_was_built() -> None:
@@ -83,7 +83,7 @@ def test_eight_bits_take_half_and_keep_the_head_whole() -> None:
 def test_a_conversation_is_as_long_as_a_user_expects_and_the_gpu_holds(
     config: dict[str, Any], changes: dict[str, Any], settings: tuple[str, ...], context: int
 ) -> None:
-    """Where no context is asked for: 4096, or what the model was made for, or less, which the plan then says."""
+    """The default context: 4096, or the model's own, or less, with a note in the plan."""
     recipe = load_recipe("tensorrt_engine")
     plan = make_the_plan(sketch(config | changes), T4, recipe, parse_options(recipe, T4, settings))
     assert not plan.refusals
@@ -92,22 +92,22 @@ def test_a_conversation_is_as_long_as_a_user_expects_and_the_gpu_holds(
     assert any("need more memory" in note for note in plan.notes) == short
 
 
-def test_a_model_that_is_too_large_at_any_length_is_told_what_would_fit() -> None:
+def test_the_refusal_of_a_too_large_model_names_what_would_fit() -> None:
     recipe = load_recipe("tensorrt_engine")
     (refusal,) = make_the_plan(sketch(QWEN_7B), T4, recipe, parse_options(recipe, T4, ())).refusals
     assert refusal.endswith("--set precision=int8 would fit.")
 
 
 def test_the_profile_goes_from_one_row_to_all_and_caches_keep_their_length() -> None:
-    found = decoder.profile(sketch(SMOLLM2), 4, 2048)
-    assert found["input_ids"] == {"min": [1, 1], "opt": [4, 1], "max": [4, 128]}
-    assert found["places"] == {"min": [64], "opt": [512], "max": [2048]}
-    assert found["past_key_values.29.value"] == {
+    shapes = decoder.profile(sketch(SMOLLM2), 4, 2048)
+    assert shapes["input_ids"] == {"min": [1, 1], "opt": [4, 1], "max": [4, 128]}
+    assert shapes["places"] == {"min": [64], "opt": [512], "max": [2048]}
+    assert shapes["past_key_values.29.value"] == {
         "min": [1, 3, 2048, 64],
         "opt": [4, 3, 2048, 64],
         "max": [4, 3, 2048, 64],
     }
-    assert len(found) == 4 + 2 * 30
+    assert len(shapes) == 4 + 2 * 30
 
 
 def test_the_box_reads_the_plan(tmp_path: Any) -> None:

@@ -29,20 +29,20 @@ def test_only_what_was_not_kept_is_rounded() -> None:
 
 def test_the_manifest_says_which_layers_stay_and_what_each_costs() -> None:
     """The measure before anything is kept, after each step, and every layer's own damage."""
-    told = CHOICE.report()
-    assert (told["all_layers_without_evening_out"], told["all_layers"], told["as_shipped"]) == (0.95, 0.98, 0.995)
-    assert told["kept_in_fp16"] == [{"name": "layer.0.output", "mean cosine then": 0.995}]
-    assert [(layer["precision"], layer["damage"], layer["evened_out"]) for layer in told["layers"]] == [
+    report = CHOICE.report()
+    assert (report["all_layers_without_evening_out"], report["all_layers"], report["as_shipped"]) == (0.95, 0.98, 0.995)
+    assert report["kept_in_fp16"] == [{"name": "layer.0.output", "mean cosine then": 0.995}]
+    assert [(layer["precision"], layer["damage"], layer["evened_out"]) for layer in report["layers"]] == [
         ("int8", 0.001, True),
         ("fp16", 0.02, False),
     ]
 
 
-def test_scales_are_not_found_on_the_texts_that_are_compared() -> None:
+def test_scales_do_not_come_from_the_compared_texts() -> None:
     """The package's sentences are for the comparison alone; the user's own texts serve both."""
     general = make_texts(None, ()).all
-    found = calibration_texts(make_texts(None, ()))
-    assert len(found) == PASSAGES and not set(found) & set(general)
+    calibration = calibration_texts(make_texts(None, ()))
+    assert len(calibration) == PASSAGES and not set(calibration) & set(general)
     own = tuple(f"text {number}" for number in range(300))
     texts = Texts(
         (*general, *own),
@@ -50,4 +50,4 @@ def test_scales_are_not_found_on_the_texts_that_are_compared() -> None:
         (None,) * (len(general) + 300),
     )
     more = calibration_texts(texts)
-    assert len(more) == PASSAGES + OWN and set(more) - set(found) <= set(own)
+    assert len(more) == PASSAGES + OWN and set(more) - set(calibration) <= set(own)

@@ -52,13 +52,13 @@ def test_the_t4_is_compiled_for_here_and_an_orin_builds_its_own() -> None:
     t4, orin = load_target("t4"), load_target("jetson_orin_nano_8gb")
     assert tensorrt_plan.compiled_here(t4) and not tensorrt_plan.compiled_here(orin)
     assert tensorrt_plan.allowed(t4) == {"sm": ["7.5"], "tensorrt": None, "jetpack": None}
-    found = tensorrt_plan.allowed(orin)
-    assert found["sm"] == ["8.7"] and found["jetpack"] == [entry.jetpack for entry in orin.software]
-    assert found["tensorrt"] == {"min": "10.3", "below": "11"}
+    where = tensorrt_plan.allowed(orin)
+    assert where["sm"] == ["8.7"] and where["jetpack"] == [entry.jetpack for entry in orin.software]
+    assert where["tensorrt"] == {"min": "10.3", "below": "11"}
 
 
 def test_ten_is_more_than_nine() -> None:
-    """The least TensorRT is found by numbers and not by letters."""
+    """Versions are compared as numbers, not as text."""
     orin = load_target("jetson_orin_nano_8gb")
     images = tuple(replace(orin.software[0], tensorrt=version) for version in ("10.16.2", "10.3", "10.9"))
     assert tensorrt_plan.allowed(replace(orin, software=images))["tensorrt"]["min"] == "10.3"
@@ -66,15 +66,15 @@ def test_ten_is_more_than_nine() -> None:
 
 def test_a_gpu_of_another_architecture_is_refused_with_both_numbers() -> None:
     """An RTX engine of SM 8.6 would not be an Orin's: nothing near is taken for the thing itself."""
-    said = str(tensorrt_plan.why_not(with_gpu("NVIDIA H100", "sm_90")))
-    assert "9.0" in said and "8.6" in said and "NVIDIA H100" in said
+    sentence = str(tensorrt_plan.why_not(with_gpu("NVIDIA H100", "sm_90")))
+    assert "9.0" in sentence and "8.6" in sentence and "NVIDIA H100" in sentence
     assert tensorrt_plan.why_not(with_gpu("NVIDIA RTX 3060", "sm_86")) is None
 
 
 def test_jetpack_5_is_refused_because_its_types_are_hints() -> None:
     """Xavier's TensorRT 8.5 has no strongly typed networks."""
-    said = str(tensorrt_plan.why_not(load_target("jetson_xavier_nx")))
-    assert "8.5.2" in said and "strongly typed" in said
+    sentence = str(tensorrt_plan.why_not(load_target("jetson_xavier_nx")))
+    assert "8.5.2" in sentence and "strongly typed" in sentence
 
 
 def test_an_unconfirmed_tensorrt_is_no_plan() -> None:
@@ -93,9 +93,9 @@ def test_a_target_without_an_nvidia_gpu_is_refused() -> None:
 
 def test_smaller_profiles_take_fewer_texts_and_never_shorter_ones() -> None:
     """Half as many texts each time, down to one; every input has the same shapes, in order."""
-    found = tensorrt_plan.profiles(INPUTS, 8, 256)
-    assert [profile["input_ids"]["max"] for profile in found] == [[8, 256], [4, 256], [2, 256], [1, 256]]
-    for profile in found:
+    profiles = tensorrt_plan.profiles(INPUTS, 8, 256)
+    assert [profile["input_ids"]["max"] for profile in profiles] == [[8, 256], [4, 256], [2, 256], [1, 256]]
+    for profile in profiles:
         assert list(profile) == INPUTS and profile["input_ids"] == profile["attention_mask"]
         shape = profile["input_ids"]
         assert all(a <= b <= c for a, b, c in zip(shape["min"], shape["opt"], shape["max"], strict=True))
@@ -119,17 +119,17 @@ def test_an_encoder_is_planned_where_tensorrt_runs(tmp_path: Path, monkeypatch: 
     taken = {name for name in target_names() if not planned(tiny, load_target(name)).refusals}
     assert {"t4", "jetson_orin_nano_8gb", "jetson_orin_nx_16gb", "jetson_agx_orin_64gb"} <= taken
     assert "jetson_xavier_nx" not in taken and "desktop_linux_x86_64" not in taken
-    assert any("strongly typed" in said for said in planned(tiny, load_target("jetson_xavier_nx")).refusals)
-    assert any("onnx_int8" in said for said in planned(tiny, load_target("desktop_linux_x86_64")).refusals)
+    assert any("strongly typed" in sentence for sentence in planned(tiny, load_target("jetson_xavier_nx")).refusals)
+    assert any("onnx_int8" in sentence for sentence in planned(tiny, load_target("desktop_linux_x86_64")).refusals)
     note = " ".join(planned(tiny, load_target("jetson_orin_nano_8gb")).notes)
     assert "builds its engine itself" in note
 
 
-def test_a_machine_that_cannot_compile_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_compile_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a T4 this machine has to be one that TensorRT-RTX has wheels for; for a Jetson it may be any."""
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     tiny = opened(tmp_path)
-    assert any("riscv64" in said for said in planned(tiny, load_target("t4")).refusals)
+    assert any("riscv64" in sentence for sentence in planned(tiny, load_target("t4")).refusals)
     assert not planned(tiny, load_target("jetson_orin_nano_8gb")).refusals
 
 
@@ -141,31 +141,31 @@ def test_int8_is_planned_smaller_than_fp16(tmp_path: Path) -> None:
     assert any("stay in fp16" in note for note in half.notes)
 
 
-def test_int8_on_a_gpu_that_nvidia_lists_for_floats_alone_is_told(
+def test_int8_on_a_gpu_that_nvidia_lists_for_floats_alone_has_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A T4's compute capability 7.5; not an Orin's, and not for float16."""
     monkeypatch.setattr(compiler, "why_not_here", lambda: None)
     tiny = opened(tmp_path)
-    told = {
+    warnings = {
         (name, precision): any("lists no INT8" in note for note in planned(tiny, load_target(name), precision).notes)
         for name in ("t4", "jetson_orin_nano_8gb")
         for precision in ("precision=int8", "precision=fp16")
     }
-    assert [key for key, said in told.items() if said] == [("t4", "precision=int8")]
+    assert [key for key, sentence in warnings.items() if sentence] == [("t4", "precision=int8")]
 
 
 def test_a_language_model_is_sent_to_the_recipe_that_serves_it() -> None:
     """One sentence, naming the recipes of that very target; a T4 takes one."""
-    said = " ".join(planned(sketch(SMOLLM2), load_target("jetson_orin_nano_8gb")).refusals)
-    assert "language model" in said and "gguf" in said and "edge_llm" in said and "Orin Nano" in said
+    sentence = " ".join(planned(sketch(SMOLLM2), load_target("jetson_orin_nano_8gb")).refusals)
+    assert "language model" in sentence and "gguf" in sentence and "edge_llm" in sentence and "Orin Nano" in sentence
     assert planned(sketch(SMOLLM2), load_target("t4")).refusals == ()
 
 
 def test_a_classifier_has_no_pooling(tmp_path: Path) -> None:
     """What is nonsense for the model is refused as in onnx_int8."""
     model = opened(tmp_path, architectures=["BertForSequenceClassification"])
-    assert any("pooling=cls" in said for said in planned(model, load_target("t4"), "pooling=cls").refusals)
+    assert any("pooling=cls" in sentence for sentence in planned(model, load_target("t4"), "pooling=cls").refusals)
 
 
 def test_a_plan_names_files_by_their_digests_and_no_path(tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ FIRST, GAP = 0.04, 0.01
 
 
 class Model(http.server.BaseHTTPRequestHandler):
-    """Streams one word every GAP seconds after FIRST, as the real server does; remembers what it was asked."""
+    """Streams one word every GAP seconds after FIRST, as the real server does; records its requests."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    asked: ClassVar[list[dict[str, Any]]]
+    requests: ClassVar[list[dict[str, Any]]]
     mode = "good"
 
     def do_GET(self) -> None:
@@ -44,7 +44,7 @@ class Model(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append(body)
+        self.requests.append(body)
         if self.mode == "refuse":
             self.send_error(400, "no")
             return
@@ -84,7 +84,7 @@ def model() -> Iterator[tuple[type[Model], str]]:
     """The handler class (to look into and to change) and its address."""
 
     class Mine(Model):
-        asked: ClassVar[list[dict[str, Any]]] = []
+        requests: ClassVar[list[dict[str, Any]]] = []
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mine)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -104,9 +104,11 @@ def test_figures_agree_with_a_server_of_known_timing(model: tuple[type[Model], s
     assert row["inter_token_ms"]["count"] == 4 * 5 * 5
     assert row["decode_tokens_per_second"]["mean"] <= 4 / GAP * 1.1
     assert row["prefill_tokens_per_second"]["mean"] <= 4 * 20 / FIRST and row["prompt_tokens"] == 20
-    prompts = [asked["prompt"] for asked in handler.asked]
+    prompts = [request["prompt"] for request in handler.requests]
     assert len(set(prompts)) == len(prompts) == 40
-    assert all(asked["logit_bias"] == {"2": -100, "7": -100} and asked["temperature"] == 0 for asked in handler.asked)
+    assert all(
+        request["logit_bias"] == {"2": -100, "7": -100} and request["temperature"] == 0 for request in handler.requests
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,16 +184,21 @@ def test_a_report_of_a_running_server_has_every_figure(
 def test_a_server_that_cannot_start_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its last words are the reason; exit code 9 and no report."""
     code = llm.main(["--bundle", str(bundle(tmp_path, engine="abacus")), "--output", str(tmp_path / "r.json")])
-    said = capsys.readouterr().err
-    assert code == 9 and "The server ended: " in said and "Traceback" not in said and not (tmp_path / "r.json").exists()
+    errors = capsys.readouterr().err
+    assert (
+        code == 9
+        and "The server ended: " in errors
+        and "Traceback" not in errors
+        and not (tmp_path / "r.json").exists()
+    )
 
 
 @pytest.mark.parametrize(("decode", "verdict"), [(50.0, "plausible"), (101.0, "invalid"), (29.0, "suspicious")])
 def test_the_impossible_and_the_slow_are_flagged(decode: float, verdict: str) -> None:
     """Above 100 % of what memory allows, and below 30 %."""
-    found = roofline(decode, 1_000_000, 100_000_000.0)
-    assert found["verdict"] == verdict and found["percent"] == pytest.approx(decode)
-    assert bool(found["note"]) is (verdict != "plausible")
+    bound = roofline(decode, 1_000_000, 100_000_000.0)
+    assert bound["verdict"] == verdict and bound["percent"] == pytest.approx(decode)
+    assert bool(bound["note"]) is (verdict != "plausible")
     assert roofline(1.0, 0, 1.0)["verdict"] == "unknown"
 
 

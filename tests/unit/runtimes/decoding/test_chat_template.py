@@ -1,4 +1,4 @@
-"""Chat templates: set up as transformers does, sandboxed, refusals told in the template's words."""
+"""Chat templates: set up as transformers does, sandboxed, refusals in the template's words."""
 
 from __future__ import annotations
 

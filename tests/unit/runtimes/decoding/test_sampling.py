@@ -13,7 +13,7 @@ import pytest
 from runtimes.decoding.detokenize import Detokenizer
 from runtimes.decoding.sampling import Sampler, top_logprobs
 from runtimes.engine import Sampling
-from runtimes.engines.transformers.engine import Turns
+from runtimes.engines.transformers.engine import FairLock
 from tests.unit.runtimes.serving import write_tokenizer
 
 LOGITS = np.array([0.0, 3.0, 2.0, 3.0, -1.0], np.float32)
@@ -59,7 +59,7 @@ def test_shares_are_those_of_the_softmax() -> None:
 
 
 def test_bias_and_penalties_change_the_greedy_choice() -> None:
-    """A banned token, a wanted one, and one that was said before (in the prompt for repetition_penalty)."""
+    """A banned token, a wanted one, and one that occurred before (in the prompt for repetition_penalty)."""
     assert Sampler(Sampling(temperature=0, logit_bias={1: -100.0, 3: -100.0}), []).choose(LOGITS) == 2
     assert Sampler(Sampling(temperature=0, logit_bias={4: 100.0, 99: 5.0}), []).choose(LOGITS) == 4
     assert Sampler(Sampling(temperature=0, repetition_penalty=2.0), [1]).choose(LOGITS) == 3
@@ -71,9 +71,9 @@ def test_bias_and_penalties_change_the_greedy_choice() -> None:
 
 def test_logprobs_are_the_models_own_likeliest_first() -> None:
     """Natural logarithms over the whole vocabulary; equal ones in the order of their ids."""
-    found = top_logprobs(LOGITS, 3)
-    assert list(found) == [1, 3, 2]
-    assert found[1] == pytest.approx(3 - math.log(np.exp(LOGITS.astype(np.float64)).sum()))
+    likeliest = top_logprobs(LOGITS, 3)
+    assert list(likeliest) == [1, 3, 2]
+    assert likeliest[1] == pytest.approx(3 - math.log(np.exp(LOGITS.astype(np.float64)).sum()))
     assert sum(map(math.exp, top_logprobs(LOGITS, 9).values())) == pytest.approx(1)
     assert top_logprobs(LOGITS, 0) == {}
 
@@ -89,7 +89,7 @@ def test_characters_come_whole_and_special_tokens_as_nothing(tmp_path: Path) -> 
 
 def test_turns_are_given_in_the_order_of_asking() -> None:
     """Who releases and asks again comes after those who waited."""
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
     started = [threading.Event() for _ in range(3)]
 
     def work(name: int) -> None:

@@ -1,4 +1,4 @@
-"""TensorRT Edge-LLM is started by one command line; what the box lacks is told in one sentence.
+"""TensorRT Edge-LLM is started by one command line; what the box lacks is one sentence.
 
 The server itself needs a Jetson; a module in its place writes down how it was called.
 """
@@ -54,8 +54,8 @@ def test_the_command_line_is_the_manifests(bundle: Path) -> None:
     words = command(read_bundle(bundle), "python", "127.0.0.1", 8000, Path("/cache"))
     assert words[:3] == ["python", "-P", "-c"]
     assert words[4] == str(bundle / "model")
-    told = dict(zip(words[5::2], words[6::2], strict=True))
-    assert told == {
+    flags = dict(zip(words[5::2], words[6::2], strict=True))
+    assert flags == {
         "--host": "127.0.0.1",
         "--port": "8000",
         "--served-model-name": "tiny",
@@ -77,7 +77,7 @@ def test_settings_of_another_engine_are_refused(bundle: Path) -> None:
         command(replace(read_bundle(bundle), settings={}), "python", "127.0.0.1", 8000, Path("/cache"))
 
 
-def test_without_tensorrt_the_box_is_told_what_to_install(bundle: Path, tmp_path: Path) -> None:
+def test_without_tensorrt_the_refusal_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
     done = served(bundle, PACKAGER_TENSORRT=str(tmp_path))
     assert done.returncode == 4
     assert "python3-libnvinfer" in done.stderr
@@ -86,8 +86,7 @@ def test_without_tensorrt_the_box_is_told_what_to_install(bundle: Path, tmp_path
 
 def test_only_tensorrt_of_the_systems_packages_gets_in(system: Path, tmp_path: Path) -> None:
     """A folder of links, made twice: after an update of JetPack it points to what is there then."""
-    found = find_tensorrt({}, (str(system),))
-    assert found == system
+    assert find_tensorrt({}, (str(system),)) == system
     links = link_tensorrt(system, tmp_path / "links")
     assert sorted(path.name for path in links.iterdir()) == ["tensorrt", "tensorrt-10.16.2.dist-info", "tensorrt_lean"]
     moved = system.rename(tmp_path / "elsewhere")
@@ -96,7 +95,7 @@ def test_only_tensorrt_of_the_systems_packages_gets_in(system: Path, tmp_path: P
 
 
 def test_the_server_takes_this_process_with_tensorrt_on_its_path(bundle: Path, system: Path, tmp_path: Path) -> None:
-    """A module of its name stands for the server and tells what it was given."""
+    """A module of its name stands for the server and prints how it was called."""
     package = tmp_path / "site" / "experimental" / "server"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -115,13 +114,13 @@ def test_the_server_takes_this_process_with_tensorrt_on_its_path(bundle: Path, s
     (link / "experimental").symlink_to(package.parent, target_is_directory=True)
     done = served(bundle, "--port", "0", PACKAGER_TENSORRT=str(system), PACKAGER_ENGINE_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    first, told = done.stdout.splitlines()
+    first, second = done.stdout.splitlines()
     assert first.startswith("tiny by TensorRT Edge-LLM on http://127.0.0.1:")
-    found: dict[str, Any] = json.loads(told)
-    assert found["where"] == "tensorrt"
-    assert found["path"] == str(link)
-    assert found["argv"][0] == str(bundle / "model")
-    assert found["offline"] == "1"
+    call: dict[str, Any] = json.loads(second)
+    assert call["where"] == "tensorrt"
+    assert call["path"] == str(link)
+    assert call["argv"][0] == str(bundle / "model")
+    assert call["offline"] == "1"
 
 
 def test_engines_lie_beside_the_install_or_in_the_users_cache(bundle: Path, tmp_path: Path) -> None:
@@ -132,6 +131,6 @@ def test_engines_lie_beside_the_install_or_in_the_users_cache(bundle: Path, tmp_
 
 
 def test_our_own_search_path_does_not_reach_the_server() -> None:
-    found = environment({"PYTHONPATH": "/runtime", "VIRTUAL_ENV": "/venv", "PATH": "/bin"}, Path("/links"))
-    assert found["PYTHONPATH"] == "/links"
-    assert "VIRTUAL_ENV" not in found
+    variables = environment({"PYTHONPATH": "/runtime", "VIRTUAL_ENV": "/venv", "PATH": "/bin"}, Path("/links"))
+    assert variables["PYTHONPATH"] == "/links"
+    assert "VIRTUAL_ENV" not in variables

@@ -1,6 +1,6 @@
-"""ONNX decoders on a GPU: what is asked of onnxruntime, and one sentence for each way in which it does not work.
+"""ONNX decoders on a GPU: the calls of onnxruntime, and one sentence for each way in which it fails.
 
-onnxruntime is a fake that writes down what it is asked; texts of errors are the library's own, as onnxruntime-gpu
+onnxruntime is a fake that records its calls; texts of errors are the library's own, as onnxruntime-gpu
 1.31.1 gave them on a machine without a GPU (and the CUDA library's names for what was not at hand).
 """
 
@@ -69,7 +69,7 @@ class Fake:
     def __init__(self) -> None:
         self.providers, self.granted = [PROVIDER, "CPUExecutionProvider"], [PROVIDER]
         self.fails: dict[str, Exception] = {}
-        self.asked: dict[str, Any] = {}
+        self.session: dict[str, Any] = {}
         self.done: list[str] = []
         self.ran: list[Binding] = []
         self.made: list[tuple[int, ...]] = []
@@ -85,7 +85,7 @@ class Fake:
     def InferenceSession(self, path: str, options: Any, **more: Any) -> Any:
         if "session" in self.fails:
             raise self.fails["session"]
-        self.asked = {"config": options.config, "level": options.graph_optimization_level, **more}
+        self.session = {"config": options.config, "level": options.graph_optimization_level, **more}
         half = "tensor(float16)"
         cache = SimpleNamespace(name="past_key_values.0.key", type=half, shape=["batch", 2, "capacity", 16])
         inputs = [SimpleNamespace(name="wanted", type="tensor(int64)", shape=["kept"]), cache]
@@ -117,11 +117,11 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    found = Fake()
+    onnxruntime = Fake()
     for module in (cuda, decoder):
-        monkeypatch.setattr(module, "quiet_onnxruntime", lambda: found)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode=0: found.done.append(Path(name).name))
-    return found
+        monkeypatch.setattr(module, "quiet_onnxruntime", lambda: onnxruntime)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode=0: onnxruntime.done.append(Path(name).name))
+    return onnxruntime
 
 
 @pytest.fixture
@@ -139,10 +139,10 @@ def opened(run: Run) -> decoder.Model:
 def test_the_session_takes_the_gpu_or_nothing(fake: Fake, run: Run) -> None:
     """One provider, no fall-back of either kind, the graph as it is written; CUDA's libraries before, each once."""
     opened(run)
-    assert fake.asked["providers"] == [(PROVIDER, OPTIONS)]
-    assert fake.asked["enable_fallback"] == 0
-    assert fake.asked["config"]["session.disable_cpu_ep_fallback"] == "1"
-    assert fake.asked["level"] == Fake.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assert fake.session["providers"] == [(PROVIDER, OPTIONS)]
+    assert fake.session["enable_fallback"] == 0
+    assert fake.session["config"]["session.disable_cpu_ep_fallback"] == "1"
+    assert fake.session["level"] == Fake.GraphOptimizationLevel.ORT_DISABLE_ALL
     assert fake.done == [*LIBRARIES, "libcuda.so.1"]
 
 
@@ -187,7 +187,7 @@ def test_a_session_that_went_to_the_processor_is_not_used(fake: Fake, run: Run) 
 
 @pytest.mark.parametrize("where", ["session", "value", "run"])
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "sentence"),
     [
         (NO_DRIVER, "driver 580.65.06 or newer, found none that CUDA 13 can use"),
         (FELL_BACK, "did not start or leaves some out"),
@@ -197,21 +197,21 @@ def test_a_session_that_went_to_the_processor_is_not_used(fake: Fake, run: Run) 
         ("CUDA failure 700: an illegal memory access\nstack", "failed on the GPU: CUDA failure 700: an illegal"),
     ],
 )
-def test_what_goes_wrong_on_a_gpu_is_one_sentence(fake: Fake, run: Run, where: str, text: str, said: str) -> None:
+def test_what_goes_wrong_on_a_gpu_is_one_sentence(fake: Fake, run: Run, where: str, text: str, sentence: str) -> None:
     """Wherever it happens: making the session, the caches, or computing."""
     fake.fails[where] = RuntimeError(text)
-    with pytest.raises(EngineError, match=said) as caught:
+    with pytest.raises(EngineError, match=sentence) as caught:
         opened(run).run(np.array([[1]]), [0])
     assert "\n" not in str(caught.value)
 
 
 def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheels' folder first; and a box without a driver hears that, not of CUDA."""
-    asked: list[str] = []
+    """The wheels' folder first; without a driver the message names the driver, not CUDA."""
+    loaded: list[str] = []
     lacking = "libcurand.so.10"
 
     def load_one(name: str, mode: int = 0) -> None:
-        asked.append(name)
+        loaded.append(name)
         if name.endswith(lacking):
             raise OSError(f"{lacking}: cannot open shared object file")
 
@@ -221,22 +221,20 @@ def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     (folder / "libcudart.so.13").touch()
     with pytest.raises(EngineError, match=r"expected libcurand.so.10 from the bundle's wheels"):
         load_libraries(tmp_path)
-    assert asked == [str(folder / "libcudart.so.13"), *LIBRARIES[1:]]
+    assert loaded == [str(folder / "libcudart.so.13"), *LIBRARIES[1:]]
     lacking = "libcuda.so.1"
     with pytest.raises(EngineError, match=r"found no driver \(libcuda.so.1 cannot be loaded\).*--device cpu"):
         load_libraries(tmp_path)
 
 
-def test_the_processor_computes_only_where_it_was_asked_for(
-    fake: Fake, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_processor_computes_only_with_device_cpu(fake: Fake, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--device cpu``, and what scores the file on the build machine; nothing of CUDA is loaded then."""
     from dataclasses import replace
 
-    for asked in (replace(run, device="cpu"), replace(run, settings={"device": "cpu"})):
+    for variant in (replace(run, device="cpu"), replace(run, settings={"device": "cpu"})):
         fake.done.clear()
-        opened(asked)
-        assert fake.asked["providers"] == ["CPUExecutionProvider"]
+        opened(variant)
+        assert fake.session["providers"] == ["CPUExecutionProvider"]
         assert not fake.done
     with pytest.raises(EngineError, match="no device 'tpu'; choose gpu, cpu"):
         opened(replace(run, device="tpu"))

@@ -1,6 +1,6 @@
-"""vLLM is started by one command line and told nothing else: what it gets, and every refusal before it starts.
+"""vLLM is started by one command line and nothing else: what it gets, and every refusal before it starts.
 
-vLLM itself needs a GPU; a script in its place writes down how it was called.
+vLLM itself needs a GPU; a script in its place prints how it was called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runtimes.engines.vllm import command, free_port
 from runtimes.manifest import ManifestError, read_bundle
 from runtimes.preflight import vllm as box_vllm
 from runtimes.preflight.check import compare
-from runtimes.preflight.fit_gpu import lacking
+from runtimes.preflight.fit_gpu import requirements
 from tests.conftest import ROOT
 from tests.unit.runtimes.serving import write_bundle
 
@@ -74,7 +74,7 @@ def serve(bundle: Path, programs: Path, *more: str, **environment: str) -> subpr
     )
 
 
-def said(child: subprocess.Popen[str]) -> tuple[int, str, str]:
+def ended(child: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, error = child.communicate(timeout=60)
     return child.returncode, out, error
 
@@ -84,14 +84,14 @@ def test_vllm_takes_this_process_with_the_manifests_flags(bundle: Path, programs
     of the bundle's own Python; its exit code and process are the server's.
     """
     child = serve(bundle, programs, "--port", "0", PYTHONNOUSERSITE="1", VLLM_ATTENTION_BACKEND="TRITON_ATTN")
-    code, out, _ = said(child)
-    told, called = out.splitlines()
-    found = json.loads(called)
-    assert (code, found["pid"]) == (7, child.pid)
-    port = found["argv"][6]
-    assert int(port) > 0 and f"http://127.0.0.1:{port} " in told
+    code, out, _ = ended(child)
+    line, called = out.splitlines()
+    call = json.loads(called)
+    assert (code, call["pid"]) == (7, child.pid)
+    port = call["argv"][6]
+    assert int(port) > 0 and f"http://127.0.0.1:{port} " in line
     model = str(bundle / "model")
-    assert found["argv"][1:] == [
+    assert call["argv"][1:] == [
         "serve",
         model,
         "--host",
@@ -117,7 +117,7 @@ def test_vllm_takes_this_process_with_the_manifests_flags(bundle: Path, programs
         "--chat-template",
         f"{model}/chat_template.jinja",
     ]
-    env = found["env"]
+    env = call["env"]
     assert {key: env[key] for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")}
     assert not {"PYTHONPATH", "PYTHONNOUSERSITE"} & env.keys()
     assert env["VLLM_ATTENTION_BACKEND"] == "TRITON_ATTN"
@@ -155,20 +155,20 @@ def test_what_is_missing_is_told_in_one_sentence(
         (programs / "vllm").unlink()
         if vllm != "none":
             program(programs / "vllm", vllm)
-    code, out, error = said(serve(bundle, programs))
+    code, out, error = ended(serve(bundle, programs))
     assert (code, out) == (4, "")
     assert sentence in error and len(error.splitlines()) == 1
 
 
-def test_a_taken_port_and_a_manifest_without_needs_are_told(bundle: Path, programs: Path) -> None:
+def test_a_taken_port_and_a_manifest_without_needs_are_refused(bundle: Path, programs: Path) -> None:
     """Both before vLLM would have loaded a model."""
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, _, error = said(serve(bundle, programs, "--port", str(taken.getsockname()[1])))
+        code, _, error = ended(serve(bundle, programs, "--port", str(taken.getsockname()[1])))
     assert code == 3 and "choose another with --port" in error
     write(bundle, needs={"gpu": None})
-    code, _, error = said(serve(bundle, programs))
+    code, _, error = ended(serve(bundle, programs))
     assert code == 3 and "needs.gpu" in error
     with pytest.raises(ManifestError, match="70000"):
         free_port("127.0.0.1", 70000)
@@ -227,4 +227,4 @@ def test_facts_are_compared_and_the_unknown_refuses_nothing() -> None:
     assert verdicts(gpus=None, vllm=None) == {"GPU": None, "vLLM": None}
     assert verdicts() == {"GPU": None, "vLLM": None}
     assert verdicts(gpus=[{**T4, "capability": None}], vllm="0.40")["GPU"] is None
-    assert [(name, ok) for name, ok, *_ in lacking({**NEEDS, "count": 2}, {"gpus": [T4]})] == [("GPU", False)]
+    assert [(name, ok) for name, ok, *_ in requirements({**NEEDS, "count": 2}, {"gpus": [T4]})] == [("GPU", False)]

@@ -17,13 +17,13 @@ from tests.unit.runtimes.serving import Scripted, make_run
 
 
 def test_each_prompt_is_answered_greedily_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids and how it ended, in the order asked; the engine is closed at the end."""
+    """Ids and finish reason, in the order of the prompts; the engine is closed at the end."""
     engine = Scripted()
     monkeypatch.setattr(answer, "module", lambda name: SimpleNamespace(load=lambda run, verbose: engine))
     prompts = [{"ids": [1, 2], "max_tokens": 2}, {"ids": [3], "max_tokens": 40}]
-    found = answer.answer(make_run(tmp_path), {"prompts": prompts})
-    assert found["answers"] == [{"ids": [1, 2], "finish": "length"}, {"ids": [1, 2, 3, 4], "finish": "stop"}]
-    assert [(prompt, sampling.temperature, sampling.exact_ids) for prompt, sampling in engine.asked] == [
+    result = answer.answer(make_run(tmp_path), {"prompts": prompts})
+    assert result["answers"] == [{"ids": [1, 2], "finish": "length"}, {"ids": [1, 2, 3, 4], "finish": "stop"}]
+    assert [(prompt, sampling.temperature, sampling.exact_ids) for prompt, sampling in engine.requests] == [
         ([1, 2], 0.0, True),
         ([3], 0.0, True),
     ]
@@ -32,17 +32,17 @@ def test_each_prompt_is_answered_greedily_within_its_limit(tmp_path: Path, monke
 
 def test_an_engine_that_maps_its_weights_is_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is over when the engine is closed, not before."""
-    engine, said = Scripted(), []
+    engine, events = Scripted(), []
 
     @contextlib.contextmanager
     def within(run: Any, ceiling: int | None, *, verbose: bool) -> Iterator[Scripted]:
-        said.append(f"within {ceiling}")
+        events.append(f"within {ceiling}")
         yield engine
-        said.append(f"closed {engine.closed}")
+        events.append(f"closed {engine.closed}")
 
     monkeypatch.setattr(answer, "module", lambda name: SimpleNamespace(load_within=within))
     answer.answer(make_run(tmp_path), {"prompts": [{"ids": [1], "max_tokens": 1}], "max_rss_bytes": 7})
-    assert said == ["within 7", "closed True"]
+    assert events == ["within 7", "closed True"]
 
 
 NOWHERE = {"engine": "nowhere", "model": "m", "tokenizer": "t"}

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.install.launchers import write_wrappers
+from runtimes.install.launchers import write_launchers
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh scripts")
 @pytest.mark.parametrize("python", [name for name in ("python3.10", "python3.11", "python3.13") if shutil.which(name)])
 def test_a_folder_of_the_same_name_in_the_working_directory_is_not_run(tmp_path: Path, python: str) -> None:
     """Arguments arrive as they were given, and -m's look into the working directory does not happen."""
-    found = shutil.which(python)
-    works = found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0
+    path = shutil.which(python)
+    works = path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
     home, elsewhere = tmp_path / "an install", tmp_path / "elsewhere"
     for place, words in ((home / "runtime", "mine"), (elsewhere, "another's")):
         (place / "runtimes").mkdir(parents=True)
         (place / "runtimes" / "__init__.py").touch()
         (place / "runtimes" / "__main__.py").write_text(f"import sys\nprint({words!r}, sys.argv[1:])\n", "utf-8")
-    write_wrappers(home, ("check",))
+    write_launchers(home, ("check",))
     (home / "venv" / "bin").mkdir(parents=True)
-    (home / "venv" / "bin" / "python").symlink_to(found if works and found else sys.executable)
+    (home / "venv" / "bin" / "python").symlink_to(path if works and path else sys.executable)
     done = subprocess.run(
         [str(home / "bin" / "check"), "a b", "$c"], cwd=elsewhere, capture_output=True, text=True, check=False
     )

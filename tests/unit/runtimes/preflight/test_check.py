@@ -51,10 +51,10 @@ def run(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     words = ["--bundle", str(bundle), *arguments]
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
-        contextlib.redirect_stderr(io.StringIO()) as said,
+        contextlib.redirect_stderr(io.StringIO()) as errors,
     ):
         code = check.main(words)
-    return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())
+    return subprocess.CompletedProcess(words, code, printed.getvalue(), errors.getvalue())
 
 
 def alone(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -154,7 +154,7 @@ def test_damaged_files_are_refused(bundle: Path, damage: str, code: int) -> None
     ],
 )
 def test_a_manifest_that_asks_for_half_is_no_traceback(bundle: Path, needs: Any, says: str) -> None:
-    """It is a damaged bundle, told in one sentence."""
+    """It is a damaged bundle: one sentence."""
     manifest = {"schema_version": 1, "bundle": "b", "run": {}, "needs": needs, "files": []}
     (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     done = run(bundle, "--facts", str(BOXES / "fits.json"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,11 +18,12 @@ from runtimes.preflight.facts import KINDS, OF_A_GPU, read_facts
 from runtimes.preflight.jetson import jetpack, l4t_release
 from runtimes.preflight.sources import PROBE, Box, run
 from tests.conftest import ROOT
+from tests.system_packages import system_package
 
 BOXES = ROOT / "tests" / "unit" / "boxes"
 TREES = sorted(path.name for path in (BOXES / "trees").iterdir() if path.is_dir())
 PREFLIGHT = [f"preflight/{path.stem}" for path in sorted((ROOT / "runtimes/preflight").glob("*.py"))]
-ON_THE_BOX_ALONE = ["__init__", "__main__", "install/__init__", "install/install", *PREFLIGHT]
+ON_THE_BOX_ALONE = ["__init__", "__main__", "files", "install/__init__", "install/install", *PREFLIGHT]
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -35,7 +35,7 @@ def test_a_recorded_tree_gives_the_recorded_facts(name: str) -> None:
     assert all(gpu.keys() == OF_A_GPU.keys() for gpu in facts["gpus"])
 
 
-@pytest.mark.parametrize(("name", "told"), [
+@pytest.mark.parametrize(("name", "expected"), [
     ("orin_nano_jetpack_6_2", {"jetpack": "6.2", "l4t": "36.4.3", "soc": "tegra234", "jetson_module": "p3767-0005",
                                "tensorrt": "10.3.0.30", "cuda_driver": "12.6", "cuda_toolkit": "12.6.11",
                                "driver": "540.4.0", "power_mode": "MAXN_SUPER"}),
@@ -53,10 +53,10 @@ def test_a_recorded_tree_gives_the_recorded_facts(name: str) -> None:
     ("orin_in_docker", {"container": "docker", "jetpack": None, "l4t": None, "soc": None, "tensorrt": "10.3.0",
                         "ram_bytes": 6442450944}),
 ])  # fmt: skip
-def test_the_facts_of_a_tree_are_these(name: str, told: dict[str, Any]) -> None:
+def test_the_facts_of_a_tree_are_these(name: str, expected: dict[str, Any]) -> None:
     """Written down beside the fact file, so that both cannot be wrong together."""
     facts = read_facts(box=Box(BOXES / "trees" / name))
-    assert {key: facts[key] for key in told} == told
+    assert {key: facts[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(("name", "gpu"), [
@@ -69,8 +69,8 @@ def test_the_facts_of_a_tree_are_these(name: str, told: dict[str, Any]) -> None:
 ])  # fmt: skip
 def test_the_gpu_of_a_tree_is_this(name: str, gpu: tuple[object, ...]) -> None:
     """A Jetson's shares the machine's memory, which nvidia-smi does not tell; an old nvidia-smi tells no capability."""
-    (found,) = read_facts(box=Box(BOXES / "trees" / name))["gpus"]
-    assert tuple(found[key] for key in ("name", "capability", "bytes", "free_bytes", "unified")) == gpu
+    (facts,) = read_facts(box=Box(BOXES / "trees" / name))["gpus"]
+    assert tuple(facts[key] for key in ("name", "capability", "bytes", "free_bytes", "unified")) == gpu
 
 
 def tree(folder: Path, files: dict[str, str] | None = None, commands: dict[str, Any] | None = None) -> Box:
@@ -90,7 +90,7 @@ def test_an_empty_box_has_no_facts_and_none_is_guessed(tmp_path: Path) -> None:
     assert facts["gpus"] == [] and facts["jetpack"] == "" and facts["tensorrt"] == ""
 
 
-@pytest.mark.parametrize(("said", "because"), [
+@pytest.mark.parametrize(("smi", "because"), [
     ({"status": None, "output": ""}, "nvidia-smi does not answer"),
     ({"status": 0, "output": "lorem ipsum\n"}, "nvidia-smi says: lorem ipsum"),
     ({"status": 0, "output": ""}, "nvidia-smi failed, status 0"),
@@ -100,26 +100,26 @@ def test_an_empty_box_has_no_facts_and_none_is_guessed(tmp_path: Path) -> None:
      "nvidia-smi says: Failed to initialize NVML: Driver/library version mismatch"),
 ])  # fmt: skip
 def test_an_nvidia_smi_that_does_not_tell_leaves_the_gpu_unknown(
-    said: dict[str, Any], because: str, tmp_path: Path
+    smi: dict[str, Any], because: str, tmp_path: Path
 ) -> None:
     """With its own first words as the reason."""
     query = f"nvidia-smi --query-gpu={','.join(nvidia.FIELDS)} --format=csv,noheader,nounits"
-    facts = read_facts(box=tree(tmp_path, {"/dev/nvidia0": ""}, {query: said}))
+    facts = read_facts(box=tree(tmp_path, {"/dev/nvidia0": ""}, {query: smi}))
     assert facts["gpus"] is None and facts["gpus_unknown_because"] == because
 
 
 def test_a_driver_without_a_gpu_is_no_gpu(tmp_path: Path) -> None:
     """nvidia-smi says so itself."""
     query = f"nvidia-smi --query-gpu={','.join(nvidia.FIELDS)} --format=csv,noheader,nounits"
-    said = {"status": 6, "output": "No devices were found\n"}
-    assert read_facts(box=tree(tmp_path, {"/dev/nvidiactl": ""}, {query: said}))["gpus"] == []
+    smi = {"status": 6, "output": "No devices were found\n"}
+    assert read_facts(box=tree(tmp_path, {"/dev/nvidiactl": ""}, {query: smi}))["gpus"] == []
 
 
 def test_a_jetsons_gpu_is_known_from_its_processor_alone(tmp_path: Path) -> None:
     """Where neither nvidia-smi nor libcuda answers."""
     files = {"/proc/device-tree/compatible": "nvidia,p3701-0000\0nvidia,tegra234\0", "/proc/meminfo": "MemTotal: 8 kB"}
-    (found,) = read_facts(box=tree(tmp_path, files))["gpus"]
-    assert (found["name"], found["capability"], found["bytes"]) == ("Orin", "8.7", 8192)
+    (gpu,) = read_facts(box=tree(tmp_path, files))["gpus"]
+    assert (gpu["name"], gpu["capability"], gpu["bytes"]) == ("Orin", "8.7", 8192)
 
 
 @pytest.mark.parametrize(("text", "version"), [
@@ -144,15 +144,15 @@ def test_of_two_tensorrts_the_newest_counts_and_a_removed_one_does_not(tmp_path:
     assert nvidia.tensorrt(box, nvidia.installed(box)) == "10.3.0.30"
 
 
-@pytest.mark.parametrize(("l4t", "packages", "told"), [
+@pytest.mark.parametrize(("l4t", "packages", "expected"), [
     ("36.4.3", {}, "6.2"), ("39.2.1", {}, "7.2.1"), ("36.4.3", {"nvidia-jetpack": "6.1+b123"}, "6.2"),
     ("36.9.9", {"nvidia-jetpack": "6.3-b1"}, "6.3"), ("36.9.9", None, "6"), ("50.1", {}, None), (None, {}, None),
 ])  # fmt: skip
 def test_jetpack_follows_from_its_jetson_linux(
-    l4t: str | None, packages: dict[str, str] | None, told: str | None
+    l4t: str | None, packages: dict[str, str] | None, expected: str | None
 ) -> None:
     """What runs counts, not what package was installed once; of an unknown release the generation is known."""
-    assert jetpack(l4t, packages) == told
+    assert jetpack(l4t, packages) == expected
 
 
 def test_jetson_linux_is_told_by_its_package_where_the_release_file_is_lost() -> None:
@@ -231,11 +231,11 @@ int cuDeviceTotalMem_v2(size_t *size, int d) { *size = 7990149120ul; return 0; }
 """
 
 
-@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler to make a library that crashes")
 def test_the_drivers_library_is_asked_in_a_child_and_may_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A libcuda of our own in place of the driver's: what it answers is read, and when it aborts nothing is known."""
     (tmp_path / "cuda.c").write_text(FAKE_CUDA, encoding="utf-8")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
+    compiler = system_package("cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     gpu = {"name": "Orin", "capability": "8.7", "bytes": 7990149120, "unified": True}
     assert Box().probe() == {"silent": ["nvml"], "cuda_driver": "12.6", "gpus": [gpu]}

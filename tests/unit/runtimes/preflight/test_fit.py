@@ -34,7 +34,7 @@ T4: dict[str, Any] = {
 }
 
 
-def found(name: str, gpu: dict[str, Any] | None = None, **facts: Any) -> list[Finding]:
+def findings(name: str, gpu: dict[str, Any] | None = None, **facts: Any) -> list[Finding]:
     """The findings of that name."""
     return [one for one in compare({**NEEDS, "gpu": gpu}, facts, installing=False) if one.name == name]
 
@@ -44,7 +44,7 @@ def found(name: str, gpu: dict[str, Any] | None = None, **facts: Any) -> list[Fi
 ])  # fmt: skip
 def test_a_range_holds_its_lower_end_and_not_its_upper(version: str, fits: bool) -> None:
     """Parts are compared as numbers: 10.16 is newer than 10.3."""
-    (row,) = found("TensorRT", {**GPU, "tensorrt": {"min": "10.3", "below": "11"}}, tensorrt=version)
+    (row,) = findings("TensorRT", {**GPU, "tensorrt": {"min": "10.3", "below": "11"}}, tensorrt=version)
     assert row.ok is fits and row.expected == "TensorRT 10.3 or newer and older than 11"
 
 
@@ -55,14 +55,14 @@ def test_a_range_holds_its_lower_end_and_not_its_upper(version: str, fits: bool)
 ])  # fmt: skip
 def test_a_range_may_be_open_at_one_end(wanted: dict[str, str], expected: str, version: str, fits: bool) -> None:
     """And says so."""
-    (row,) = found("CUDA", {**GPU, "cuda": wanted}, cuda_driver=version)
+    (row,) = findings("CUDA", {**GPU, "cuda": wanted}, cuda_driver=version)
     assert (row.expected, row.ok) == (expected, fits)
 
 
 @pytest.mark.parametrize(("driver", "ok"), [("525.60.13", True), ("525.60.2", False), ("", False), (None, None)])
 def test_a_driver_is_compared_number_by_number(driver: str | None, ok: bool | None) -> None:
     """Without one there is none; unknown stays unknown."""
-    (row,) = found("driver", {**GPU, "driver_min": "525.60.13"}, driver=driver, gpus=[T4])
+    (row,) = findings("driver", {**GPU, "driver_min": "525.60.13"}, driver=driver, gpus=[T4])
     assert row.ok is ok and row.severity == "refuses"
 
 
@@ -75,7 +75,7 @@ def test_a_driver_is_compared_number_by_number(driver: str | None, ok: bool | No
 ])  # fmt: skip
 def test_a_power_mode_below_the_boards_best_is_a_warning(mode: str, modes: list[str], ok: bool, best: str) -> None:
     """By its watts; the unlimited modes are above all."""
-    (row,) = found("power mode", power_mode=mode, power_modes=modes)
+    (row,) = findings("power mode", power_mode=mode, power_modes=modes)
     assert (row.ok, row.severity) == (ok, "warns") and row.expected.startswith(f"{best},")
     assert not row.refuses and row.warns is not ok
 
@@ -87,27 +87,27 @@ def test_memory_that_is_in_use_is_a_warning() -> None:
         ("memory", True, "refuses"),
         ("free memory", False, "warns"),
     ]
-    assert found("free memory", ram_available_bytes=2_000)[0].ok is True
+    assert findings("free memory", ram_available_bytes=2_000)[0].ok is True
 
 
 def test_gpu_memory_that_is_in_use_is_a_warning_but_not_where_it_is_the_machines() -> None:
-    """That one is told once, as the machine's."""
-    assert found("free GPU memory", GPU, gpus=[{**T4, "free_bytes": 999}])[0].ok is False
-    assert found("free GPU memory", GPU, gpus=[{**T4, "free_bytes": 1_000}])[0].ok is True
-    assert found("free GPU memory", GPU, gpus=[{**T4, "free_bytes": 999, "unified": True}]) == []
-    assert found("free GPU memory", {**GPU, "count": 2}, gpus=[{**T4, "free_bytes": 999}, T4])[0].ok is False
+    """It is reported once, as the machine's."""
+    assert findings("free GPU memory", GPU, gpus=[{**T4, "free_bytes": 999}])[0].ok is False
+    assert findings("free GPU memory", GPU, gpus=[{**T4, "free_bytes": 1_000}])[0].ok is True
+    assert findings("free GPU memory", GPU, gpus=[{**T4, "free_bytes": 999, "unified": True}]) == []
+    assert findings("free GPU memory", {**GPU, "count": 2}, gpus=[{**T4, "free_bytes": 999}, T4])[0].ok is False
 
 
 def test_a_gpu_in_slices_is_a_warning() -> None:
     """Which of them a server gets is the user's choice."""
-    assert [one.severity for one in found("MIG", GPU, gpus=[{**T4, "mig": True}])] == ["warns"]
-    assert found("MIG", GPU, gpus=[T4]) == [] and found("MIG", gpus=[{**T4, "mig": True}]) == []
+    assert [one.severity for one in findings("MIG", GPU, gpus=[{**T4, "mig": True}])] == ["warns"]
+    assert findings("MIG", GPU, gpus=[T4]) == [] and findings("MIG", gpus=[{**T4, "mig": True}]) == []
 
 
 def test_an_unknown_driver_is_a_warning_where_none_is_asked_for() -> None:
     """It is shown as unknown and refuses nothing."""
-    (row,) = found("driver", GPU, gpus=[T4], driver=None)
-    assert row.ok is None and row.warns and found("driver", GPU, gpus=[T4], driver="535.1") == []
+    (row,) = findings("driver", GPU, gpus=[T4], driver=None)
+    assert row.ok is None and row.warns and findings("driver", GPU, gpus=[T4], driver="535.1") == []
 
 
 QUERY = f"nvidia-smi --query-gpu={','.join(nvidia.FIELDS)} --format=csv,noheader,nounits"
@@ -120,8 +120,8 @@ def tree(folder: Path, commands: dict[str, Any], **files: str) -> Box:
     return Box(folder)
 
 
-def probe(**told: Any) -> dict[str, Any]:
-    return {"status": 0, "output": json.dumps(told)}
+def probe(**facts: Any) -> dict[str, Any]:
+    return {"status": 0, "output": json.dumps(facts)}
 
 
 def test_the_memory_of_a_gpu_in_slices_is_that_of_the_slice(tmp_path: Path) -> None:
@@ -178,13 +178,13 @@ def test_a_card_without_a_driver_is_seen_on_the_bus(kind: str, card: bool, tmp_p
     assert facts["card_without_driver"] is card and facts["gpus"] == []
 
 
-@pytest.mark.parametrize(("files", "told"), [
+@pytest.mark.parametrize(("files", "expected"), [
     ({"run/.containerenv": ""}, "podman"), ({".dockerenv": ""}, "docker"), ({"run/systemd/container": "lxc"}, "lxc"),
     ({"proc/1/cgroup": "0::/kubepods/burstable/pod1\n"}, "kubepods"), ({"proc/1/cgroup": "0::/init.scope\n"}, ""),
 ])  # fmt: skip
-def test_a_container_is_known_by_its_marks(files: dict[str, str], told: str, tmp_path: Path) -> None:
+def test_a_container_is_known_by_its_marks(files: dict[str, str], expected: str, tmp_path: Path) -> None:
     """It limits what can be read: no device tree, no power mode."""
-    assert read_facts(box=tree(tmp_path, {}, **files))["container"] == told
+    assert read_facts(box=tree(tmp_path, {}, **files))["container"] == expected
 
 
 def test_wsl_is_known_by_its_kernel(tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def test_a_wrong_box_is_told_the_gravest_thing_in_one_sentence(
     box: str, bundle: str, starts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Expected, found, what to do: exit code 4, one line, one full stop at its end."""
-    code, found = examined(box, bundle, tmp_path, capsys)
-    assert (code, found["exit_code"], found["ok"]) == (4, 4, False)
-    assert found["refusal"].startswith(starts)
-    assert found["refusal"].endswith(".") and "\n" not in found["refusal"]
+    code, result = examined(box, bundle, tmp_path, capsys)
+    assert (code, result["exit_code"], result["ok"]) == (4, 4, False)
+    assert result["refusal"].startswith(starts)
+    assert result["refusal"].endswith(".") and "\n" not in result["refusal"]
 
 
 @pytest.mark.parametrize(("box", "bundle", "says"), [
@@ -83,10 +83,10 @@ def test_what_only_slows_a_box_down_is_a_warning(
     box: str, bundle: str, says: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 0; the warnings are in the document, and nothing else is."""
-    code, found = examined(box, bundle, tmp_path, capsys)
-    assert (code, found["refusal"]) == (0, "")
-    assert len(found["warnings"]) == len(says)
-    for sentence, start in zip(found["warnings"], says, strict=True):
+    code, result = examined(box, bundle, tmp_path, capsys)
+    assert (code, result["refusal"]) == (0, "")
+    assert len(result["warnings"]) == len(says)
+    for sentence, start in zip(result["warnings"], says, strict=True):
         assert sentence.startswith(start)
 
 
@@ -98,11 +98,11 @@ def test_what_only_slows_a_box_down_is_a_warning(
 def test_what_cannot_be_read_refuses_nothing(
     box: str, bundle: str, unknown: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is told as unknown, with the reason where there is one."""
-    code, found = examined(box, bundle, tmp_path, capsys)
-    assert code == 0 and {one["name"] for one in found["findings"] if one["ok"] is None} == unknown
+    """It is shown as unknown, with the reason where there is one."""
+    code, result = examined(box, bundle, tmp_path, capsys)
+    assert code == 0 and {one["name"] for one in result["findings"] if one["ok"] is None} == unknown
     if box == "t4_without_nvidia_smi_answer":
-        assert "unknown (nvidia-smi does not answer)" in [one["found"] for one in found["findings"]]
+        assert "unknown (nvidia-smi does not answer)" in [one["found"] for one in result["findings"]]
 
 
 def test_a_warning_stands_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

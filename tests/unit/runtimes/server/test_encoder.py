@@ -15,7 +15,7 @@ import pytest
 
 from runtimes.engine import EngineError, RequestRefused
 from runtimes.engines.encoder import Reader, Settings, Text, labelled, padded, pooled
-from runtimes.server.batcher import Batches
+from runtimes.server.batcher import Batcher
 from runtimes.server.encoder_app import EncoderService, make_app
 from runtimes.server.metrics import EncoderMetrics
 from tests.unit.runtimes.serving import Client, listening, make_run
@@ -177,19 +177,19 @@ def test_texts_that_arrive_together_share_batches(tmp_path: Path) -> None:
     short = [Text((1,), (0,))]
 
     async def all_at_once() -> list[list[Any]]:
-        batches = Batches(engine, EncoderMetrics(engine.memory))
+        batcher = Batcher(engine, EncoderMetrics(engine.memory))
         engine.gate.clear()
-        tasks = [asyncio.ensure_future(batches.compute(texts)) for texts in (short, many, few, short)]
+        tasks = [asyncio.ensure_future(batcher.compute(texts)) for texts in (short, many, few, short)]
         await asyncio.sleep(0.05)
         engine.gate.set()
-        found = await asyncio.gather(*tasks)
-        await asyncio.to_thread(batches.close)
-        assert batches.waiting == 0
-        return list(found)
+        results = await asyncio.gather(*tasks)
+        await asyncio.to_thread(batcher.close)
+        assert batcher.waiting == 0
+        return list(results)
 
-    found = asyncio.run(all_at_once())
-    assert [len(rows) for rows in found] == [1, 9, 1, 1]
-    assert [row.tolist() for row in found[1]] == [[12.0, 12.0]] * 9
+    results = asyncio.run(all_at_once())
+    assert [len(rows) for rows in results] == [1, 9, 1, 1]
+    assert [row.tolist() for row in results[1]] == [[12.0, 12.0]] * 9
     assert max(map(len, engine.batches)) <= engine.slots and sum(map(len, engine.batches)) == 12
     assert all(len(sizes) * max(sizes) <= 2 * sum(sizes) for sizes in engine.batches)
     assert any({10, 12} <= set(sizes) for sizes in engine.batches[:3])  # the one text did not wait for the nine
@@ -200,15 +200,15 @@ def test_a_request_that_is_given_up_leaves_the_queue(tmp_path: Path) -> None:
     engine = Scripted(make_run(tmp_path, chat_template=None, context=16, settings=EMBED, task="embed"))
 
     async def give_up() -> None:
-        batches = Batches(engine, EncoderMetrics(engine.memory))
+        batcher = Batcher(engine, EncoderMetrics(engine.memory))
         engine.gate.clear()
-        task = asyncio.ensure_future(batches.compute([Text((1, 2), (0, 0))] * 40))
+        task = asyncio.ensure_future(batcher.compute([Text((1, 2), (0, 0))] * 40))
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert batches.waiting == 0
+        assert batcher.waiting == 0
         engine.gate.set()
-        await asyncio.to_thread(batches.close)
+        await asyncio.to_thread(batcher.close)
 
     asyncio.run(give_up())
     assert len(engine.batches) == 1
@@ -241,10 +241,10 @@ def test_scores_by_kind_of_problem(tmp_path: Path) -> None:
 def test_inputs_are_padded_to_the_longest(tmp_path: Path) -> None:
     """The pad id, a mask, and the types of a pair."""
     settings = Settings.of(make_run(tmp_path, settings={**EMBED, "pad_id": 9}))
-    found = padded([Text((1, 2, 3), (0, 0, 1)), Text((4,), (0,))], settings)
-    assert found["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert found["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert found["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0]]
+    inputs = padded([Text((1, 2, 3), (0, 0, 1)), Text((4,), (0,))], settings)
+    assert inputs["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert inputs["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0]]
 
 
 def test_prompt_and_lower_case_come_before_the_tokenizer(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP face over a scripted engine: shapes, refusals, streaming, cancelling, queueing."""
+"""The HTTP server over a scripted engine: shapes, refusals, streaming, cancelling, queueing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_chat_answer_has_openai_shape(client: Client) -> None:
 def test_the_prompt_is_rendered_once_by_the_template(client: Client) -> None:
     """The ids the engine gets are the template's text, tokenized once."""
     client.chat("x")
-    ids, sampling = client.engine.asked[-1]
+    ids, sampling = client.engine.requests[-1]
     tokenizer = make_prompts_ids("<|user|>x\n<|assistant|>", client)
     assert ids == tokenizer
     assert (sampling.temperature, sampling.top_k) == (0.5, 7), "the bundle's defaults apply"
@@ -53,7 +53,7 @@ def make_prompts_ids(text: str, client: Client) -> list[int]:
 
 
 def test_a_stream_gives_the_same_text_piece_by_piece(client: Client) -> None:
-    """First the role, then the pieces, then the reason, then the usage when it was asked for."""
+    """First the role, then the pieces, then the reason, then the usage when the request wants it."""
     events = client.stream(messages=[{"role": "user", "content": "Hi"}], stream_options={"include_usage": True})
     assert events[0]["choices"][0]["delta"]["role"] == "assistant"
     text = "".join(e["choices"][0]["delta"].get("content", "") for e in events if e["choices"])
@@ -73,8 +73,8 @@ def test_token_ids_are_answered_when_asked_for(client: Client) -> None:
     """return_token_ids shows what was fed and what came, as vLLM does."""
     _, body = client.chat(return_token_ids=True)
     assert body["choices"][0]["token_ids"] == [1, 2, 3, 4]
-    assert body["prompt_token_ids"] == client.engine.asked[-1][0]
-    assert client.engine.asked[-1][1].exact_ids
+    assert body["prompt_token_ids"] == client.engine.requests[-1][0]
+    assert client.engine.requests[-1][1].exact_ids
     events = client.stream(messages=[{"role": "user", "content": "Hi"}], return_token_ids=True)
     assert [i for e in events for i in e["choices"][0].get("token_ids", [])] == [1, 2, 3, 4]
 
@@ -107,9 +107,9 @@ def test_logprobs_have_both_shapes(client: Client) -> None:
 def test_predict_and_answer(client: Client) -> None:
     """The two plain endpoints speak through the chat template too."""
     assert client.send("POST", "/predict", {"text": "x"})[:2] == (200, {"result": TEXT})
-    fed = client.engine.asked[-1][0]
+    fed = client.engine.requests[-1][0]
     assert client.send("GET", "/answer?prompt=x")[:2] == (200, {"answer": TEXT})
-    assert client.engine.asked[-1][0] == fed == make_prompts_ids("<|user|>x\n<|assistant|>", client)
+    assert client.engine.requests[-1][0] == fed == make_prompts_ids("<|user|>x\n<|assistant|>", client)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +236,11 @@ def test_a_client_that_leaves_stops_the_engine(tmp_path: Path, stream: bool) -> 
         connection = client.connect()
         body = {"messages": [{"role": "user", "content": "x"}], "stream": stream}
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        assert wait_for(lambda: engine.said > 2)
+        assert wait_for(lambda: engine.emitted > 2)
         connection.sock.close()
         connection.close()
         assert wait_for(lambda: engine.running == 0)
-        assert engine.cancelled == 1 and engine.said < 400
+        assert engine.cancelled == 1 and engine.emitted < 400
         assert "packager_cancelled_total 1.0" in client.send("GET", "/metrics")[1]
 
 

@@ -22,13 +22,13 @@ import pytest
 
 from runtimes.engine import EngineError
 from runtimes.engines.tensorrt import cache
-from runtimes.engines.tensorrt.build import MEMORY, NONE_LEFT, attempt, judged, require_model
+from runtimes.engines.tensorrt.build import MEMORY, NONE_LEFT, judge_failure, require_model, run_build
 from runtimes.engines.tensorrt.cache import Key
 from runtimes.engines.tensorrt.command import main
 from runtimes.engines.tensorrt.device import Device, full_version, unfit
 from runtimes.engines.tensorrt.plan import Plan, read_plan
-from runtimes.install.install import Refused, have_engine
-from runtimes.install.launchers import verbs, write_wrappers
+from runtimes.install.install import Refused, provide_engine
+from runtimes.install.launchers import verbs, write_launchers
 from runtimes.preflight.sources import Box
 from tests.conftest import ROOT
 from tests.unit.runtimes.gpu_bundle import DOUBLE, environment, make_bundle, write_plan
@@ -49,12 +49,12 @@ def plan(bundle: Path) -> Plan:
 
 
 def engine(bundle: Path, *words: str, **more: Any) -> tuple[int, dict[str, Any], str]:
-    """``bin/engine``: exit code, its JSON and what it said meanwhile."""
-    out, said = io.StringIO(), io.StringIO()
+    """``bin/engine``: exit code, its JSON and its progress on standard error."""
+    out, log = io.StringIO(), io.StringIO()
     env = environment(bundle.parent, **more)
-    with mock.patch.dict(os.environ, env, clear=True), redirect_stdout(out), redirect_stderr(said):
+    with mock.patch.dict(os.environ, env, clear=True), redirect_stdout(out), redirect_stderr(log):
         code = main(["--bundle", str(bundle), "--json", *words])
-    return code, json.loads(out.getvalue()), said.getvalue()
+    return code, json.loads(out.getvalue()), log.getvalue()
 
 
 def builds(log: Path) -> list[list[str]]:
@@ -69,9 +69,9 @@ def kept(bundle: Path) -> list[str]:
 def test_an_engine_is_built_once(bundle: Path, tmp_path: Path) -> None:
     """The second call finds it; its name says for what it is, and its entry what was built and how."""
     wish = {"log": str(tmp_path / "log")}
-    code, first, said = engine(bundle, "build", trtexec=wish)
-    assert code == 0, (first, said)
-    assert "building the engine for Orin with TensorRT 10.3.0.30, input_ids up to 4x64" in said
+    code, first, log = engine(bundle, "build", trtexec=wish)
+    assert code == 0, (first, log)
+    assert "building the engine for Orin with TensorRT 10.3.0.30, input_ids up to 4x64" in log
     assert first["engine"].startswith("sm8.7-10.3.0.30-cuda12.6-") and first["largest"]["input_ids"] == [4, 64]
     entry = json.loads((bundle / "cache" / "engines" / first["engine"] / "entry.json").read_text("utf-8"))
     assert (entry["profile"], entry["made"]["by"], entry["key"]["device"]) == (0, "trtexec", "Orin")
@@ -94,12 +94,12 @@ def test_an_update_of_the_box_builds_anew_and_removes_the_old_one(
     """Nobody has to ask; the old engine goes when the new one is there, not before."""
     wish = {"log": str(tmp_path / "log")}
     before = engine(bundle, "build", trtexec=wish)[1]["engine"]
-    code, _, said = engine(bundle, "build", device=update, trtexec={**wish, "fail": "[E] no such luck"})
-    assert code == 9 and kept(bundle) == [before], said
-    code, found, said = engine(bundle, "build", device=update, trtexec=wish)
-    assert code == 0 and found["engine"] != before
-    assert kept(bundle) == [found["engine"]]
-    assert f"removing the engine that this box no longer uses: {before}" in said
+    code, _, log = engine(bundle, "build", device=update, trtexec={**wish, "fail": "[E] no such luck"})
+    assert code == 9 and kept(bundle) == [before], log
+    code, result, log = engine(bundle, "build", device=update, trtexec=wish)
+    assert code == 0 and result["engine"] != before
+    assert kept(bundle) == [result["engine"]]
+    assert f"removing the engine that this box no longer uses: {before}" in log
 
 
 def test_a_plan_that_changed_is_another_engine(bundle: Path, plan: Plan) -> None:
@@ -114,29 +114,31 @@ def test_a_plan_that_changed_is_another_engine(bundle: Path, plan: Plan) -> None
 
 def test_an_engine_that_was_damaged_is_built_again(bundle: Path, tmp_path: Path) -> None:
     wish = {"log": str(tmp_path / "log")}
-    found = Path(engine(bundle, "build", trtexec=wish)[1]["file"])
-    found.write_bytes(found.read_bytes().replace(b"8.7", b"8.6"))
+    result = Path(engine(bundle, "build", trtexec=wish)[1]["file"])
+    result.write_bytes(result.read_bytes().replace(b"8.7", b"8.6"))
     assert engine(bundle, "show")[1]["built"] is False
     assert engine(bundle, "build", trtexec=wish)[0] == 0
     assert len(builds(tmp_path / "log")) == 2 and engine(bundle, "show")[1]["built"] is True
 
 
-@pytest.mark.parametrize("how", [{}, {"kill": True}], ids=["told by TensorRT", "ended by the kernel"])
+@pytest.mark.parametrize("how", [{}, {"kill": True}], ids=["reported by TensorRT", "killed by the kernel"])
 def test_a_build_that_runs_out_of_memory_takes_the_smaller_profile(bundle: Path, how: dict[str, Any]) -> None:
     """4 texts of 64 tokens do not fit, 2 of 32 do; the engine is then of that profile, and says so."""
-    code, found, said = engine(bundle, "build", trtexec={"most": 100, **how})
-    assert code == 0, said
-    assert found["largest"]["input_ids"] == [2, 32]
-    assert "the build ran out of memory (" in said and "trying the next smaller profile" in said
-    assert ("Cuda Runtime (out of memory)" in said) is not bool(how)
-    assert "because a larger one did not fit into memory" in said
+    code, result, log = engine(bundle, "build", trtexec={"most": 100, **how})
+    assert code == 0, log
+    assert result["largest"]["input_ids"] == [2, 32]
+    assert "the build ran out of memory (" in log and "trying the next smaller profile" in log
+    assert ("Cuda Runtime (out of memory)" in log) is not bool(how)
+    assert "because a larger one did not fit into memory" in log
 
 
 def test_too_little_memory_for_the_smallest_is_one_sentence(bundle: Path) -> None:
-    code, found, _ = engine(bundle, "build", trtexec={"most": 10})
+    code, result, _ = engine(bundle, "build", trtexec={"most": 10})
     assert code == 9
-    assert found["error"].startswith("Memory: expected enough to build even the smallest engine (input_ids up to 2x32)")
-    assert "end other programs" in found["error"] and kept(bundle) == []
+    assert result["error"].startswith(
+        "Memory: expected enough to build even the smallest engine (input_ids up to 2x32)"
+    )
+    assert "end other programs" in result["error"] and kept(bundle) == []
 
 
 def test_an_error_of_another_kind_is_told_and_nothing_smaller_is_tried(bundle: Path, tmp_path: Path) -> None:
@@ -146,10 +148,10 @@ def test_an_error_of_another_kind_is_told_and_nothing_smaller_is_tried(bundle: P
         "fail": "[11/22/2024] [E] [TRT] ModelImporter.cpp:948: While parsing",
         "skipped": "[W] [TRT] Skipping tactic 13 due to insufficient memory on requested size of 4229 detected",
     }
-    code, found, said = engine(bundle, "build", trtexec=wish)
+    code, result, log = engine(bundle, "build", trtexec=wish)
     assert code == 9 and len(builds(tmp_path / "log")) == 1
-    assert "TensorRT could not build the engine (ModelImporter.cpp:948: While parsing)" in found["error"]
-    assert "Local timing cache in use" in said  # TensorRT's own last lines are shown
+    assert "TensorRT could not build the engine (ModelImporter.cpp:948: While parsing)" in result["error"]
+    assert "Local timing cache in use" in log  # TensorRT's own last lines are shown
 
 
 @pytest.mark.parametrize(
@@ -186,9 +188,9 @@ def test_an_error_of_another_kind_is_told_and_nothing_smaller_is_tried(bundle: P
 )
 def test_what_running_out_of_memory_looks_like(status: int, lines: list[str], kills: int, memory: bool) -> None:
     hints = [line for line in lines if MEMORY.search(line) or NONE_LEFT in line]
-    found = judged(status, lines, hints, kills)
-    assert (found.fine, found.memory) == (False, memory)
-    assert found.said
+    result = judge_failure(status, lines, hints, kills)
+    assert (result.fine, result.memory) == (False, memory)
+    assert result.reason
 
 
 def test_two_starts_at_once_build_one_engine(bundle: Path, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_two_starts_at_once_build_one_engine(bundle: Path, tmp_path: Path) -> No
     ended = [child.communicate(timeout=60) for child in children]
     assert [child.returncode for child in children] == [0, 0], ended
     assert len(builds(tmp_path / "log")) == 1
-    assert sum(b"another process builds an engine here" in said for _, said in ended) == 1
+    assert sum(b"another process builds an engine here" in log for _, log in ended) == 1
     assert len({json.loads(out)["engine"] for out, _ in ended}) == 1
 
 
@@ -217,8 +219,8 @@ def test_a_killed_build_leaves_nothing_that_counts(bundle: Path, tmp_path: Path)
     child.wait()
     (left,) = kept(bundle)
     assert left.startswith(".sm8.7") and not (bundle / "cache" / "engines" / left / "entry.json").exists()
-    code, found, _ = engine(bundle, "build")
-    assert code == 0 and kept(bundle) == [found["engine"]]
+    code, result, _ = engine(bundle, "build")
+    assert code == 0 and kept(bundle) == [result["engine"]]
 
 
 def test_a_full_or_foreign_folder_is_told(plan: Plan, tmp_path: Path) -> None:
@@ -239,8 +241,8 @@ def test_a_full_or_foreign_folder_is_told(plan: Plan, tmp_path: Path) -> None:
 def test_where_engines_are_kept(tmp_path: Path) -> None:
     """A service's own folder first, then the install, then the user's cache; the first that can be written takes it."""
     home = tmp_path / "prefix"
-    found = cache.places(home, {"CACHE_DIRECTORY": "/var/cache/tiny:/other", "HOME": "/u"})
-    assert [str(path) for path in found] == [
+    result = cache.places(home, {"CACHE_DIRECTORY": "/var/cache/tiny:/other", "HOME": "/u"})
+    assert [str(path) for path in result] == [
         "/var/cache/tiny/engines",
         f"{home}/cache/engines",
         "/u/.cache/packager/prefix/engines",
@@ -255,15 +257,15 @@ def test_where_somebody_stands_does_not_matter(bundle: Path, tmp_path: Path, mon
     (tmp_path / "runtimes").mkdir()
     (tmp_path / "runtimes" / "__init__.py").write_text("raise SystemExit('the wrong runtime')\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    code, found, _ = engine(bundle, "show")
-    assert code == 0 and found["device"]["name"] == "Orin", found
+    code, result, _ = engine(bundle, "show")
+    assert code == 0 and result["device"]["name"] == "Orin", result
 
 
 def test_clear_removes_engines_alone(bundle: Path) -> None:
     engine(bundle, "build")
     (bundle / "cache" / "engines" / "somebody's.txt").write_text("mine", encoding="utf-8")
-    code, found, _ = engine(bundle, "clear")
-    assert code == 0 and len(found["removed"]) == 1
+    code, result, _ = engine(bundle, "clear")
+    assert code == 0 and len(result["removed"]) == 1
     assert kept(bundle) == ["somebody's.txt"]
 
 
@@ -280,20 +282,20 @@ def test_a_wrong_box_is_refused_before_anything_is_built(
     bundle: Path, tmp_path: Path, facts: dict[str, str], sentence: str
 ) -> None:
     """An Ampere card of 8.6 is no Orin, however alike: the comparison is exact."""
-    code, found, _ = engine(bundle, "build", device=facts, trtexec={"log": str(tmp_path / "log")})
+    code, result, _ = engine(bundle, "build", device=facts, trtexec={"log": str(tmp_path / "log")})
     assert (code, builds(tmp_path / "log")) == (4, [])
-    assert found["error"].startswith(sentence)
+    assert result["error"].startswith(sentence)
 
 
 def test_a_box_without_a_gpu_is_told_in_a_sentence(bundle: Path) -> None:
     """No driver; a driver that lists nothing; and one that takes the process down with it, which is a child."""
     no = "GPU: expected an NVIDIA GPU with its driver, found none ("
-    _, found, _ = engine(bundle, "build", device={}, GPU_DOUBLE="{}")
-    assert found["error"].startswith(no + "its library libcuda cannot be loaded)")
+    _, result, _ = engine(bundle, "build", device={}, GPU_DOUBLE="{}")
+    assert result["error"].startswith(no + "its library libcuda cannot be loaded)")
     assert engine(bundle, "build", device={"count": 0})[1]["error"].startswith(no + "the driver lists no device")
     assert engine(bundle, "build", device={"init": 100})[1]["error"].startswith(no + "cuInit failed with CUDA_ERROR")
-    code, found, _ = engine(bundle, "build", device={"crash": True})
-    assert code == 4 and "found that asking for it crashes (SIGABRT)" in found["error"]
+    code, result, _ = engine(bundle, "build", device={"crash": True})
+    assert code == 4 and "found that asking for it crashes (SIGABRT)" in result["error"]
 
 
 def test_an_exact_compute_capability_also_for_engines_that_are_brought(bundle: Path) -> None:
@@ -343,15 +345,15 @@ def test_a_damaged_model_is_not_built(bundle: Path, plan: Plan) -> None:
 
 def test_a_builder_that_is_no_program_is_told(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "trtexec").write_text("", encoding="utf-8")
-    found = attempt([str(tmp_path / "trtexec")], plan, tmp_path / "goal", print)
-    assert (found.fine, found.memory) == (False, False) and "cannot be started" in found.said
+    result = run_build([str(tmp_path / "trtexec")], plan, tmp_path / "goal", print)
+    assert (result.fine, result.memory) == (False, False) and "cannot be started" in result.reason
 
 
 def test_progress_is_told_while_it_builds(plan: Plan, tmp_path: Path) -> None:
-    said: list[str] = []
+    log: list[str] = []
     words = [sys.executable, "-c", f"import time; time.sleep(0.6); open({str(tmp_path / 'goal')!r}, 'w').write('x')"]
-    assert attempt(words, plan, tmp_path / "goal", said.append, every=0.1).fine
-    assert any(line.startswith("still building: ") and "of memory free" in line for line in said)
+    assert run_build(words, plan, tmp_path / "goal", log.append, every=0.1).fine
+    assert any(line.startswith("still building: ") and "of memory free" in line for line in log)
     assert os.path.exists(tmp_path / "goal")  # noqa: PTH110
 
 
@@ -360,7 +362,7 @@ def test_an_install_builds_the_engine_and_takes_over_an_earlier_one(bundle: Path
     failure is a refusal with its sentence, before anything is published; another engine's bundle has no such step.
     """
     log = tmp_path / "log"
-    write_wrappers(bundle, ("engine",))
+    write_launchers(bundle, ("engine",))
     (bundle / "venv" / "bin").mkdir(parents=True)
     (bundle / "venv" / "bin" / "python").symlink_to(sys.executable)
     (bundle / "runtime").mkdir()
@@ -371,7 +373,7 @@ def test_an_install_builds_the_engine_and_takes_over_an_earlier_one(bundle: Path
 
     def install(old: Path | None, **trtexec: Any) -> None:
         with mock.patch.dict(os.environ, environment(tmp_path, trtexec={"log": str(log), **trtexec}), clear=True):
-            have_engine(manifest, bundle, old)
+            provide_engine(manifest, bundle, old)
 
     with pytest.raises(Refused, match=r"even the smallest engine .* add --skip-engine\.$") as refused:
         install(None, most=10)
@@ -384,5 +386,5 @@ def test_an_install_builds_the_engine_and_takes_over_an_earlier_one(bundle: Path
     install(tmp_path / "old")
     assert len(builds(log)) == 3 and len(kept(bundle)) == 1
     other = {"run": {"engine": "llamacpp"}}
-    have_engine(other, tmp_path / "no such place", None)
+    provide_engine(other, tmp_path / "no such place", None)
     assert verbs(other) == ("check", "serve", "bench")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtimes.engines.tensorrt.cache_session import ResidentSession
+from runtimes.engines.tensorrt.cache_session import CacheSession
 
 SIZES = {"input_ids": 16, "logits": 64, "past_key_values.0.key": 4096, "present.0.key": 4096}
 
@@ -37,7 +37,7 @@ class Context:
 
 @pytest.fixture
 def session() -> Any:
-    made: Any = object.__new__(ResidentSession)
+    made: Any = object.__new__(CacheSession)
     made._cuda, made._context = Cuda(), Context()
     made._largest = {"input_ids": (4, 2), "past_key_values.0.key": (4, 2, 16, 16), "present.0.key": (4, 2, 16, 16)}
     made._addresses = made._take(SIZES)

@@ -1,4 +1,4 @@
-"""A language model's steps: what an engine is asked for, and what is more than it takes. The engine is a fake."""
+"""A language model's steps: the inputs of an engine, and the limits of its profile. The engine is a fake."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ PROFILE = {
 
 
 class Fake:
-    """Records what it is asked; every logit is the slot's number."""
+    """Records its steps; every logit is the slot's number."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[dict[str, Any], int, int]] = []
+        self.steps: list[tuple[dict[str, Any], int, int]] = []
 
     def step(self, inputs: Mapping[str, Any], slot: int, rows: int) -> Any:
-        self.asked.append(({name: array.tolist() for name, array in inputs.items()}, slot, rows))
+        self.steps.append(({name: array.tolist() for name, array in inputs.items()}, slot, rows))
         return np.full((rows, len(inputs["wanted"]), 7), slot, np.float32)
 
     def memory(self) -> int:
         return 5
 
     def close(self) -> None:
-        self.asked.clear()
+        self.steps.clear()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def model(fake: Fake) -> Model:
 def test_the_last_tokens_are_asked_for_from_where_the_row_stands(model: Model, fake: Fake) -> None:
     logits = model.run(np.array([[4, 5, 6]]), [10], slot=1, kept=2)
     assert logits.shape == (1, 2, 7)
-    [(inputs, slot, rows)] = fake.asked
+    [(inputs, slot, rows)] = fake.steps
     assert (slot, rows) == (1, 1)
     assert inputs["input_ids"] == [[4, 5, 6]]
     assert inputs["start"] == [10]
@@ -68,7 +68,7 @@ def test_the_longest_row_decides_how_far_is_looked(model: Model, fake: Fake) -> 
     """Powers of two, and never beyond the cache."""
     model.run(np.array([[1], [2]]), [3, 130])
     model.run(np.array([[1], [2]]), [3, 299])
-    assert [len(inputs["places"]) for inputs, _, _ in fake.asked] == [256, 300]
+    assert [len(inputs["places"]) for inputs, _, _ in fake.steps] == [256, 300]
     assert [rounded(count) for count in (1, 64, 65, 1000)] == [64, 64, 128, 1024]
 
 
@@ -82,7 +82,7 @@ def test_more_than_the_engine_takes_is_an_error(
     """Too many rows, too long a piece, beyond the cache, too many logits."""
     with pytest.raises(EngineError, match="more than the engine takes"):
         model.run(np.zeros(shape, np.int64), lengths, slot=slot, kept=kept)
-    assert not fake.asked
+    assert not fake.steps
 
 
 def test_device_memory_is_the_engines(model: Model) -> None:
@@ -115,13 +115,13 @@ def test_the_engine_tool_says_what_a_bundle_brings_and_whether_it_fits_this_gpu(
         done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
         return done.returncode, json.loads(done.stdout)
 
-    code, found = tool("show", "7.5")
-    assert (code, found["ok"], found["sha256"]) == (0, True, compiled["sha256"])
-    code, found = tool("build", "7.5")
-    assert (code, found["largest"], found["checked"]) == (0, {"input_ids": [2, 64]}, None)
-    code, found = tool("show", "8.6")
-    assert (code, found["ok"]) == (4, False)
-    assert found["error"].startswith("GPU: expected compute capability 7.5, found Tesla T4 with 8.6;")
+    code, result = tool("show", "7.5")
+    assert (code, result["ok"], result["sha256"]) == (0, True, compiled["sha256"])
+    code, result = tool("build", "7.5")
+    assert (code, result["largest"], result["checked"]) == (0, {"input_ids": [2, 64]}, None)
+    code, result = tool("show", "8.6")
+    assert (code, result["ok"]) == (4, False)
+    assert result["error"].startswith("GPU: expected compute capability 7.5, found Tesla T4 with 8.6;")
     (bundle / "model" / "engine.rtx").write_bytes(b"an other!")
-    code, found = tool("build", "7.5")
-    assert code == 9 and "expected the engine that was bundled" in found["error"]
+    code, result = tool("build", "7.5")
+    assert code == 9 and "expected the engine that was bundled" in result["error"]

@@ -18,11 +18,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from runtimes.engine import EngineError
-from runtimes.engines.tensorrt.encoder import fitted
-from runtimes.engines.tensorrt.onnxruntime import wanted
+from runtimes.engines.tensorrt.encoder import pad_to_profile
+from runtimes.engines.tensorrt.onnxruntime import providers_for
 from runtimes.engines.tensorrt.plan import Shapes, read_plan
 from tests.conftest import ROOT
 from tests.real.serving import call, served
+from tests.tolerance import FLOAT16
 from tests.unit.runtimes.gpu_bundle import environment, make_bundle, write_plan
 
 pytestmark = pytest.mark.real  # every test starts processes; `make unit` leaves it out, `make test` does not
@@ -38,8 +39,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 
 def token_ids(bundle: Path, text: str) -> list[int]:
-    found: list[int] = Tokenizer.from_file(str(bundle / "model" / "tokenizer.json")).encode(text).ids
-    return found
+    result: list[int] = Tokenizer.from_file(str(bundle / "model" / "tokenizer.json")).encode(text).ids
+    return result
 
 
 def test_serve_builds_the_engine_that_is_missing_and_answers(server: tuple[str, Path, Path]) -> None:
@@ -53,7 +54,7 @@ def test_serve_builds_the_engine_that_is_missing_and_answers(server: tuple[str, 
     assert code == 200
     vectors = [row["embedding"] for row in answer["data"]]
     expected = [[sum(ids) / len(ids), 1.0] for ids in (token_ids(bundle, text) for text in texts)]
-    np.testing.assert_allclose(vectors, expected, rtol=1e-3)
+    np.testing.assert_allclose(vectors, expected, rtol=FLOAT16)  # the engine's output is float16
 
 
 def test_health_models_and_metrics_name_the_engine(server: tuple[str, Path, Path]) -> None:
@@ -84,7 +85,7 @@ def test_more_texts_than_the_engine_takes_are_batches(server: tuple[str, Path, P
     code, answer = call(base, "/v1/embeddings", {"input": texts})
     assert code == 200 and len(answer["data"]) == 30
     (only,) = set(token_ids(bundle, "x"))
-    np.testing.assert_allclose([row["embedding"] for row in answer["data"]], [[only, 1.0]] * 30, rtol=1e-3)
+    np.testing.assert_allclose([row["embedding"] for row in answer["data"]], [[only, 1.0]] * 30, rtol=FLOAT16)
     code, answer = call(base, "/v1/embeddings", {"input": "y" * 65})
     assert code == 400 and "65 tokens and this model takes 64" in answer["error"]["message"]
 
@@ -133,8 +134,8 @@ def serve(bundle: Path, *words: str, **more: Any) -> tuple[int, str]:
     ],
 )
 def test_a_box_that_cannot_run_it_is_told_in_a_sentence(tmp_path: Path, facts: dict[str, Any], words: str) -> None:
-    code, said = serve(make_bundle(tmp_path / "bundle"), device=facts)
-    assert code == 1 and words in said.splitlines()[-1] and "Traceback" not in said
+    code, log = serve(make_bundle(tmp_path / "bundle"), device=facts)
+    assert code == 1 and words in log.splitlines()[-1] and "Traceback" not in log
 
 
 def test_an_engine_for_another_gpu_is_not_run_though_it_has_the_name(tmp_path: Path) -> None:
@@ -144,42 +145,42 @@ def test_an_engine_for_another_gpu_is_not_run_though_it_has_the_name(tmp_path: P
     bundle = make_bundle(tmp_path / "bundle")
     env = environment(tmp_path)
     command = [sys.executable, "-m", "runtimes", "engine", "--bundle", bundle, "build", "--json"]
-    found = json.loads(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
-    file = Path(found["file"])
+    result = json.loads(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
+    file = Path(result["file"])
     other = file.read_bytes().replace(b'"8.7"', b'"8.6"')
     file.write_bytes(other)
     entry = json.loads((file.parent / "entry.json").read_text("utf-8"))
     entry["sha256"] = hashlib.sha256(other).hexdigest()
     (file.parent / "entry.json").write_text(json.dumps(entry), encoding="utf-8")
-    code, said = serve(bundle)
+    code, log = serve(bundle)
     assert code == 1
-    assert "is not taken by TensorRT 10.3.0.30 on Orin" in said and "expecting compute 8.7 got compute 8.6" in said
+    assert "cannot be loaded by TensorRT 10.3.0.30 on Orin" in log and "expecting compute 8.7 got compute 8.6" in log
 
 
 def test_no_other_device_is_used_than_was_asked_for(tmp_path: Path) -> None:
     """--device cpu is onnxruntime's and says what it misses; an unknown one, and any for another engine, is refused."""
     bundle = make_bundle(tmp_path / "bundle")
-    code, said = serve(bundle, "--device", "cpu")  # "echo" is no ONNX
-    assert code == 1 and "model.onnx does not load" in said
-    code, said = serve(bundle, "--device", "tpu")
-    assert (code, said) == (3, "The engine tensorrt knows no --device tpu; it knows gpu, onnxruntime, cpu.\n")
-    code, said = serve(make_bundle(tmp_path / "other", run={"engine": "ort_encoder"}), "--device", "cpu")
-    assert (code, said) == (3, "The engine ort_encoder knows no --device cpu; leave it out.\n")
-    code, said = serve(bundle, "--device", "onnxruntime")
-    assert code == 1 and "expected a build with its TensorRT or CUDA provider, found" in said
+    code, log = serve(bundle, "--device", "cpu")  # "echo" is no ONNX
+    assert code == 1 and "model.onnx does not load" in log
+    code, log = serve(bundle, "--device", "tpu")
+    assert (code, log) == (3, "The engine tensorrt has no --device tpu; choose gpu, onnxruntime, cpu.\n")
+    code, log = serve(make_bundle(tmp_path / "other", run={"engine": "ort_encoder"}), "--device", "cpu")
+    assert (code, log) == (3, "The engine ort_encoder has no --device cpu; leave it out.\n")
+    code, log = serve(bundle, "--device", "onnxruntime")
+    assert code == 1 and "expected a build with its TensorRT or CUDA provider, found" in log
 
 
 def test_onnxruntime_gets_the_profile_and_a_place_for_its_engines(tmp_path: Path) -> None:
     plan = read_plan(make_bundle(tmp_path / "bundle") / "model" / "plan.json")
     offered = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    (first, options), second, last = wanted("onnxruntime", offered, plan, plan.profiles[0], tmp_path)
+    (first, options), second, last = providers_for("onnxruntime", offered, plan, plan.profiles[0], tmp_path)
     assert (first, second[0], last[0]) == tuple(offered)
     assert options["trt_profile_max_shapes"] == "input_ids:4x64,attention_mask:4x64"
     assert (options["trt_engine_cache_enable"], options["trt_engine_cache_path"]) == ("1", str(tmp_path))
     assert options["trt_fp16_enable"] == "1" and "trt_int8_enable" not in options
     with pytest.raises(EngineError, match="TensorRT or CUDA provider, found CPUExecutionProvider"):
-        wanted("onnxruntime", offered[2:], plan, plan.profiles[0], tmp_path)
-    assert [name for name, _ in wanted("cpu", offered, plan, plan.profiles[0], None)] == ["CPUExecutionProvider"]
+        providers_for("onnxruntime", offered[2:], plan, plan.profiles[0], tmp_path)
+    assert [name for name, _ in providers_for("cpu", offered, plan, plan.profiles[0], None)] == ["CPUExecutionProvider"]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +197,10 @@ def test_batches_are_padded_to_what_the_profile_takes(
 ) -> None:
     """Lengths in steps of eight, up to the profile's own end; rows that are added are a text again, never empty."""
     inputs = {"input_ids": np.full(shape, 5), "attention_mask": np.ones(shape, np.int64)}
-    found = fitted(inputs, {name: Shapes(least, least, most) for name in inputs}, 9)
-    assert found["input_ids"].shape == found["attention_mask"].shape == expected
-    assert (found["input_ids"][:, : shape[1]] == 5).all() and (found["input_ids"][:, shape[1] :] == 9).all()
-    assert (found["attention_mask"].sum(axis=1) == shape[1]).all()
+    result = pad_to_profile(inputs, {name: Shapes(least, least, most) for name in inputs}, 9)
+    assert result["input_ids"].shape == result["attention_mask"].shape == expected
+    assert (result["input_ids"][:, : shape[1]] == 5).all() and (result["input_ids"][:, shape[1] :] == 9).all()
+    assert (result["attention_mask"].sum(axis=1) == shape[1]).all()
 
 
 def test_an_engine_is_tried_on_the_sources_answers_before_it_is_kept(tmp_path: Path) -> None:
@@ -214,18 +215,18 @@ def test_an_engine_is_tried_on_the_sources_answers_before_it_is_kept(tmp_path: P
         done = subprocess.run(command, env=environment(tmp_path), check=False, capture_output=True)
         return done.returncode, json.loads(done.stdout)
 
-    code, found = build([[4.0, 1.0], [-7.0, 1.0]])
+    code, result = build([[4.0, 1.0], [-7.0, 1.0]])
     assert code == 9
-    assert "Engine: expected answers with a cosine of at least 0.99 to the source's, found -0.96" in found["error"]
+    assert "Engine: expected answers with a cosine of at least 0.99 to the source's, found -0.96" in result["error"]
     assert not [path for path in (bundle / "cache" / "engines").iterdir() if path.name != ".lock"]
-    code, found = build([[4.0, 1.0], [7.0, 1.0]])
-    assert code == 0, found
-    entry = json.loads((Path(found["file"]).parent / "entry.json").read_text("utf-8"))
+    code, result = build([[4.0, 1.0], [7.0, 1.0]])
+    assert code == 0, result
+    entry = json.loads((Path(result["file"]).parent / "entry.json").read_text("utf-8"))
     assert entry["made"]["checked"]["texts"] == 2 and entry["made"]["checked"]["cosine_min"] > 0.9999
 
 
 def test_a_box_without_trtexec_builds_by_the_python_interface(tmp_path: Path) -> None:
-    """Strongly typed, the workspace as a limit, the profile's shapes: what the stand-in's builder is told."""
+    """Strongly typed, the workspace as a limit, the profile's shapes: the calls of the stand-in's builder."""
     bundle = make_bundle(tmp_path / "bundle")
     env = environment(tmp_path)
     double = Path(env["PATH"].partition(":")[0])
@@ -238,10 +239,10 @@ def test_a_box_without_trtexec_builds_by_the_python_interface(tmp_path: Path) ->
         text=True,
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    found = json.loads(done.stdout)
-    entry = json.loads((Path(found["file"]).parent / "entry.json").read_text("utf-8"))
+    result = json.loads(done.stdout)
+    entry = json.loads((Path(result["file"]).parent / "entry.json").read_text("utf-8"))
     assert entry["made"]["by"] == "python"
-    made = json.loads(Path(found["file"]).read_text("utf-8"))
+    made = json.loads(Path(result["file"]).read_text("utf-8"))
     assert made["profile"]["input_ids"] == [[1, 1], [4, 32], [4, 64]] and made["workspace"] == 256 << 20
 
 
@@ -292,8 +293,8 @@ def test_an_engine_that_the_bundle_brings_is_tried_and_its_kernels_are_kept(tmp_
     env = environment(tmp_path, device=t4)
     command = [sys.executable, "-m", "runtimes", "engine", "--bundle", bundle, "build", "--json"]
     done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
-    found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["checked"]["texts"] == 1, (found, done.stderr)
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result["checked"]["texts"] == 1, (result, done.stderr)
     (bundle / "cache" / "engines").mkdir(parents=True, exist_ok=True)
     (bundle / "cache" / "engines" / "sm7.5-old.kernels").write_text("[]", encoding="utf-8")
     for more in ("a", "a longer text than that"):

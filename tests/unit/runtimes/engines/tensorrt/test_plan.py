@@ -28,7 +28,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def test_a_plan_is_read_whole(bundle: Path) -> None:
-    """Files are found beside the plan, shapes keep their order, and the digest is that of the bytes."""
+    """Files lie beside the plan, shapes keep their order, and the digest is that of the bytes."""
     plan = read_plan(bundle / "model" / "plan.json")
     assert plan.onnx == bundle / "model" / "model.onnx"
     assert [one.dtype for one in plan.inputs] == ["int64", "int64"]
