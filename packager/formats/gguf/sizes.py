@@ -201,8 +201,42 @@ WHEELS_BYTES = 70 * MIB  # wheels, server and documents of one bundle
 CONVERT_RATE = 20e6  # elements a second: bound by the disk
 # Elements a second on two cores by ggml type, without and with an importance matrix (benchmarks/quantizers.py --speed).
 QUANTIZE_RATE: dict[bool, dict[str, float]] = {
-    False: {"Q8_0": 60e6, "Q6_K": 45e6, "Q5_K": 28e6, "Q4_K": 27e6, "Q4_0": 60e6, "IQ4_XS": 11e6},
-    True: {"Q8_0": 60e6, "Q6_K": 45e6, "Q5_K": 28e6, "Q4_K": 27e6, "Q4_0": 60e6, "IQ4_XS": 11e6},
+    False: {
+        "Q8_0": 60e6,
+        "Q6_K": 50e6,
+        "Q5_K": 20e6,
+        "Q4_K": 16e6,
+        "Q3_K": 60e6,
+        "Q2_K": 20e6,
+        "Q5_1": 60e6,
+        "Q5_0": 60e6,
+        "Q4_1": 60e6,
+        "Q4_0": 60e6,
+        "IQ4_NL": 4.7e6,
+        "IQ4_XS": 3.9e6,
+        "IQ3_S": 2.9e6,
+        "IQ3_XXS": 2.4e6,
+        "IQ2_S": 3.9e6,
+        "IQ2_XS": 3.9e6,
+    },
+    True: {
+        "Q8_0": 60e6,
+        "Q6_K": 50e6,
+        "Q5_K": 9.2e6,
+        "Q4_K": 9.6e6,
+        "Q3_K": 35e6,
+        "Q2_K": 8.5e6,
+        "Q5_1": 9.7e6,
+        "Q5_0": 48e6,
+        "Q4_1": 9.7e6,
+        "Q4_0": 49e6,
+        "IQ4_NL": 4e6,
+        "IQ4_XS": 3.8e6,
+        "IQ3_S": 3.7e6,
+        "IQ3_XXS": 2.7e6,
+        "IQ2_S": 5.3e6,
+        "IQ2_XS": 5.3e6,
+    },
 }
 SECONDS_BESIDE = 20.0  # starting the tools, wheels, digests
 
