@@ -7,12 +7,14 @@ that a terminal would overwrite are left out. rich draws the picture.
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,18 @@ class Session:
                 child.terminate()
 
 
+def ready(address: str) -> None:
+    """Wait until the model is loaded."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    while True:
+        link = http.client.HTTPConnection(host, int(port), timeout=10)
+        link.request("GET", "/health")
+        if link.getresponse().status == http.HTTPStatus.OK:
+            return
+        link.close()
+        time.sleep(0.2)
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--output", type=Path, default=ROOT / "docs" / "session.svg")
@@ -92,8 +106,8 @@ def main() -> int:
         session.run(BUILD)
         session.run(f"{BUNDLE}/install.sh --prefix box")
         with session.serving("box/bin/serve --port 0") as address:
-            asked = f"curl -sG {address}/answer --retry 20 --retry-all-errors --data-urlencode 'prompt={QUESTION}'"
-            session.run(asked)
+            ready(address)
+            session.run(f"curl -sG {address}/answer --data-urlencode 'prompt={QUESTION}'")
         given.output.write_text(session.picture.export_svg(title="packager"), encoding="utf-8")
     return 0
 

@@ -29,7 +29,7 @@ REQUEST = (
         "--ask",
         metavar="all|N",
         callback=lambda _context, _option, text: _ask(text),
-        help="How many of the fine-tuning pairs are scored. Default: as many as five minutes allow.",
+        help="How many of the fine-tuning pairs the artifact is asked again. Default: as many as five minutes allow.",
     ),
 )
 SHARE, COSINE = click.FloatRange(0, 1), click.FloatRange(-1, 1)

@@ -266,8 +266,8 @@ def fidelity_lines(fidelity: Mapping[str, Any] | None) -> list[str]:
     if kept := fidelity["behaviour"]:
         held = "held out of the calibration" if fidelity["held_out"] else "also used for calibration"
         lines.append(
-            f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word; {kept['pairs']} of "
-            f"{kept['given']} pairs scored, {held}"
+            f"behaviour: {kept['kept']} of {kept['source']} answers kept word for word; {kept['pairs']} asked of "
+            f"{kept['given']} given, {held}"
         )
         pairs = fidelity.get("pairs") or {}
         if why := pairs.get("why"):

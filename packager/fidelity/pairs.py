@@ -41,7 +41,7 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        return f"{len(self.scored)} of {self.given} are scored" + (f" ({self.why})" if self.why else "")
+        return f"{len(self.scored)} asked of {self.given} given" + (f" ({self.why})" if self.why else "")
 
 
 def even(items: Sequence[Item], count: int) -> list[Item]:

@@ -38,7 +38,7 @@ def test_few_pairs_are_all_scored_and_also_calibrate() -> None:
     few = talks(10)
     choice = choose(few, SMALL, None)
     assert (choice.calibrated, choice.scored, choice.held) == (few, few, 0)
-    assert str(choice) == "10 of 10 are scored"
+    assert str(choice) == "10 asked of 10 given"
 
 
 def test_of_many_pairs_a_tenth_stays_out_of_the_calibration_and_comes_first() -> None:
@@ -61,7 +61,7 @@ def test_a_large_model_asks_what_the_budget_allows_and_says_why() -> None:
     choice = choose(many, LARGE, None)
     assert AT_LEAST <= len(choice.scored) < 400
     assert seconds(choice.scored, LARGE.parameters) <= SCORE_SECONDS or len(choice.scored) == AT_LEAST
-    assert "the budget is 5; --ask all" in choice.why and str(choice).startswith(f"{len(choice.scored)} of 400 are")
+    assert "the budget is 5; --ask all" in choice.why and str(choice).startswith(f"{len(choice.scored)} asked of 400 given")
     assert choose(many, LARGE, None) == choice
 
 
@@ -81,7 +81,7 @@ def test_an_even_choice_reaches_from_the_first_to_the_last_part() -> None:
 def test_the_plan_says_how_many_of_how_many() -> None:
     """And nothing without pairs."""
     calibration: Any = SimpleNamespace(conversations=talks(10))
-    assert note(calibration, SMALL, None) == ["Fine-tuning pairs: 10 of 10 are scored."]
+    assert note(calibration, SMALL, None) == ["Fine-tuning pairs: 10 asked of 10 given."]
     assert note(None, SMALL, None) == note(SimpleNamespace(conversations=()), SMALL, None) == []  # type: ignore[arg-type]
 
 
