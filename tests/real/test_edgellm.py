@@ -35,7 +35,7 @@ def test_float16_is_the_source_and_says_what_the_box_must_be(store: Store, rando
     assert config["dtype"] == "float16"
     assert "quantization_config" not in config
     assert made.report["fidelity"]["general"]["kl_mean"] <= 0.001
-    assert (made.run["engine"], made.run["settings"]["reasoning"]) == ("edgellm", "deepseek_r1")
+    assert (made.run.engine, made.run.settings["reasoning"]) == ("edgellm", "deepseek_r1")
     assert made.release == "7.2"
     assert made.gpu is not None
     assert (made.gpu["capability"], made.gpu["exact"], made.gpu["jetpack"]) == ("8.7", True, ["7.2"])

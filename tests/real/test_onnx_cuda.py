@@ -118,4 +118,4 @@ def test_the_persona_is_kept_by_the_file_that_ships(
     assert fidelity["general"]["kl_mean"] <= 0.05
     assert "not on a GPU" in fidelity["scored"]
     assert made.report["provider"] == {"name": "CUDAExecutionProvider", "onnxruntime": "1.31.1", "executed": False}
-    assert (made.run["engine"], made.gpu and made.gpu["capability"]) == ("ort_cuda", "7.5")
+    assert (made.run.engine, made.gpu and made.gpu["capability"]) == ("ort_cuda", "7.5")
