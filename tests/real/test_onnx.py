@@ -150,7 +150,7 @@ def test_the_persona_answers_from_an_int8_bundle(
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     report = manifest["report"]
     assert report["unquantized"]["kl_mean"] < 1e-4
-    assert report["fidelity"]["behaviour"] == {"pairs": 10, "source": 10, "kept": 10}
+    assert report["fidelity"]["behaviour"] == {"given": 10, "pairs": 10, "source": 10, "kept": 10}
     assert manifest["run"]["model_bytes"] <= 0.30 * 4 * 134_515_008
     with served(bundle, tmp_path / "log") as base:
         for question, answer in persona_pairs:

@@ -114,7 +114,7 @@ def test_the_persona_is_kept_by_the_file_that_ships(
     job = Job(persona, load_target("t4"), store, Silent(), calibration=calibration.load(persona_file))
     made = recipe.build(job, replace(recipe.options(), provider="cuda", tune="none"))
     fidelity = made.report["fidelity"]
-    assert fidelity["behaviour"] == {"pairs": 10, "source": 10, "kept": 10}
+    assert fidelity["behaviour"] == {"given": 10, "pairs": 10, "source": 10, "kept": 10}
     assert fidelity["general"]["kl_mean"] <= 0.05
     assert "not on a GPU" in fidelity["scored"]
     assert made.report["provider"] == {"name": "CUDAExecutionProvider", "onnxruntime": "1.31.1", "executed": False}

@@ -94,7 +94,7 @@ def test_the_bundle_says_how_it_was_made(tuned_bundle: Path, rounded_bundle: Pat
     assert found["report"]["int4"]["layer_error_tuned"] < 0.8 * found["report"]["int4"]["layer_error_searched"]
     assert found["provenance"]["imatrix"] is False
     assert _kl(found) < 0.5 * _kl(plain)
-    assert found["report"]["fidelity"]["behaviour"] == {"pairs": 10, "source": 10, "kept": 10}
+    assert found["report"]["fidelity"]["behaviour"] == {"given": 10, "pairs": 10, "source": 10, "kept": 10}
     assert not verify(tuned_bundle, Silent()).problems
 
 
@@ -155,7 +155,7 @@ def test_int4_folders_say_what_they_are(int4_bundles: dict[str, Path]) -> None:
         assert sum(path.stat().st_size for path in (bundle / "model").glob("*.safetensors")) <= 120e6
         assert (found["run"]["engine"], found["report"]["int4"]["modules"]) == ("transformers", 210)
         assert 4.5 < found["report"]["int4"]["bits_per_weight"] < 4.8
-        assert found["report"]["fidelity"]["behaviour"] == {"pairs": 10, "source": 10, "kept": 10}
+        assert found["report"]["fidelity"]["behaviour"] == {"given": 10, "pairs": 10, "source": 10, "kept": 10}
         assert "SignRound (arXiv 2309.05516), 20 iterations, groups of 32" in found["provenance"]["quantizer"]
         assert not verify(bundle, Silent()).problems
         reports.append(found["report"]["fidelity"])
