@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +117,17 @@ def test_an_extra_bos_from_the_server_is_found(
     q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A box whose template puts one more BOS than the checkpoint's stops the build at the first token."""
-    from packager.fidelity import artifact
+    from packager.fidelity import gate
 
-    real = artifact.score
+    real = gate.score
 
-    def doubled(job: Any, run: Any, samples: Any, **named: Any) -> Any:
+    def doubled(job: Any, form: Any, samples: Any) -> Any:
         other = tmp_path / "chat_template.jinja"
-        text = Path(run["chat_template"]).read_text(encoding="utf-8")
+        text = Path(form.run.chat_template).read_text(encoding="utf-8")
         other.write_text("{{ bos_token }}" + text, encoding="utf-8")
-        named["inputs"] = {**named["inputs"], "template": "doubled"}
-        return real(job, {**run, "chat_template": str(other)}, samples, **named)
+        return real(job, replace(form, run=replace(form.run, chat_template=str(other))), samples)
 
-    monkeypatch.setattr(artifact, "score", doubled)
+    monkeypatch.setattr(gate, "score", doubled)
     with pytest.raises(GateFailed, match=r"the server on the box differs from the checkpoint's at token 1: 1 '"):
         built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
@@ -191,18 +191,17 @@ def test_another_chat_template_on_the_box_is_found(
     q8_bundle: Path, store: Store, smollm2: Path, persona_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right in training, wrong after the export: the server would render a prompt that nobody trained on."""
-    from packager.fidelity import artifact
+    from packager.fidelity import gate
 
-    real = artifact.score
+    real = gate.score
 
-    def swapped(job: Any, run: Any, samples: Any, **named: Any) -> Any:
-        text = Path(run["chat_template"]).read_text(encoding="utf-8")
+    def swapped(job: Any, form: Any, samples: Any) -> Any:
+        text = Path(form.run.chat_template).read_text(encoding="utf-8")
         other = tmp_path / "chat_template.jinja"
         other.write_text(text.replace("<|im_start|>", "<|im_start|> "), encoding="utf-8")
-        named["inputs"] = {**named["inputs"], "template": "swapped"}
-        return real(job, {**run, "chat_template": str(other)}, samples, **named)
+        return real(job, replace(form, run=replace(form.run, chat_template=str(other))), samples)
 
-    monkeypatch.setattr(artifact, "score", swapped)
+    monkeypatch.setattr(gate, "score", swapped)
     with pytest.raises(GateFailed, match="the prompt of the server on the box differs from the checkpoint's at token"):
         built(store, tmp_path / "out", smollm2, adapter=persona_lora, sets=("quant=Q8_0",))
 
