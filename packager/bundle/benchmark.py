@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from packager.bundle import benchmark_encoder
-from packager.bundle.percentile import percentile
 from packager.core.errors import InputError, UsageError
 from packager.core.processes import WORKERS, follow, run_python
 from packager.core.progress import Progress
@@ -119,7 +118,7 @@ def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dic
         "new_tokens": BASELINE_TOKENS,
         "repeats": BASELINE_REPEATS,
         "ttft_ms": {"mean": _ms(statistics.mean(measured["ttft"])), "stdev": _ms(statistics.stdev(measured["ttft"]))},
-        "inter_token_ms": {f"p{p}": _ms(percentile(gaps, p)) for p in (50, 95, 99)},
+        "inter_token_ms": {f"p{p}": _ms(float(np.percentile(gaps, p))) for p in (50, 95, 99)},
         "decode_tokens_per_second": {
             "mean": round(statistics.mean(len(r) / sum(r) for r in measured["inter_token"]), 2),
             "stdev": round(statistics.stdev(len(r) / sum(r) for r in measured["inter_token"]), 2),
@@ -133,6 +132,8 @@ def _ms(seconds: float) -> float:
 
 def mode_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of (mode, memory, p99 inter-token latency, TTFT, decode tokens/s) at one stream, the baseline first."""
+    import numpy as np
+
     rows: list[tuple[str, ...]] = []
     if base := document.get("baseline"):
         rows.append(
