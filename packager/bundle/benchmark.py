@@ -110,6 +110,8 @@ def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dic
         unit="repeats",
     )
     measured = json.loads(output.read_text(encoding="utf-8"))
+    import numpy as np
+
     gaps = sorted(gap for repeat in measured["inter_token"] for gap in repeat)
     return {
         "mode": "transformers FP32",
@@ -132,8 +134,6 @@ def _ms(seconds: float) -> float:
 
 def mode_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of (mode, memory, p99 inter-token latency, TTFT, decode tokens/s) at one stream, the baseline first."""
-    import numpy as np
-
     rows: list[tuple[str, ...]] = []
     if base := document.get("baseline"):
         rows.append(
