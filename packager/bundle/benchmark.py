@@ -87,6 +87,8 @@ def _require_checkpoint(source: Path) -> None:
 
 
 def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dict[str, Any]:
+    import numpy as np
+
     from tokenizers import Tokenizer
 
     text = "The service manual of the machine, read from its first page. " * 8
@@ -110,8 +112,6 @@ def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dic
         unit="repeats",
     )
     measured = json.loads(output.read_text(encoding="utf-8"))
-    import numpy as np
-
     gaps = sorted(gap for repeat in measured["inter_token"] for gap in repeat)
     return {
         "mode": "transformers FP32",
