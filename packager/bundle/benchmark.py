@@ -88,7 +88,6 @@ def _require_checkpoint(source: Path) -> None:
 
 def _baseline(source: Path, bundle: Path, work: Path, progress: Progress) -> dict[str, Any]:
     import numpy as np
-
     from tokenizers import Tokenizer
 
     text = "The service manual of the machine, read from its first page. " * 8
